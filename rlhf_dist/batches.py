@@ -1,0 +1,217 @@
+"""Typed records that cross module borders.
+
+Axes: B sequences, T token positions of the longest sequence (prompt then response, padded on the right),
+R response positions of the longest response, P preference pairs. All tensors live on the CPU here; workers
+move what they need to their device.
+
+Response-aligned tensors ([B, R]) hold at position t what belongs to the t-th response token: its log-prob,
+its reward, or the value of the state *before* it was taken. Nothing is ever shifted by hand outside
+`models/`, where the logits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+FINISHED, TRUNCATED = 0, 1
+"""Finish reasons: the response ends in EOS, or was cut off at the length limit."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]] | Sequence[Tensor], value: float = 0, dtype: torch.dtype = torch.long) -> Tensor:
+    """Stack rows of different lengths into one [B, max length] tensor, padded on the right with `value`."""
+    width = max((len(row) for row in rows), default=0)
+    out = torch.full((len(rows), width), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """[B] lengths → [B, width] bool, True on the first `lengths[b]` positions of row b."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+class _Rows:
+    """Row selection for dataclasses whose tensors all have the batch axis first."""
+
+    _widths: dict[str, str] = {}
+    """Field → the length field whose maximum is the width that its second axis can be trimmed to."""
+
+    def rows(self, index: Sequence[int] | Tensor) -> Self:
+        """The rows `index`, with padding that only other rows needed cut away."""
+        index = torch.as_tensor(index, dtype=torch.long)
+        picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}  # pyright: ignore[reportArgumentType]
+        for name, length_name in self._widths.items():
+            if name in picked:
+                lengths = _total(picked, length_name)
+                picked[name] = picked[name][:, : int(lengths.max()) if len(index) else 0]
+        return replace(self, **picked)  # pyright: ignore[reportType]
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))  # pyright: ignore[reportArgumentType]
+
+
+def _total(picked: dict[str, Any], length_name: str) -> Tensor:
+    """`a+b` names the sum of two length fields."""
+    names = length_name.split("+")
+    return sum((picked[name] for name in names[1:]), start=picked[names[0]])
+
+
+@dataclass(frozen=True)
+class TokenBatch(_Rows):
+    """Sequences with the tokens whose prediction is trained (SFT, pretraining, PTX)."""
+
+    tokens: Tensor
+    """[B, T] int64."""
+    lengths: Tensor
+    """[B] int64, ≥ 1."""
+    loss_mask: Tensor
+    """[B, T] bool; True at position t: the prediction *of* token t (from tokens < t) enters the loss. Never True at 0."""
+
+    _widths = {"tokens": "lengths", "loss_mask": "lengths"}
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that enter the loss."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class SequenceBatch(_Rows):
+    """Whole sequences to be scored by a reward model."""
+
+    tokens: Tensor
+    """[B, T] int64."""
+    lengths: Tensor
+    """[B] int64, ≥ 1."""
+
+    _widths = {"tokens": "lengths"}
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(_Rows):
+    """Pairs of sequences of which the first was preferred."""
+
+    chosen: Tensor
+    """[P, T] int64, prompt and preferred response."""
+    chosen_lengths: Tensor
+    """[P] int64."""
+    rejected: Tensor
+    """[P, T'] int64, prompt and the other response."""
+    rejected_lengths: Tensor
+    """[P] int64."""
+
+    _widths = {"chosen": "chosen_lengths", "rejected": "rejected_lengths"}
+
+
+@dataclass(frozen=True)
+class PromptBatch(_Rows):
+    """Prompts to generate from."""
+
+    tokens: Tensor
+    """[B, T] int64, padded on the right."""
+    lengths: Tensor
+    """[B] int64, ≥ 1."""
+    sample_ids: Tensor
+    """[B] int64, the identity that the counter-based random numbers of a response are drawn by; unique in a batch."""
+
+    _widths = {"tokens": "lengths"}
+
+
+@dataclass(frozen=True)
+class RolloutBatch(_Rows):
+    """Prompts with generated responses."""
+
+    tokens: Tensor
+    """[B, T] int64, prompt, then response (EOS included where there is one), padded on the right."""
+    prompt_lengths: Tensor
+    """[B] int64, ≥ 1."""
+    response_lengths: Tensor
+    """[B] int64, ≥ 1, EOS included."""
+    behaviour_logprobs: Tensor
+    """[B, R] fp32, log-probs of the response tokens under the distribution they were sampled from."""
+    finish_reasons: Tensor
+    """[B] int64, `FINISHED` or `TRUNCATED`."""
+    policy_version: int
+    """Version of the weights that generated the responses."""
+
+    _widths = {"tokens": "prompt_lengths+response_lengths", "behaviour_logprobs": "response_lengths"}
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64, prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, True on response tokens."""
+        return length_mask(self.response_lengths, self.behaviour_logprobs.shape[1])
+
+    @property
+    def sequences(self) -> SequenceBatch:
+        """What a reward model scores."""
+        return SequenceBatch(self.tokens, self.lengths)
+
+
+@dataclass(frozen=True)
+class Experience(_Rows):
+    """What the policy and the value function learn from. Padding positions hold 0."""
+
+    tokens: Tensor
+    """[B, T] int64, prompt, then response, padded on the right."""
+    prompt_lengths: Tensor
+    """[B] int64."""
+    response_lengths: Tensor
+    """[B] int64."""
+    old_logprobs: Tensor
+    """[B, R] fp32, log π_old of the response tokens."""
+    old_values: Tensor
+    """[B, R] fp32, V_old of the state before each response token."""
+    advantages: Tensor
+    """[B, R] fp32."""
+    returns: Tensor
+    """[B, R] fp32, the regression target of the value function."""
+
+    _widths = {
+        "tokens": "prompt_lengths+response_lengths",
+        **dict.fromkeys(("old_logprobs", "old_values", "advantages", "returns"), "response_lengths"),
+    }
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64, prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, True on response tokens."""
+        return length_mask(self.response_lengths, self.old_logprobs.shape[1])
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What an update did, already averaged over ranks, tokens and optimiser steps."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    num_steps: int = 0
+
+
+def concat_rows(batches: Sequence[Any]) -> Any:
+    """Concatenate batches of one type along the batch axis, padding the second axis with zeros where widths differ."""
+    first = batches[0]
+    joined = {}
+    for f in fields(first):
+        parts = [getattr(b, f.name) for b in batches]
+        if not isinstance(parts[0], Tensor):
+            continue
+        if parts[0].dim() == 2:
+            width = max(p.shape[1] for p in parts)
+            parts = [torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts]
+        joined[f.name] = torch.cat(parts)
+    return replace(first, **joined)

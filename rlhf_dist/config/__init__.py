@@ -1,0 +1,45 @@
+"""Configuration schemas. Nothing here imports torch."""
+
+from rlhf_dist.config.data import DataSettings, DataSource, PPOData, RecordKind, RewardData, SFTData
+from rlhf_dist.config.evaluate import EvalConfig, EvalData
+from rlhf_dist.config.hosting import (
+    CheckpointConfig,
+    FrozenModel,
+    ModelHost,
+    OptimizerConfig,
+    Placement,
+    Precision,
+    RayConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainedModel,
+)
+from rlhf_dist.config.ppo import PPOConfig, PPOSettings, RolloutConfig
+from rlhf_dist.config.supervised import RewardConfig, SFTConfig, SupervisedSettings
+
+__all__ = [
+    "CheckpointConfig",
+    "DataSettings",
+    "DataSource",
+    "EvalConfig",
+    "EvalData",
+    "FrozenModel",
+    "ModelHost",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PPOData",
+    "PPOSettings",
+    "Placement",
+    "Precision",
+    "RayConfig",
+    "RecordKind",
+    "RewardConfig",
+    "RewardData",
+    "RolloutConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SFTData",
+    "SupervisedSettings",
+    "TrackingConfig",
+    "TrainedModel",
+]

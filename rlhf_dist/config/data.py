@@ -1,0 +1,78 @@
+"""Where the records of a run come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf_dist.config.base import Fraction, NonNegative, PositiveInt, Schema
+
+RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
+
+
+class DataSource(Schema):
+    """One set of records: a file, a `datasets` directory, or a hub name."""
+
+    path: str
+    """A .json, .jsonl, .csv, .tsv, .parquet or .txt file, a directory written by `Dataset.save_to_disk`, or a hub name."""
+    kind: RecordKind
+    """What a record holds: `instruction` (instruction, input, output, optional demonstration), `messages` (a chat),
+    `text` (plain text), `preference` (prompt, chosen, rejected), `ratings` (response, rating, optional prompt; pairs are
+    made from them), `prompt` (prompt)."""
+    split: str = "train"
+    """Split to read, for `datasets` directories and hub names."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Maps a field of the record to a column of the file, e.g. {instruction: question, output: answer}."""
+    columns: tuple[str, ...] | None = None
+    """Column names of a .csv/.tsv/.txt file that has no header row."""
+    delimiter: str | None = None
+    """Column separator of a .csv/.tsv/.txt file; by the file's ending when null (comma, or tab for .tsv and .txt)."""
+    limit: PositiveInt | None = None
+    """Use the first `limit` records only."""
+    min_margin: NonNegative = 0.5
+    """`ratings` only: two responses make a pair when their ratings differ by at least this much."""
+
+
+class DataSettings(Schema):
+    """What all trainers' data sections share."""
+
+    max_length_tokens: PositiveInt = 1024
+    """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
+    on_too_long: Literal["error", "skip", "truncate"] = "truncate"
+    """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
+    cut), `skip` leaves it out, `error` stops before anything is started. What was cut or left out is counted."""
+    template_path: Path | None = None
+    """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
+    eval_fraction: Fraction = 0.0
+    """Share of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed."""
+
+
+class SFTData(DataSettings):
+    """Data of an SFT run."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """Sets to train on: kinds `instruction`, `messages` and `text`."""
+    eval: tuple[DataSource, ...] = ()
+    """Held-out sets of the same kinds."""
+
+
+class RewardData(DataSettings):
+    """Data of a reward-model run."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """Sets to train on: kinds `preference` and `ratings`."""
+    eval: tuple[DataSource, ...] = ()
+    """Held-out sets of the same kinds."""
+
+
+class PPOData(DataSettings):
+    """Data of a PPO run. `max_length_tokens` bounds prompt + response and PTX sequences."""
+
+    prompts: tuple[DataSource, ...] = Field(min_length=1)
+    """Prompts to generate from: kind `prompt`, or `instruction`/`messages`/`preference`, of which the prompt is taken."""
+    eval_prompts: tuple[DataSource, ...] = ()
+    """Held-out prompts."""
+    ptx: tuple[DataSource, ...] = ()
+    """Text of the pretraining-mix (PTX) term: kinds `text`, `instruction` and `messages`. Needed when `ppo.ptx_coef` > 0."""

@@ -1,0 +1,44 @@
+"""Configuration of `rlhf-dist eval`."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from rlhf_dist.config.data import DataSettings, DataSource
+from rlhf_dist.config.hosting import FrozenModel, RunConfig
+from rlhf_dist.config.ppo import RolloutConfig
+
+
+class EvalData(DataSettings):
+    """Held-out records."""
+
+    instructions: tuple[DataSource, ...] = ()
+    """Loss of the policy on these: kinds `instruction`, `messages`, `text`."""
+    preferences: tuple[DataSource, ...] = ()
+    """Accuracy of the reward model on these: kinds `preference`, `ratings`."""
+    prompts: tuple[DataSource, ...] = ()
+    """The policy generates from these; the reward model, where given, scores the responses."""
+
+
+class EvalConfig(RunConfig):
+    """Measures a policy and/or a reward model on held-out records."""
+
+    policy: FrozenModel | None = None
+    reward: FrozenModel | None = None
+    reference: FrozenModel | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    data: EvalData
+
+    @model_validator(mode="after")
+    def _models_for_the_data(self) -> EvalConfig:
+        data = self.data
+        if not (data.instructions or data.preferences or data.prompts):
+            raise ValueError("data names nothing to evaluate on; set data.instructions, data.preferences or data.prompts")
+        for name, wanted, model in (
+            ("data.instructions", data.instructions, "policy"),
+            ("data.prompts", data.prompts, "policy"),
+            ("data.preferences", data.preferences, "reward"),
+        ):
+            if wanted and getattr(self, model) is None:
+                raise ValueError(f"{name} needs a model; set {model}.model_path")
+        return self

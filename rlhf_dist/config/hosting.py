@@ -1,0 +1,149 @@
+"""Where models live and how the trained ones are sharded and optimised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Schema
+
+Precision = Literal["fp32", "bf16"]
+
+
+class RayConfig(Schema):
+    """How the driver reaches Ray."""
+
+    address: str | None = None
+    """`null` starts a private Ray on this machine; `auto` joins the cluster that submitted this job; or a head address."""
+    placement_timeout_s: Positive = 120.0
+    """Longest wait for the cluster to grant the placement before the run is refused."""
+
+
+class Placement(Schema):
+    """The processes a role gets."""
+
+    num_ranks: PositiveInt = 1
+    """Processes (ranks) of this role under `cluster: ray`. `cluster: inline` always hosts one rank in this process."""
+    gpus_per_rank: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU a rank gets when the device is cuda. 1: its own GPU. Below 1: rank i of every such role shares GPU i."""
+    cpus_per_rank: Positive = 1.0
+    """CPUs reserved for a rank on a Ray cluster."""
+    threads_per_rank: PositiveInt = 1
+    """CPU threads torch may use in a rank."""
+
+
+class OptimizerConfig(Schema):
+    """AdamW with a learning-rate schedule."""
+
+    learning_rate: Positive = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    eps: Positive = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay; not applied to biases, norms and other 1-D parameters."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up; `linear` and `cosine` end at 0."""
+    warmup_fraction: Fraction = 0.03
+    """Share of all optimiser steps spent warming up linearly from 0."""
+    max_grad_norm: NonNegative = 1.0
+    """Global gradient-norm clip; 0 switches clipping off."""
+
+
+class ModelHost(Placement):
+    """A hosted model."""
+
+    model_path: str
+    """A directory in Hugging Face format or a hub name."""
+    precision: Precision = "bf16"
+    """Compute precision. Trained models keep fp32 master weights in either case."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences in one forward pass of one rank. Changes memory and speed, never the result."""
+
+
+class FrozenModel(ModelHost):
+    """A model that is only run."""
+
+    zero_stage: Literal[0, 3] = 0
+    """3 shards the parameters over this role's ranks; 0 holds a whole copy in each."""
+
+
+class TrainedModel(ModelHost):
+    """A model that is trained under DeepSpeed ZeRO."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shards over this role's ranks: 1 optimiser states, 2 and gradients, 3 and parameters."""
+    ds_config_path: Path | None = None
+    """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class InheritedTrainedModel(TrainedModel):
+    """A trained model whose starting weights may be another role's."""
+
+    model_path: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A directory in Hugging Face format or a hub name; null takes the reward model's."""
+
+
+class InheritedFrozenModel(FrozenModel):
+    """A frozen model whose weights may be another role's."""
+
+    model_path: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A directory in Hugging Face format or a hub name; null takes the policy's."""
+
+
+class CheckpointConfig(Schema):
+    """When checkpoints are written, and how many stay."""
+
+    every_steps: Count = 0
+    """Write a checkpoint every so many steps (PPO: iterations); 0 writes none."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+
+
+class TrackingConfig(Schema):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files to the run folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases. Without a network `online` falls back to offline with a warning; it never stops a run."""
+    wandb_project: str = "rlhf_dist"
+    """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user."""
+    num_samples: Count = 4
+    """Generated samples written to `samples/` at each evaluation or iteration."""
+
+
+class RunConfig(Schema):
+    """What the runs of all commands share."""
+
+    run_dir: Path
+    """Folder of this run. An existing run is never overwritten unless `overwrite` or `resume` says so."""
+    seed: Count = 0
+    """Seed of every random draw of the run."""
+    resume: Literal["no", "auto"] = "no"
+    """`auto` continues from the newest whole checkpoint in `run_dir`, or starts anew when there is none."""
+    overwrite: bool = False
+    """Remove what an earlier run left in `run_dir`."""
+    cluster: Literal["ray", "inline"] = "ray"
+    """`ray` hosts models in Ray actors; `inline` in this process, one rank each (for a debugger)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses GPUs where there are any."""
+    ray: RayConfig = RayConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_treat_an_old_run(self) -> RunConfig:
+        if self.overwrite and self.resume == "auto":
+            raise ValueError(
+                "overwrite is true and resume is auto: an old run is either removed or continued; keep one of them"
+            )
+        return self

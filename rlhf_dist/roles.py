@@ -1,0 +1,132 @@
+"""What a trainer knows of the models: narrow protocols that hide where the work runs.
+
+Every call returns a `concurrent.futures.Future`, so roles work at the same time and the trainer waits for
+results where it needs them. Implementations split a batch over their ranks and put the rows back in order;
+a result never depends on the split (beyond floating-point reassociation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rlhf_dist.batches import (
+    Experience,
+    PreferenceBatch,
+    PromptBatch,
+    RolloutBatch,
+    SequenceBatch,
+    TokenBatch,
+    UpdateReport,
+)
+
+
+class Trained(Protocol):
+    """A model with optimiser state."""
+
+    def save_checkpoint(self, path: Path) -> Future[None]:
+        """Write parameters, optimiser and schedule under `path` (every rank its shard)."""
+        ...
+
+    def load_checkpoint(self, path: Path) -> Future[None]:
+        """Restore what `save_checkpoint` wrote, bit for bit."""
+        ...
+
+    def save_model(self, path: Path) -> Future[None]:
+        """Write the model in Hugging Face format (safetensors, config, tokenizer)."""
+        ...
+
+
+class LanguageModel(Trained, Protocol):
+    """A language model under supervised training."""
+
+    def update(self, batch: TokenBatch) -> Future[UpdateReport]:
+        """One optimiser step on the mean negative log-likelihood of the batch's targets."""
+        ...
+
+    def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
+        """Sums over the batch: `nll` (nats) and `num_targets`."""
+        ...
+
+
+class PreferenceModel(Trained, Protocol):
+    """A reward model under training."""
+
+    def update(self, batch: PreferenceBatch) -> Future[UpdateReport]:
+        """One optimiser step on the mean pairwise log-sigmoid loss."""
+        ...
+
+    def score_pairs(self, batch: PreferenceBatch) -> Future[Tensor]:
+        """[P, 2] fp32 scores of chosen and rejected."""
+        ...
+
+
+class Policy(Trained, Protocol):
+    """π_RL, trained by PPO."""
+
+    def logprobs(self, rollout: RolloutBatch) -> Future[Tensor]:
+        """[B, R] fp32 log-probs of the response tokens; 0 on padding."""
+        ...
+
+    def update(
+        self, experience: Experience, steps: Sequence[Tensor], ptx: Sequence[TokenBatch] | None
+    ) -> Future[UpdateReport]:
+        """One optimiser step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i."""
+        ...
+
+
+class ValueFunction(Trained, Protocol):
+    """V, the critic."""
+
+    def values(self, rollout: RolloutBatch) -> Future[Tensor]:
+        """[B, R] fp32 value of the state before each response token; 0 on padding."""
+        ...
+
+    def update(self, experience: Experience, steps: Sequence[Tensor]) -> Future[UpdateReport]:
+        """One optimiser step for each entry of `steps`."""
+        ...
+
+
+class Reference(Protocol):
+    """Frozen π_SFT."""
+
+    def logprobs(self, rollout: RolloutBatch) -> Future[Tensor]:
+        """[B, R] fp32 log-probs of the response tokens; 0 on padding."""
+        ...
+
+
+class LanguageModelScorer(Protocol):
+    """A frozen language model, for evaluation."""
+
+    def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
+        """Sums over the batch: `nll` (nats) and `num_targets`."""
+        ...
+
+
+class RewardScorer(Protocol):
+    """Frozen r_θ."""
+
+    def score(self, sequences: SequenceBatch) -> Future[Tensor]:
+        """[B] fp32, the scalar head at each sequence's last token."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the policy's weights."""
+
+    def generate(self, prompts: PromptBatch, *, stream: str, iteration: int) -> Future[RolloutBatch]:
+        """Sample one response a prompt. The tokens are a function of the weights and of
+        (seed, `stream`, `iteration`, sample id, position)."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Brings the policy's weights to the rollout engines."""
+
+    def push(self, version: int) -> Future[None]:
+        """Copy the weights and label them `version`; fails unless every engine reports version and checksum."""
+        ...
