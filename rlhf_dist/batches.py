@@ -53,6 +53,12 @@ class _Rows:
                 picked[name] = picked[name][:, : int(lengths.max()) if len(index) else 0]
         return replace(self, **picked)  # pyright: ignore[reportType]
 
+    def to(self, device: torch.device) -> Self:
+        """The same batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore[reportArgumentType]
+        moved = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # pyright: ignore[reportType]
+
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))  # pyright: ignore[reportArgumentType]
 

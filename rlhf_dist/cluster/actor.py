@@ -1,0 +1,37 @@
+"""The process that hosts one rank of a role."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rlhf_dist.engine.distributed import RankContext, free_port
+
+
+class RankHost:
+    """A Ray actor: made first, empty, so that placement is known before any model loads."""
+
+    def __init__(self, log_path: str) -> None:
+        Path(log_path).parent.mkdir(parents=True, exist_ok=True)
+        # The run's own log file, so that a dead rank's last words can be shown and outlive Ray's session folder.
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        self._worker: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """An address other nodes reach, and a free port on it, for the role's rendezvous."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def build(self, worker: str, context: RankContext, kwargs: dict[str, Any]) -> None:
+        """Import and construct the worker; collective over the role's ranks."""
+        from rlhf_dist.cluster.hosting import build_worker
+
+        self._worker = build_worker(worker, context, kwargs)
+
+    def run(self, method: str, *args: Any) -> Any:
+        """Call a method of the worker."""
+        return getattr(self._worker, method)(*args)

@@ -1,0 +1,70 @@
+"""Hosting in this process: one rank a role, calls that have finished when they return. For a debugger and fast tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.cluster.futures import completed
+from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec
+from rlhf_dist.cluster.hosting import build_worker
+from rlhf_dist.engine.distributed import RankContext, leave_process_group
+from rlhf_dist.errors import PlacementError
+
+
+class InlineGroup:
+    """A role of one rank in this process. An exception is raised at the call, where a debugger sees it."""
+
+    num_ranks = 1
+
+    def __init__(self, role: str, worker: Any) -> None:
+        self.role = role
+        self.worker = worker
+
+    def call(self, method: str, *args: Any) -> Future[list[Any]]:
+        """See `WorkerGroup`."""
+        return completed([getattr(self.worker, method)(*args)])
+
+    def scatter(self, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> Future[list[Any]]:
+        """See `WorkerGroup`."""
+        (args,) = args_per_rank
+        return self.call(method, *args)
+
+    def pipe(self, method: str, args: tuple[Any, ...], target: InlineGroup, target_method: str) -> Future[None]:
+        """See `WorkerGroup`."""
+        target.call(target_method, self.call(method, *args).result()[0])
+        return completed(None)
+
+
+class InlineSession:
+    """See `Session`."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        available = torch.cuda.is_available()
+        if device == "cuda" and not available:
+            raise PlacementError("device is cuda but torch finds no GPU in this process; use device: cpu or device: auto")
+        self.device = "cuda" if available and device != "cpu" else "cpu"
+
+    def check(self, specs: Sequence[WorkerSpec]) -> None:
+        """Everything fits in one process."""
+
+    @contextlib.contextmanager
+    def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Path) -> Iterator[dict[str, WorkerGroup]]:
+        """Host the specs one after the other."""
+        groups: dict[str, WorkerGroup] = {}
+        try:
+            for spec in specs:
+                context = RankContext(device=self.device, threads=spec.placement.threads_per_rank, seed=seed)
+                groups[spec.role] = InlineGroup(spec.role, build_worker(spec.worker, context, spec.kwargs))
+            yield groups
+        finally:
+            groups.clear()
+            leave_process_group()
+
+    def close(self) -> None:
+        """Nothing was started."""

@@ -1,0 +1,80 @@
+"""A role's ranks as Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from rlhf_dist.cluster.futures import gathered, mapped
+from rlhf_dist.errors import RlhfDistError, WorkerError
+
+LOG_TAIL_LINES = 15
+
+
+class RayGroup:
+    """See `WorkerGroup`."""
+
+    def __init__(self, role: str, hosts: Sequence[Any], log_paths: Sequence[Path]) -> None:
+        self.role = role
+        self.num_ranks = len(hosts)
+        self.hosts = list(hosts)
+        self._log_paths = list(log_paths)
+
+    def call(self, method: str, *args: Any) -> Future[list[Any]]:
+        """See `WorkerGroup`."""
+        shared = [ray.put(arg) for arg in args] if self.num_ranks > 1 else args
+        return self.collect([host.run.remote(method, *shared) for host in self.hosts])
+
+    def scatter(self, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> Future[list[Any]]:
+        """See `WorkerGroup`."""
+        return self.collect(
+            [host.run.remote(method, *args) for host, args in zip(self.hosts, args_per_rank, strict=True)]
+        )
+
+    def pipe(self, method: str, args: tuple[Any, ...], target: RayGroup, target_method: str) -> Future[None]:
+        """See `WorkerGroup`. The result is an object in Ray's store that the targets read directly."""
+        sent = [host.run.remote(method, *args) for host in self.hosts]
+        received = [host.run.remote(target_method, sent[0]) for host in target.hosts]
+        both = gathered([self.collect(sent[1:], first_rank=1), target.collect(received)])
+        return mapped(both, lambda _: None)
+
+    def collect(self, refs: Sequence[Any], first_rank: int = 0) -> Future[list[Any]]:
+        """The objects behind `refs` (rank order), with errors in this project's terms."""
+        return gathered([self._translated(ref, first_rank + i) for i, ref in enumerate(refs)])
+
+    def _translated(self, ref: Any, rank: int) -> Future[Any]:
+        result: Future[Any] = Future()
+
+        def on_done(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                result.set_result(done.result())
+            else:
+                result.set_exception(self._in_our_terms(error, rank))
+
+        ref.future().add_done_callback(on_done)
+        return result
+
+    def _in_our_terms(self, error: BaseException, rank: int) -> BaseException:
+        where = f"{self.role} rank {rank}"
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RlhfDistError):
+            return type(cause)(f"{where}: {cause}")
+        log = f"Last lines of {self._log_paths[rank]}:\n{tail(self._log_paths[rank])}"
+        if isinstance(error, ActorDiedError | ActorUnavailableError):
+            return WorkerError(f"{where} died (out of memory, a signal, or a crash in native code). {log}")
+        return WorkerError(f"{where} failed: {type(cause).__name__}: {cause}\n{error}\n{log}")
+
+
+def tail(path: Path, num_lines: int = LOG_TAIL_LINES) -> str:
+    """The last lines of a log, indented."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
+    except OSError as error:
+        return f"  (the log cannot be read here: {error.strerror})"
+    return "\n".join(f"  {line}" for line in lines) or "  (empty)"

@@ -1,0 +1,86 @@
+"""One process group for the ranks of a role."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """Where a hosted model is: its rank among the processes of its role."""
+
+    rank: int = 0
+    world_size: int = 1
+    master_address: str = "127.0.0.1"
+    master_port: int = 0
+    """0: no rendezvous; only for a world of one."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    threads: int = 1
+    """CPU threads of torch."""
+    seed: int = 0
+    """The run's seed."""
+
+
+def set_process_environment(context: RankContext) -> None:
+    """What must be in the environment before DeepSpeed is imported for the first time in this process."""
+    os.environ["DS_ACCELERATOR"] = context.device
+    # Read by DeepSpeed and transformers. A rank sees only its own GPU, so its local rank is 0.
+    os.environ.update(RANK=str(context.rank), WORLD_SIZE=str(context.world_size), LOCAL_RANK="0")
+    os.environ["MASTER_ADDR"] = context.master_address
+    os.environ["MASTER_PORT"] = str(context.master_port or free_port())
+
+
+def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
+    """Join (or, for a world of one, create) the default process group. Does nothing where this process has one."""
+    torch.set_num_threads(context.threads)
+    if context.device == "cuda":
+        torch.cuda.set_device(0)
+    if dist.is_initialized():
+        return
+    backend = "nccl" if context.device == "cuda" else "gloo"
+    if context.world_size == 1:
+        # A world of one meets nobody: an in-memory store needs no port and no network.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{context.master_address}:{context.master_port}",
+            rank=context.rank,
+            world_size=context.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+
+
+def leave_process_group() -> None:
+    """Undo `join_process_group`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank of the role."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank when `flag` is true on one."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

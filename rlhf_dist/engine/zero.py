@@ -1,0 +1,102 @@
+"""DeepSpeed configuration, sharded construction, and access to whole parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from rlhf_dist.config import Precision
+from rlhf_dist.config.deepspeed import read_ds_config
+
+
+def ds_config(
+    *, zero_stage: int, precision: Precision, world_size: int, max_grad_norm: float = 0.0, path: Path | None = None
+) -> dict[str, Any]:
+    """The configuration DeepSpeed is started with.
+
+    The accumulation count is 1 whatever the run does: `TrainEngine` marks the boundaries of an optimiser step by hand
+    and normalises by global counts, so DeepSpeed must not divide by anything of its own.
+
+    Args:
+        path: a JSON whose sections replace the generated ones.
+    """
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    if path is not None:
+        config |= read_ds_config(path, zero_stage, precision)
+    return config | {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+@contextlib.contextmanager
+def sharded_init(config: dict[str, Any]) -> Iterator[None]:
+    """Inside, `from_pretrained` builds and loads a model sharded over the ranks if `config` asks for ZeRO-3."""
+    if config["zero_optimization"]["stage"] == 3:
+        # transformers keeps only a weak reference to this object; the local name keeps it alive for the block.
+        handle = hf_deepspeed.HfDeepSpeedConfig(json.loads(json.dumps(config)))
+        try:
+            yield
+        finally:
+            hf_deepspeed.unset_hf_deepspeed_config()
+            del handle
+    else:
+        yield
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """True for a parameter that ZeRO-3 partitions."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def whole(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """Inside, the parameters are whole on every rank. With `modifier_rank`, what that rank wrote is kept on all."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank, enabled=bool(sharded)):
+        yield
+
+
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter to the same value on every rank, sharded or not."""
+    with whole([parameter], modifier_rank=0), torch.no_grad():
+        parameter.copy_(value.to(parameter.dtype))
+
+
+def parameter_buckets(model: nn.Module, bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """The model's named parameters in order, in buckets of about `bucket_bytes`. Tied parameters appear once."""
+    buckets: list[list[tuple[str, nn.Parameter]]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if not buckets or size + num_bytes > bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append((name, parameter))
+        size += num_bytes
+    return buckets
+
+
+def whole_parameters(model: nn.Module, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Name → whole parameter, a bucket at a time. Collective: every rank must run it to the end.
+
+    A bucket's tensors are valid until the next one is asked for; at no time is more than one bucket whole.
+    """
+    for bucket in parameter_buckets(model, bucket_bytes):
+        with whole([parameter for _, parameter in bucket]):
+            yield {name: parameter.data for name, parameter in bucket}

@@ -1,0 +1,96 @@
+"""The two forward passes of RLHF. Here, and only here, positions are shifted: the logits at t−1 predict token t."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_dist.algo.logprobs import taken_logprobs
+from rlhf_dist.batches import length_mask
+
+
+class TargetLogprobs(nn.Module):
+    """A causal LM that returns log-probs of chosen tokens of right-padded sequences."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._can_slice = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self, tokens: Tensor, lengths: Tensor, target_mask: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies at the targets.
+
+        Args:
+            tokens: [B, T] int64, padded on the right.
+            lengths: [B] int64.
+            target_mask: [B, T] bool; True at t asks for log p(token t | tokens < t). Column 0 is False; N ≥ 1 are True.
+            temperature: divides the logits.
+
+        Returns:
+            ([N] fp32, [N] fp32) in row-major order of `target_mask`.
+        """
+        first = int(target_mask.any(0).to(torch.uint8).argmax())
+        # Only logits that some row needs are computed: a vocabulary of 150,000 makes prompts' logits the largest tensor.
+        keep = torch.arange(first - 1, tokens.shape[1] - 1, device=tokens.device)
+        kwargs = {"logits_to_keep": keep} if self._can_slice else {}
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=length_mask(lengths, tokens.shape[1]).long(),
+            use_cache=False,
+            **kwargs,
+        ).logits
+        if not self._can_slice:
+            logits = logits[:, keep]
+        mask = target_mask[:, first:]
+        return taken_logprobs(logits[mask], tokens[:, first:][mask], temperature)
+
+
+class ScalarHead(nn.Module):
+    """A sequence-classification model that returns its scalar at every position."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """[B, T] fp32: the head applied to the hidden state at each position (which has seen tokens ≤ t).
+
+        Args:
+            tokens: [B, T] int64, padded on the right.
+            lengths: [B] int64.
+        """
+        hidden = self.model.base_model(
+            input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1]).long(), use_cache=False
+        ).last_hidden_state
+        return self.model.score(hidden).float().squeeze(-1)
+
+
+def response_target_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
+    """[B, width] bool, True on the response tokens of [prompt, response, padding]."""
+    return length_mask(prompt_lengths + response_lengths, width) & ~length_mask(prompt_lengths, width)
+
+
+def scatter_responses(flat: Tensor, response_mask: Tensor) -> Tensor:
+    """[N] values of response tokens in row-major order → [B, R], 0 outside `response_mask`. Carries gradients."""
+    return torch.zeros(response_mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(response_mask, flat)
+
+
+def state_values(scalars: Tensor, prompt_lengths: Tensor, response_mask: Tensor) -> Tensor:
+    """[B, T] scalars at every position → [B, R] value of the state *before* each response token.
+
+    The state before response token t is the prompt and t response tokens, whose last position is prompt_length − 1 + t.
+    """
+    num_responses = response_mask.shape[1]
+    positions = prompt_lengths[:, None] - 1 + torch.arange(num_responses, device=scalars.device)[None, :]
+    picked = scalars.gather(1, positions.clamp(max=scalars.shape[1] - 1))
+    return torch.where(response_mask, picked, 0.0)
+
+
+def last_token_scores(scalars: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T] scalars → [B], the one at each sequence's last token."""
+    return scalars.gather(1, lengths[:, None] - 1).squeeze(1)

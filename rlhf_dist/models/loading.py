@@ -1,0 +1,84 @@
+"""Loading models from Hugging Face directories and hub names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from rlhf_dist.errors import ModelError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model_config(path: str) -> PretrainedConfig:
+    """The model's config.json.
+
+    Raises:
+        ModelError: `path` is neither a model directory nor a hub name that can be reached.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no model at {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json and "
+            "safetensors weights, or a hub name that this machine can reach."
+        ) from error
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Longest sequence the model has positions for; None when the config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
+    """A causal LM. Under ZeRO-3 (see `engine.zero.sharded_init`) it is built and loaded sharded."""
+    model = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)[0]
+    if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:
+        raise ModelError(f"{path!r} has no language-model head; give a causal language model")
+    return model
+
+
+def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -> tuple[nn.Module, bool]:
+    """A sequence-classification model with one output.
+
+    Args:
+        path: a reward model, or a causal LM, whose backbone then gets a new head.
+        dtype: of the parameters.
+        pad_token_id: written into the config, so that transformers' own pooling finds the last real token.
+
+    Returns:
+        The model, and whether its head is new (its weights are then arbitrary and the caller initialises them).
+    """
+    model, info = _from_pretrained(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ModelError(
+            f"{path!r} ({type(model).__name__}) has no linear head named `score`; reward and value models need a "
+            "decoder-only architecture such as Llama, Qwen, Mistral or Gemma"
+        )
+    if pad_token_id is not None:
+        model.config.pad_token_id = pad_token_id
+    return model, any(key.startswith("score.") for key in info["missing_keys"])
+
+
+def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        return auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
+            "and safetensors weights, or a hub name that this machine can reach."
+        ) from error
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Switch every dropout off, in modules and in the configs that attention functions read."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model

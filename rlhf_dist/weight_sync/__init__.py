@@ -1,0 +1,1 @@
+"""Policy weights → rollout engines, bucket by bucket, with a version and a checksum."""

@@ -1,0 +1,89 @@
+"""Both ends of a weight transfer through host memory: buckets of whole parameters, and a checksum of what arrived.
+
+Bounded by design: the sender gathers, and the receiver holds, one bucket at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_dist.engine import zero
+from rlhf_dist.errors import TrainingError
+
+BUCKET_BYTES = 256 * 2**20
+_INT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(name: str, tensor: Tensor) -> int:
+    """A number that changes when bits of the tensor change or move; computed where the tensor is.
+
+    Positions are weighted so that swapped elements are seen; int64 wraps around, which is deterministic.
+    """
+    bits = tensor.detach().reshape(-1).view(_INT_VIEWS[tensor.element_size()]).to(torch.int64)
+    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
+    return int((bits * (weights * 2 + len(name))).sum())
+
+
+class WeightSource:
+    """The sending end: a (possibly sharded) model."""
+
+    def __init__(self, model: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._buckets = zero.parameter_buckets(model, bucket_bytes)
+        self._checksum = 0
+
+    @property
+    def num_buckets(self) -> int:
+        """How many buckets hold the model."""
+        return len(self._buckets)
+
+    def bucket(self, index: int) -> dict[str, Tensor]:
+        """Name → whole parameter, copied to host memory. Collective under ZeRO-3."""
+        if index == 0:
+            self._checksum = 0
+        bucket = self._buckets[index]
+        with zero.whole([parameter for _, parameter in bucket]):
+            copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in bucket}
+        self._checksum += sum(checksum(name, tensor) for name, tensor in copies.items())
+        return copies
+
+    def checksum(self) -> int:
+        """Sum over all parameters sent since bucket 0."""
+        return self._checksum
+
+
+class WeightTarget:
+    """The receiving end: a whole model in a rollout engine."""
+
+    def __init__(self, model: Any) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._received: set[str] = set()
+        self._checksum = 0
+
+    @torch.no_grad()
+    def load_bucket(self, bucket: dict[str, Tensor]) -> None:
+        """Copy a bucket into the model."""
+        for name, tensor in bucket.items():
+            parameter = self._parameters[name]
+            parameter.copy_(tensor.to(parameter.dtype))
+            self._received.add(name)
+            # Of what arrived, before any cast: it must equal what was sent.
+            self._checksum += checksum(name, tensor)
+
+    def finish(self) -> int:
+        """The checksum of a whole transfer, ready for the next.
+
+        Raises:
+            TrainingError: parameters are missing.
+        """
+        missing = self._parameters.keys() - self._received
+        if missing:
+            raise TrainingError(
+                f"{len(missing)} of {len(self._parameters)} parameters did not arrive at a rollout engine, {min(missing)} "
+                "among them; policy and engine must be the same model"
+            )
+        total, self._checksum = self._checksum, 0
+        self._received = set()
+        return total

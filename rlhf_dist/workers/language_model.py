@@ -1,0 +1,50 @@
+"""A language model under supervised training (pretraining, SFT)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_dist.algo.losses import Sums, nll_loss
+from rlhf_dist.batches import TokenBatch
+from rlhf_dist.config import TrainedModel
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.engine.distributed import RankContext
+from rlhf_dist.engine.train import LossTerm, StepReport
+from rlhf_dist.workers.trained import IDLE_TOKENS, MicroBatches, TrainedWorker, build_causal_lm, pick
+
+
+class LanguageModelWorker(TrainedWorker):
+    """Negative log-likelihood of target tokens."""
+
+    def __init__(self, config: TrainedModel, context: RankContext, num_steps: int, template_path: Any = None) -> None:
+        tokenizer = load_tokenizer(config.model_path, template_path)
+        super().__init__(build_causal_lm(config, context), config, context, num_steps, tokenizer)
+
+    def nll_term(self, name: str, micro_batches: list[TokenBatch | None], count: int, coefficient: float = 1.0) -> LossTerm:
+        """The mean negative log-likelihood over `count` targets as a term of an optimiser step."""
+        return LossTerm(name, micro_batches, self._nll, IDLE_TOKENS, count, coefficient)
+
+    def _nll(self, batch: TokenBatch) -> tuple[Any, Sums]:
+        logprobs, _ = self.engine(batch.tokens, batch.lengths, batch.loss_mask)
+        return nll_loss(logprobs)
+
+    def update(self, batch: TokenBatch, micro_batches: MicroBatches, num_targets: int, step: int) -> StepReport:
+        """One optimiser step; `num_targets` counts the targets of all ranks."""
+        self.seed_dropout(step)
+        return self.engine.step([self.nll_term("lm", pick(batch, micro_batches), num_targets)])
+
+    def evaluate(self, batch: TokenBatch, micro_batches: MicroBatches) -> dict[str, float]:
+        """Sums over this rank's rows: `nll` and `num_targets`."""
+        return evaluate_nll(self.engine, pick(batch, micro_batches))
+
+
+def evaluate_nll(engine: Any, micro_batches: list[TokenBatch | None]) -> dict[str, float]:
+    """Sums of negative log-likelihood (nats) and of targets. Idle micro-batches run, and count nothing."""
+    sums = {"nll": 0.0, "num_targets": 0.0}
+    for micro in micro_batches:
+        batch = (micro or IDLE_TOKENS).to(engine.device)
+        logprobs, _ = engine.infer(batch.tokens, batch.lengths, batch.loss_mask)
+        if micro is not None:
+            sums["nll"] -= float(logprobs.double().sum())
+            sums["num_targets"] += micro.num_targets
+    return sums

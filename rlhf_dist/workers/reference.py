@@ -1,0 +1,34 @@
+"""The frozen reference π_SFT (and any language model that is only evaluated)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_dist.batches import RolloutBatch, TokenBatch
+from rlhf_dist.config import FrozenModel
+from rlhf_dist.engine import zero
+from rlhf_dist.engine.distributed import RankContext
+from rlhf_dist.engine.frozen import FrozenEngine, frozen_ds_config
+from rlhf_dist.models.forward import TargetLogprobs
+from rlhf_dist.models.loading import DTYPES, load_causal_lm
+from rlhf_dist.workers.language_model import evaluate_nll
+from rlhf_dist.workers.policy import response_logprobs
+from rlhf_dist.workers.trained import MicroBatches, pick
+
+
+class ReferenceWorker:
+    """Log-probs of responses under frozen weights."""
+
+    def __init__(self, config: FrozenModel, context: RankContext, *, temperature: float = 1.0) -> None:
+        with zero.sharded_init(frozen_ds_config(config, context.world_size)):
+            model = load_causal_lm(config.model_path, DTYPES[config.precision])
+        self.engine = FrozenEngine(TargetLogprobs(model), config, context)
+        self.temperature = temperature
+
+    def logprobs(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
+        """[rows, R] log-probs of the response tokens, 0 on padding."""
+        return response_logprobs(self.engine, rollout, micro_batches, self.temperature)
+
+    def evaluate(self, batch: TokenBatch, micro_batches: MicroBatches) -> dict[str, float]:
+        """Sums over this rank's rows: `nll` and `num_targets`."""
+        return evaluate_nll(self.engine, pick(batch, micro_batches))

@@ -1,0 +1,45 @@
+"""The frozen reward model r_θ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_dist.batches import SequenceBatch
+from rlhf_dist.config import FrozenModel
+from rlhf_dist.engine import zero
+from rlhf_dist.engine.distributed import RankContext
+from rlhf_dist.engine.frozen import FrozenEngine, frozen_ds_config
+from rlhf_dist.errors import ModelError
+from rlhf_dist.models.forward import ScalarHead, last_token_scores
+from rlhf_dist.models.loading import DTYPES, load_scalar_model
+from rlhf_dist.workers.trained import IDLE_SEQUENCE, MicroBatches, flat_rows, pick
+
+
+class RewardWorker:
+    """One number a sequence."""
+
+    def __init__(self, config: FrozenModel, context: RankContext) -> None:
+        with zero.sharded_init(frozen_ds_config(config, context.world_size)):
+            model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id=None)
+        if head_is_new:
+            raise ModelError(
+                f"{config.model_path!r} has no trained scalar head, so its scores would be noise; give the model/ folder of "
+                "a `rlhf-dist reward` run or another sequence-classification model with one label"
+            )
+        self.engine = FrozenEngine(ScalarHead(model), config, context)
+
+    def score(self, batch: SequenceBatch, micro_batches: MicroBatches) -> Tensor:
+        """[rows] fp32 scores at the last token."""
+        return sequence_scores(self.engine, batch, micro_batches)
+
+
+def sequence_scores(engine: Any, batch: SequenceBatch, micro_batches: MicroBatches) -> Tensor:
+    """[rows] fp32: the scalar at each sequence's last token; idle micro-batches run and are dropped."""
+    outputs = []
+    for micro in pick(batch, micro_batches):
+        rows = (micro or IDLE_SEQUENCE).to(engine.device)
+        scores = last_token_scores(engine.infer(rows.tokens, rows.lengths), rows.lengths)
+        outputs.append(scores[:, None] if micro is not None else None)
+    return flat_rows(outputs, micro_batches, len(batch)).reshape(-1)

@@ -1,0 +1,78 @@
+"""The value function V (critic) under PPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_dist.algo.losses import Sums, value_loss
+from rlhf_dist.batches import Experience, RolloutBatch
+from rlhf_dist.config import TrainedModel
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.engine.distributed import RankContext
+from rlhf_dist.engine.train import LossTerm, StepReport
+from rlhf_dist.models.forward import state_values
+from rlhf_dist.models.loading import without_dropout
+from rlhf_dist.workers.trained import (
+    IDLE_EXPERIENCE,
+    MicroBatches,
+    TrainedWorker,
+    build_scalar_model,
+    flat_rows,
+    pick,
+)
+
+
+@dataclass(frozen=True)
+class ValueStep:
+    """This rank's share of one optimiser step."""
+
+    micro_batches: MicroBatches
+    num_tokens: int
+    """Response tokens of the step over all ranks."""
+
+
+class ValueWorker(TrainedWorker):
+    """V(state before each response token)."""
+
+    def __init__(
+        self,
+        config: TrainedModel,
+        context: RankContext,
+        num_steps: int,
+        *,
+        clip_range: float | None,
+        template_path: Path | None = None,
+    ) -> None:
+        tokenizer: Any = load_tokenizer(config.model_path, template_path)
+        module = build_scalar_model(config, context, tokenizer.pad_token_id)
+        super().__init__(module, config, context, num_steps, tokenizer)
+        without_dropout(self.model)
+        self.clip_range = clip_range
+
+    def values(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
+        """[rows, R] fp32 values, 0 on padding."""
+        outputs = []
+        for micro in pick(rollout, micro_batches):
+            batch = (micro or IDLE_EXPERIENCE).to(self.engine.device)
+            scalars = self.engine.infer(batch.tokens, batch.lengths)
+            values = state_values(scalars, batch.prompt_lengths, batch.response_mask)
+            outputs.append(values if micro is not None else None)
+        return flat_rows(outputs, micro_batches, len(rollout))
+
+    def update(self, experience: Experience, steps: list[ValueStep]) -> list[StepReport]:
+        """One optimiser step an entry of `steps`."""
+        reports = []
+        for step in steps:
+            micro_batches = pick(experience, step.micro_batches)
+            term = LossTerm("value", micro_batches, self._value_loss, IDLE_EXPERIENCE, step.num_tokens)
+            reports.append(self.engine.step([term]))
+        return reports
+
+    def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
+        scalars = self.engine(batch.tokens, batch.lengths)
+        values = state_values(scalars, batch.prompt_lengths, batch.response_mask)
+        return value_loss(values, batch.old_values, batch.returns, batch.response_mask, self.clip_range)
