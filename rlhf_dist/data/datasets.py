@@ -1,0 +1,326 @@
+"""Tokenized data sets: read, checked and encoded once, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_dist.algo.random import permutation
+from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
+from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData
+from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
+from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.store import DataReport, Ragged, Tally
+from rlhf_dist.errors import DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Indices = Sequence[int] | Tensor
+Encoded = tuple[list[int], list[bool]]
+"""Ids and targets of a sequence."""
+
+
+class SequenceDataset:
+    """Sequences with their targets; an item is a conversation, or a chunk of a plain text."""
+
+    def __init__(self, rows: Sequence[Encoded], report: DataReport) -> None:
+        self._ids = Ragged([ids for ids, _ in rows])
+        self._masks = Ragged([mask for _, mask in rows], dtype=np.bool_)
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[len] int64 tokens of each item."""
+        return self._ids.lengths
+
+    def batch(self, indices: Indices) -> TokenBatch:
+        """The items `indices`, in that order."""
+        ids = self._ids.pick(indices)
+        masks = self._masks.pick(indices)
+        return TokenBatch(pad_rows(ids), _lengths(ids), pad_rows(masks, False, torch.bool))
+
+
+class PreferenceDataset:
+    """Pairs of sequences of which the first was preferred."""
+
+    def __init__(self, chosen: Sequence[list[int]], rejected: Sequence[list[int]], report: DataReport) -> None:
+        self._chosen, self._rejected = Ragged(chosen), Ragged(rejected)
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[len] int64 tokens of each pair, both sides."""
+        return self._chosen.lengths + self._rejected.lengths
+
+    def batch(self, indices: Indices) -> PreferenceBatch:
+        """The pairs `indices`, in that order."""
+        chosen, rejected = self._chosen.pick(indices), self._rejected.pick(indices)
+        return PreferenceBatch(pad_rows(chosen), _lengths(chosen), pad_rows(rejected), _lengths(rejected))
+
+
+class PromptDataset:
+    """Prompts, encoded up to where the assistant begins."""
+
+    def __init__(self, rows: Sequence[list[int]], texts: Sequence[str], report: DataReport) -> None:
+        self._ids = Ragged(rows)
+        self._texts = tuple(texts)
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[len] int64 tokens of each prompt."""
+        return self._ids.lengths
+
+    def text(self, index: int) -> str:
+        """The prompt for a reader: the user's message, or the turns with their roles."""
+        return self._texts[index]
+
+    def batch(self, indices: Indices, sample_ids: Indices | None = None) -> PromptBatch:
+        """The prompts `indices`, in that order; `sample_ids` (default: `indices`) must be unique."""
+        ids = self._ids.pick(indices)
+        samples = torch.as_tensor(indices if sample_ids is None else sample_ids, dtype=torch.long)
+        if len(samples) != len(ids) or len(torch.unique(samples)) != len(ids):
+            raise ValueError(f"{len(ids)} prompts need as many unique sample ids; got {samples.tolist()}")
+        return PromptBatch(pad_rows(ids), _lengths(ids), samples)
+
+
+@dataclass(frozen=True)
+class Split(Generic[T]):
+    """What is trained on and what is held out."""
+
+    train: T
+    eval: T | None
+
+
+def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[SequenceDataset]:
+    """Training and held-out sequences; the latter come from `eval`, or are `eval_fraction` of the records of `train`.
+
+    Raises:
+        DataError: a file or record that cannot be used (with its place), or nothing left to train or evaluate on.
+    """
+    train, held_out = _split(data, data.train, data.eval, read_sequences, seed)
+    return Split(
+        _encode_sequences(train, data, tokenizer),
+        None if held_out is None else _encode_sequences(held_out, data, tokenizer),
+    )
+
+
+def load_sequences(
+    sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> SequenceDataset:
+    """All records of kinds `instruction`, `messages` and `text`. Errors as `load_sft`."""
+    return _encode_sequences([record for source in sources for record in read_sequences(source)], settings, tokenizer)
+
+
+def load_preferences(data: RewardData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[PreferenceDataset]:
+    """Training and held-out pairs. `seed` draws the pairs of `ratings` and the split. Errors as `load_sft`."""
+    train, held_out = _split(data, data.train, data.eval, lambda source: read_preferences(source, seed), seed)
+    return Split(
+        _encode_pairs(train, data, tokenizer), None if held_out is None else _encode_pairs(held_out, data, tokenizer)
+    )
+
+
+def load_pairs(
+    sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreferenceDataset:
+    """All pairs of kinds `preference` and `ratings`. Errors as `load_sft`."""
+    pairs = [pair for source in sources for pair in read_preferences(source, seed)]
+    return _encode_pairs(pairs, settings, tokenizer)
+
+
+def load_prompts(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    on_too_long: Literal["error", "skip", "truncate"] = "error",
+) -> PromptDataset:
+    """Prompts to generate from. A longer one than `max_prompt_tokens` is left out under `skip`, else refused: prompts
+    are never cut. Errors as `load_sft`."""
+    rows, texts, tally = [], [], Tally()
+    for prompt in (prompt for source in sources for prompt in read_prompts(source)):
+        tally.num_records += 1
+        with _at(prompt.location):
+            ids = encode_prompt(tokenizer, prompt.messages)
+            if len(ids) > max_prompt_tokens:
+                if on_too_long == "skip":
+                    tally.skip(prompt.location)
+                    continue
+                raise DataError(
+                    f"the prompt has {len(ids)} tokens, more than the {max_prompt_tokens} that data.max_length_tokens "
+                    "leaves beside rollout.max_response_tokens; raise the first, lower the second, shorten the prompt, "
+                    "or set on_too_long to skip"
+                )
+        tally.num_tokens += len(ids)
+        rows.append(ids)
+        texts.append(_readable(prompt.messages))
+    _refuse_empty(rows, tally, f"max_prompt_tokens {max_prompt_tokens}")
+    return PromptDataset(rows, texts, tally.report())
+
+
+def _split(
+    settings: DataSettings,
+    train: Iterable[DataSource],
+    held_out: Sequence[DataSource],
+    read: Callable[[DataSource], Sequence[R]],
+    seed: int,
+) -> tuple[list[R], list[R] | None]:
+    """Records to train on and to hold out. Records are split, not chunks: no text is on both sides."""
+    records = [record for source in train for record in read(source)]
+    if held_out:
+        return records, [record for source in held_out for record in read(source)]
+    if settings.eval_fraction == 0:
+        return records, None
+    num_eval = round(len(records) * settings.eval_fraction)
+    if not 0 < num_eval < len(records):
+        raise DataError(
+            f"data.eval_fraction {settings.eval_fraction} of {len(records)} records holds out {num_eval} and leaves "
+            f"{len(records) - num_eval} to train on; both must be at least 1: change eval_fraction or give more records"
+        )
+    order = permutation(seed, "data/eval_split", 0, len(records)).tolist()
+    # In file order on both sides, so that neither depends on how the other was drawn.
+    return [records[i] for i in sorted(order[num_eval:])], [records[i] for i in sorted(order[:num_eval])]
+
+
+def _encode_sequences(
+    records: Sequence[Conversation | Text], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> SequenceDataset:
+    rows: list[Encoded] = []
+    tally = Tally()
+    for record in records:
+        tally.num_records += 1
+        with _at(record.location):
+            if isinstance(record, Text):
+                kept = _fit_text(encode_text(tokenizer, record.text), settings)
+            else:
+                kept = _fit(encode_conversation(tokenizer, record.messages), settings, tally)
+        if not kept:
+            tally.skip(record.location)
+        tally.num_tokens += sum(len(ids) for ids, _ in kept)
+        rows += kept
+    _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
+    return SequenceDataset(rows, tally.report())
+
+
+def _encode_pairs(
+    pairs: Sequence[Preference], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> PreferenceDataset:
+    chosen: list[list[int]] = []
+    rejected: list[list[int]] = []
+    tally = Tally()
+    for pair in pairs:
+        tally.num_records += 1
+        cut = Tally()
+        with _at(pair.location):
+            sides = [
+                _fit(_encode_side(tokenizer, pair.prompt, side), settings, cut) for side in (pair.chosen, pair.rejected)
+            ]
+        # Cutting the ends can leave the two sides the same; so can a tokenizer that folds case or accents.
+        if not all(sides) or sides[0][0][0] == sides[1][0][0]:
+            tally.skip(pair.location)
+            continue
+        tally.num_truncated += bool(cut.num_truncated)
+        for kept, [(ids, _)] in zip((chosen, rejected), sides, strict=True):
+            kept.append(ids)
+            tally.num_tokens += len(ids)
+    _refuse_empty(chosen, tally, f"max_length_tokens {settings.max_length_tokens}")
+    return PreferenceDataset(chosen, rejected, tally.report())
+
+
+def _encode_side(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...], side: tuple[Message, ...]) -> Encoded:
+    """A continuation with its prompt; without a prompt, as plain text."""
+    if prompt:
+        return encode_conversation(tokenizer, (*prompt, *side), first_target=len(prompt))
+    return _all_targets(encode_text(tokenizer, side[-1]["content"]))
+
+
+def _all_targets(ids: list[int]) -> Encoded:
+    return ids, [False] + [True] * (len(ids) - 1)
+
+
+def _fit_text(ids: list[int], settings: DataSettings) -> list[Encoded]:
+    """A plain text in sequences of `max_length_tokens`. `truncate` cuts it into consecutive ones and loses nothing:
+    each begins with the last token of the one before, since a sequence's first token is never a target."""
+    limit = settings.max_length_tokens
+    if len(ids) <= limit:
+        return [_all_targets(ids)]
+    if settings.on_too_long == "skip":
+        return []
+    if settings.on_too_long == "error":
+        raise _too_long(len(ids), limit)
+    if limit < 2:
+        raise DataError(f"max_length_tokens {limit} leaves no token to predict; it must be at least 2: raise it")
+    return [_all_targets(ids[start : start + limit]) for start in range(0, len(ids) - 1, limit - 1)]
+
+
+def _fit(encoded: Encoded, settings: DataSettings, tally: Tally) -> list[Encoded]:
+    """[`encoded`], cut to `max_length_tokens` where it is longer and may be; [] where it is to be left out."""
+    ids, mask = encoded
+    limit = settings.max_length_tokens
+    if len(ids) <= limit:
+        return [encoded]
+    if settings.on_too_long == "skip":
+        return []
+    if settings.on_too_long == "error":
+        raise _too_long(len(ids), limit)
+    prompt_tokens = mask.index(True)
+    if prompt_tokens >= limit:
+        raise DataError(
+            f"the prompt alone has {prompt_tokens} tokens, which leaves no room for a response in max_length_tokens "
+            f"{limit}, and prompts are never cut; raise max_length_tokens, shorten the prompt, or set on_too_long to "
+            "skip"
+        )
+    tally.num_truncated += 1
+    # What is left of a later prompt behind the last target would only be computed, never learnt from.
+    end = limit - mask[:limit][::-1].index(True)
+    return [(ids[:end], mask[:end])]
+
+
+def _too_long(num_tokens: int, limit: int) -> DataError:
+    return DataError(
+        f"the record has {num_tokens} tokens, more than max_length_tokens {limit}; raise it, shorten the record, or "
+        "set on_too_long to truncate or skip"
+    )
+
+
+def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:
+    if not rows:
+        report = tally.report()
+        raise DataError(
+            f"none of {report.num_records} records is left ({report.num_skipped} skipped under {limit}, first "
+            f"{', '.join(report.skipped[:3]) or 'none'}); a set needs at least one: raise the limit, or give other data"
+        )
+
+
+@contextmanager
+def _at(location: str) -> Iterator[None]:
+    """Put the place of a record before what is wrong with it."""
+    try:
+        yield
+    except DataError as err:
+        raise DataError(f"{location}: {err}") from err
+
+
+def _readable(messages: tuple[Message, ...]) -> str:
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _lengths(rows: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([len(row) for row in rows], dtype=torch.long)

@@ -1,0 +1,233 @@
+"""Conversations and texts to token ids, with the tokens whose prediction is trained.
+
+A conversation is rendered whole and tokenized once. Which tokens belong to assistant turns is read off the offsets
+that this one tokenization reports. Tokenizing a prompt and its response apart gives other tokens at the border than
+the model sees in use, and a mask that is off by the difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from rlhf_dist.errors import DataError
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}, as chat templates take it."""
+
+Span = tuple[int, int]
+"""Characters start..end-1 of a rendered conversation."""
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SENTINEL = "SENTINELRESPONSE"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    """Ends with the stop token of the last assistant turn."""
+    spans: tuple[Span, ...]
+    """Assistant turns (content and stop token) in `text`, in order, not overlapping."""
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], first_target: int = 0
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation up to its last assistant turn, and which of them are trained.
+
+    Targets are the tokens that hold any character of an assistant turn or of the token that ends it, for the turns
+    from `messages[first_target]` on. The last id is EOS or the template's end-of-turn token: EOS is appended where a
+    template ends turns with neither, and white space that a template puts behind is left out. What follows the last
+    assistant turn is left out, since no target can see it. The mask is never True at 0.
+
+    Raises:
+        DataError: no assistant turn, a template that refuses the messages or that renders a conversation's
+            beginning differently from the conversation (no location: the caller knows it).
+    """
+    rendered = render_conversation(tokenizer, messages, first_target)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = list(encoded["input_ids"])
+    if not ids or ids[-1] not in stop_token_ids(tokenizer):
+        raise DataError(
+            f"the rendered conversation ends in {rendered.text[-20:]!r}, which does not tokenize to an end-of-turn "
+            "token; make the template end assistant turns with eos_token"
+        )
+    mask = _mask(encoded["offset_mapping"], rendered.spans)
+    mask[0] = False
+    return ids, mask
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation that ends where the assistant begins to speak.
+
+    Raises:
+        DataError: a template that refuses the messages, or a prompt of no tokens.
+    """
+    text = _render(tokenizer, messages, generation_prompt=True)
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise DataError(f"the prompt {text[:40]!r} tokenizes to nothing; give it text")
+    return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a plain text, begun as the tokenizer begins texts (BOS where it has the habit), ended by one EOS.
+
+    Raises:
+        DataError: a text of no tokens.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if ids and ids[-1] == _eos(tokenizer):
+        ids.pop()
+    if not ids:
+        raise DataError(f"the text {text[:40]!r} tokenizes to nothing; give it text")
+    return [*ids, _eos(tokenizer)]
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: EOS, and the chat template's end-of-turn token where that is another."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return list(_stop_token_ids(tokenizer, template, _eos(tokenizer)))
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    return cast(int, tokenizer.eos_token_id)  # `load_tokenizer` refuses tokenizers without
+
+
+@lru_cache(maxsize=8)
+def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, eos: int) -> tuple[int, ...]:
+    """Cached, since every conversation asks; the template and EOS are arguments because they can be reassigned."""
+    if template is None:
+        return (eos,)
+    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
+    try:
+        behind = _render(tokenizer, probe).rpartition(_SENTINEL)[2].strip()
+    except DataError:
+        return (eos,)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (eos, ids[0]) if ids and ids[0] != eos and ids[0] in special else (eos,)
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], first_target: int = 0
+) -> Rendered:
+    """Text of a conversation up to its last assistant turn, with the spans of the turns from `first_target` on."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [i for i in turns if i >= first_target]
+    if not wanted:
+        raise DataError("the conversation has no assistant turn to learn from; add one, or leave the record out")
+    if turns[0] == 0:
+        raise DataError("the conversation begins with an assistant turn; put a user or system message before it")
+    messages = messages[: turns[-1] + 1]
+    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
+        text, spans = _tagged_spans(tokenizer, messages, len(turns))
+        spans = spans[len(turns) - len(wanted) :]
+    else:
+        text = _render(tokenizer, messages)
+        spans = [_prefix_span(tokenizer, messages, text, i) for i in wanted]
+    return _close_turns(tokenizer, text, spans, messages[-1]["content"])
+
+
+def _tagged_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], num_turns: int
+) -> tuple[str, list[Span]]:
+    """Spans that a template marks itself with {% generation %} … {% endgeneration %}."""
+    try:
+        # What apply_chat_template calls; it keeps the spans to itself. Its annotations miss that they are returned.
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **cast(dict[str, Any], tokenizer.special_tokens_map),
+        )
+    except TemplateError as err:
+        raise _refusal(err) from err
+    [text], [spans] = rendered
+    if len(spans) != num_turns:
+        raise DataError(
+            f"the chat template marks {len(spans)} assistant turns with {{% generation %}} where the conversation "
+            f"has {num_turns}; mend the template so that each turn is marked once, or remove the marks"
+        )
+    return text, list(spans)
+
+
+def _prefix_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, turn: int) -> Span:
+    """Characters by which rendering `messages[:turn + 1]` is longer than the prompt for that turn."""
+    before = _render(tokenizer, messages[:turn], generation_prompt=True)
+    through = text if turn == len(messages) - 1 else _render(tokenizer, messages[: turn + 1])
+    if not (through.startswith(before) and text.startswith(through)):
+        raise DataError(
+            f"the chat template renders the messages before assistant turn {turn} (message {turn + 1} of "
+            f"{len(messages)}) differently when the turn follows, so its tokens cannot be told from the prompt's; mark "
+            "assistant turns in the template with {% generation %}, or give a record for each turn"
+        )
+    return len(before), len(through)
+
+
+def _close_turns(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], last_content: str) -> Rendered:
+    """Let every span end with its stop token, and the text with the last span.
+
+    Templates put white space behind the stop token that a model which stops there never writes, and some put the stop
+    token outside their {% generation %} marks.
+    """
+    stops = tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids(tokenizer))
+    closed: list[Span] = []
+    has_stop = False
+    for start, end in spans:
+        body, behind = text[start:end].rstrip(), text[end:].lstrip()
+        stop = next((s for s in stops if behind.startswith(s)), None)
+        has_stop = True
+        if body.endswith(stops):
+            end = start + len(body)
+        elif stop is not None:
+            end = len(text) - len(behind) + len(stop)
+        else:
+            has_stop = False
+        closed.append((start, end))
+    start, end = closed[-1]
+    if not has_stop:
+        at = text.rfind(last_content, start, end)
+        text = text[: at + len(last_content) if at >= 0 else end] + str(tokenizer.eos_token)
+        closed[-1] = start, len(text)
+    return Rendered(text[: closed[-1][1]], tuple(closed))
+
+
+def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """True for tokens that hold any character of a span.
+
+    Some tokenizers trim a token's leading space off its offsets, so a token reaches back to where the one before ended.
+    The pieces of one character that takes several tokens all report that character.
+    """
+    mask: list[bool] = []
+    which, reached = 0, 0
+    for start, end in offsets:
+        start = min(start, reached)
+        reached = max(reached, end)
+        while which < len(spans) and spans[which][1] <= start:
+            which += 1
+        mask.append(which < len(spans) and start < spans[which][1] and end > spans[which][0])
+    return mask
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    except TemplateError as err:
+        raise _refusal(err) from err
+    return str(text)
+
+
+def _refusal(err: TemplateError) -> DataError:
+    return DataError(
+        f"the chat template refuses the conversation ({err}); mend the roles and their order, or use another template"
+    )

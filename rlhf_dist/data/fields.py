@@ -1,0 +1,131 @@
+"""Typed access to the fields of one row; every refusal names the place, the field and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_dist.data.encoding import Message
+from rlhf_dist.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+
+_MISSING = object()
+
+
+class Fields:
+    """One row, read by field name. `mapping` (field → column) comes from the config; a column may be a dotted path
+    into nested records ("instances.0.output")."""
+
+    def __init__(self, location: str, values: Mapping[str, Any], mapping: Mapping[str, str]) -> None:
+        self.location = location
+        self._values = values
+        self._mapping = mapping
+
+    def has_column(self, column: str) -> bool:
+        """Whether the row has that column, filled or not."""
+        return _lookup(self._values, column) is not _MISSING
+
+    def get(self, field: str) -> Any:
+        """The field's value; None where it is absent."""
+        value = _lookup(self._values, self._mapping.get(field, field))
+        return None if value is _MISSING else value
+
+    def required(self, field: str) -> Any:
+        """The field's value, which must be there."""
+        value = self.get(field)
+        if value is None:
+            raise self.error(field, f"is missing; the row has {_listed(self._values)}", _remedy(field))
+        return value
+
+    def text(self, field: str) -> str:
+        """A string that is not blank."""
+        return self.checked_text(field, self.required(field))
+
+    def optional_text(self, field: str) -> str:
+        """A string, or "" where the field is absent, null or blank."""
+        value = self.get(field)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return self.checked_text(field, value)
+
+    def number(self, field: str) -> float:
+        """A finite number, as a number or as text."""
+        value = self.required(field)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.error(field, f"is {_short(value)}, which is not a finite number", "mend the row")
+        return number
+
+    def messages(self, field: str) -> tuple[Message, ...]:
+        """A list of {"role", "content"} messages."""
+        value = self.required(field)
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+            raise self.error(
+                field, f"is {_short(value)}, not a list of messages", 'write it as [{"role": ..., "content": ...}]'
+            )
+        return tuple(self._message(f"{field}[{i}]", item) for i, item in enumerate(value))
+
+    def checked_text(self, field: str, value: Any) -> str:
+        """`value`, if it is a non-blank string that can be encoded."""
+        if not isinstance(value, str):
+            raise self.error(
+                field, f"is {_short(value)}, a {type(value).__name__}, not a string", "write it as a string"
+            )
+        if not value.strip():
+            raise self.error(field, f"is {value[:20]!r}, which holds no text", "fill it, or remove the row")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise self.error(
+                field, f"holds half a character at position {err.start}", "write it as valid UTF-8"
+            ) from err
+        return value
+
+    def error(self, field: str, problem: str, remedy: str) -> DataError:
+        """The refusal of a field."""
+        column = self._mapping.get(field, field)
+        named = f"field {field!r}" if column == field else f"field {field!r} (column {column!r})"
+        return DataError(f"{self.location}: {named} {problem}; {remedy}")
+
+    def _message(self, field: str, item: Any) -> Message:
+        if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
+            raise self.error(field, f'is {_short(item)}, without "role" and "content"', "give it both")
+        role, content = item["role"], item["content"]
+        if role not in ROLES:
+            raise self.error(f"{field}.role", f"is {_short(role)}", f"use one of {', '.join(ROLES)}")
+        # An empty system message is a common way to write that there is none.
+        if not (role == "system" and content == ""):
+            self.checked_text(f"{field}.content", content)
+        return {"role": role, "content": content}
+
+
+def _lookup(values: Mapping[str, Any], column: str) -> Any:
+    if column in values:
+        return values[column]
+    node: Any = values
+    for part in column.split("."):
+        if isinstance(node, Mapping) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return _MISSING
+    return node
+
+
+def _remedy(field: str) -> str:
+    return f"add it, or map it with fields: {{{field}: <column>}}"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, values)) or "no columns"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

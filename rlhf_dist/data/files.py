@@ -1,0 +1,232 @@
+"""Rows of data files, each with the place it came from. The formats are read by the libraries that own them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.config import DataSource
+from rlhf_dist.errors import DataError
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row is, as "file.jsonl:17" where the file has lines, and its columns."""
+
+_PLAIN_TEXT_FIELD = {"text": "text", "prompt": "prompt"}
+"""Kinds that a file of plain lines can hold, and the field that a line is."""
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_rows(source: DataSource) -> Iterator[Row]:
+    """The first `source.limit` rows of a file, a `datasets` directory or a hub name.
+
+    Raises:
+        DataError: nothing there, an unknown format, broken or non-UTF-8 content (with its line), no rows.
+    """
+    empty = True
+    for row in islice(_rows(source), source.limit):
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{source.path} holds no records; a set needs at least one: give another file, or leave it out")
+
+
+def _rows(source: DataSource) -> Iterator[Row]:
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return _dataset_rows(source, _load_directory(source, path))
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": _jsonl_rows,
+        ".csv": _table_rows,
+        ".tsv": _table_rows,
+        ".txt": _txt_rows,
+        ".parquet": _parquet_rows,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is not None:
+        if not path.is_file():
+            raise DataError(f"{source.path} does not exist (looked in {Path.cwd()}); give the path of a data file")
+        return reader(source, path)
+    if path.exists() or path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
+        known = ", ".join(readers)
+        raise DataError(
+            f"{source.path} is no data set: files end in one of {known}; directories are written by "
+            "Dataset.save_to_disk; rename the file, or convert it"
+        )
+    return _dataset_rows(source, _load_hub(source))
+
+
+def _lines(source: DataSource, path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file with their line ends; a byte-order mark is dropped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as err:
+                raise DataError(
+                    f"{source.path}:{number}: byte 0x{line[err.start]:02x} at column {err.start + 1} is not UTF-8; "
+                    "data is read as UTF-8: convert the file (for example with iconv -f latin1 -t utf-8)"
+                ) from err
+
+
+def _jsonl_rows(source: DataSource, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(source, path), start=1):
+        if not line.strip():
+            continue
+        location = f"{source.path}:{number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise DataError(
+                f"{location}: not JSON ({err.msg} at column {err.colno}); every line must be one JSON object: mend it"
+            ) from err
+        yield location, _object(location, values)
+
+
+def _json_rows(source: DataSource, path: Path) -> Iterator[Row]:
+    try:
+        content = json.loads("".join(_lines(source, path)))
+    except json.JSONDecodeError as err:
+        raise DataError(
+            f"{source.path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); a .json file is one list of "
+            'objects, or {"data": [...]}: mend it, or name it .jsonl if every line is an object'
+        ) from err
+    records = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise DataError(
+            f'{source.path} holds neither a list of objects nor {{"data": [...]}}; give it one of these forms'
+        )
+    for number, values in enumerate(records, start=1):
+        location = f"{source.path}: record {number}"
+        yield location, _object(location, values)
+
+
+def _object(location: str, values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, dict):
+        raise DataError(f"{location}: a {type(values).__name__} where a record must be a JSON object; wrap it in one")
+    return values
+
+
+def _txt_rows(source: DataSource, path: Path) -> Iterator[Row]:
+    """A table when columns or a delimiter are named, else one plain text a line (empty lines are left out)."""
+    if source.columns is not None or source.delimiter is not None:
+        yield from _table_rows(source, path)
+        return
+    field = _PLAIN_TEXT_FIELD.get(source.kind)
+    if field is None:
+        raise DataError(
+            f"{source.path}: a .txt file of plain lines cannot hold kind {source.kind!r}, only "
+            f"{' and '.join(map(repr, _PLAIN_TEXT_FIELD))}; if it is a table, name its columns"
+        )
+    column = source.fields.get(field, field)
+    for number, line in enumerate(_lines(source, path), start=1):
+        if line.strip():
+            yield f"{source.path}:{number}", {column: line.rstrip("\r\n")}
+
+
+def _table_rows(source: DataSource, path: Path) -> Iterator[Row]:
+    """Rows of delimited text. Comma-separated files may quote fields, as RFC 4180 has it.
+
+    In tab-separated text a quote is a character like any other (IANA's text/tab-separated-values has no quoting), so a
+    stray one cannot swallow the lines behind it.
+    """
+    delimiter = source.delimiter or ("," if path.suffix.lower() == ".csv" else "\t")
+    if len(delimiter) != 1:
+        raise DataError(f"{source.path}: delimiter {delimiter!r} must be one character; set delimiter to one")
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(_lines(source, path), delimiter=delimiter, quoting=quoting, strict=True)
+    # The csv module refuses fields over 128 KiB unless told otherwise, for the whole process; documents are longer.
+    old_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield from _named_columns(source, reader)
+    except csv.Error as err:
+        raise DataError(
+            f"{source.path}:{reader.line_num}: not a table delimited by {delimiter!r} ({err}); close the quoted field, "
+            "or set delimiter"
+        ) from err
+    finally:
+        csv.field_size_limit(old_limit)
+
+
+def _named_columns(source: DataSource, reader: Any) -> Iterator[Row]:
+    """Rows of a `csv.reader`, named by `source.columns` or by the first row."""
+    columns = source.columns
+    last_line = 0
+    for cells in reader:
+        line, last_line = last_line + 1, reader.line_num  # a quoted field may span lines: a row is named by its first
+        if not cells:
+            continue
+        if columns is None:
+            columns = tuple(cells)
+            continue
+        if len(cells) != len(columns):
+            raise DataError(
+                f"{source.path}:{line}: {len(cells)} columns where there should be {len(columns)} "
+                f"({', '.join(columns)}); mend the line, or set columns and delimiter to what the file has"
+            )
+        yield f"{source.path}:{line}", dict(zip(columns, cells, strict=True))
+
+
+def _parquet_rows(source: DataSource, path: Path) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield f"{source.path}: row {number}", values
+    except (ArrowException, OSError) as err:
+        reason = str(err).split("\n")[0]
+        raise DataError(f"{source.path}: not a readable Parquet file ({reason}); write it anew") from err
+
+
+def _load_directory(source: DataSource, path: Path) -> Any:
+    import datasets  # here, because it takes a second to import and most runs read plain files
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as err:  # datasets raises what its file system and Arrow raise
+        raise DataError(
+            f"{source.path} is not a directory written by Dataset.save_to_disk ({_first_line(err)}); give such a "
+            "directory, or a data file in it"
+        ) from err
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if source.split not in loaded:
+        raise DataError(
+            f"{source.path} has no split {source.split!r}; set split to one of {', '.join(map(str, loaded))}"
+        )
+    return loaded[source.split]
+
+
+def _load_hub(source: DataSource) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, split=source.split)
+    except Exception as err:  # the hub client, requests and Arrow each raise their own kinds
+        raise DataError(
+            f"{source.path} is neither a file or directory here (in {Path.cwd()}) nor a hub data set that can be "
+            f"reached with split {source.split!r} ({_first_line(err)}); check the name, the split and the network, or "
+            "give a local path"
+        ) from err
+
+
+def _dataset_rows(source: DataSource, dataset: Any) -> Iterator[Row]:
+    for number, values in enumerate(dataset, start=1):
+        yield f"{source.path}[{source.split}]: row {number}", values
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).strip().split("\n")[0] or type(err).__name__

@@ -1,0 +1,196 @@
+"""Rows of any format and kind → typed records, each with the place it came from.
+
+How the kinds are read:
+
+- `instruction`: the user message is `instruction`, then `input` after an empty line where there is one; the assistant's
+  is `output`. A `demonstration` (a worked example) goes before the instruction, with an empty line between.
+- `messages`: a chat. It is trained on every assistant turn; as a prompt it is what comes before the last one.
+- `text`: plain text, trained on every token.
+- `preference`: see `dialogues.py`.
+- `ratings`: responses of one prompt with a number each become pairs (`ratings.py`). Without a `prompt`, a response is
+  judged as plain text.
+- `prompt`: one user message, or a chat that ends with one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rlhf_dist.config import DataSource, RecordKind
+from rlhf_dist.data.dialogues import preference_messages
+from rlhf_dist.data.encoding import Message
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.files import read_rows
+from rlhf_dist.data.ratings import pair_by_rating
+from rlhf_dist.errors import ConfigError, DataError
+
+FIELDS: dict[RecordKind, tuple[str, ...]] = {
+    "instruction": ("instruction", "input", "output", "demonstration"),
+    "messages": ("messages",),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "margin"),
+    "ratings": ("prompt", "response", "rating"),
+    "prompt": ("prompt",),
+}
+"""Fields that each kind knows."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat with at least one assistant turn to learn from."""
+
+    messages: tuple[Message, ...]
+    location: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text."""
+
+    text: str
+    location: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two continuations of one prompt, of which the first was preferred."""
+
+    prompt: tuple[Message, ...]
+    """Empty: the continuations are plain texts."""
+    chosen: tuple[Message, ...]
+    """Begins and ends with an assistant message."""
+    rejected: tuple[Message, ...]
+    """Begins and ends with an assistant message."""
+    location: str
+    margin: float | None = None
+    """By how much it was preferred, in the units of the ratings; None where the data does not say."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat that the assistant is to continue."""
+
+    messages: tuple[Message, ...]
+    location: str
+
+
+def read_sequences(source: DataSource) -> list[Conversation | Text]:
+    """Records of kinds `instruction`, `messages` and `text`.
+
+    Raises:
+        DataError: what cannot be read, with its place.
+        ConfigError: a kind or field name that cannot be meant.
+    """
+    _check_kind(source, ("instruction", "messages", "text"), "supervised training")
+    records: list[Conversation | Text] = []
+    for row in _fields(source):
+        if source.kind == "text":
+            records.append(Text(row.text("text"), row.location))
+        elif source.kind == "instruction":
+            response = {"role": "assistant", "content": row.text("output")}
+            records.append(Conversation((_instruction(row), response), row.location))
+        else:
+            records.append(Conversation(row.messages("messages"), row.location))
+    return records
+
+
+def read_preferences(source: DataSource, seed: int) -> list[Preference]:
+    """Records of kind `preference`, and pairs made of kind `ratings` (drawn by `seed`). Errors as `read_sequences`."""
+    _check_kind(source, ("preference", "ratings"), "reward modelling")
+    if source.kind == "ratings":
+        return _rated_pairs(source, seed)
+    records = []
+    for row in _fields(source):
+        prompt, chosen, rejected = preference_messages(row)
+        margin = None if row.get("margin") is None else row.number("margin")
+        records.append(Preference(prompt, chosen, rejected, row.location, margin))
+    return records
+
+
+def read_prompts(source: DataSource) -> list[Prompt]:
+    """Prompts of kind `prompt`, or those of `instruction`, `messages` and `preference` records.
+
+    Errors as `read_sequences`.
+    """
+    _check_kind(source, ("prompt", "instruction", "messages", "preference"), "prompts")
+    return [Prompt(_prompt(source, row), row.location) for row in _fields(source)]
+
+
+def _prompt(source: DataSource, row: Fields) -> tuple[Message, ...]:
+    if source.kind == "instruction":
+        return (_instruction(row),)
+    if source.kind == "preference":
+        return preference_messages(row)[0]
+    field = source.kind
+    if source.kind == "prompt" and isinstance(row.required(field), str):
+        return ({"role": "user", "content": row.text(field)},)
+    messages = row.messages(field)
+    if source.kind == "messages":
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = messages[: turns[-1]] if turns else messages
+    if not messages or messages[-1]["role"] != "user":
+        raise row.error(field, "does not end with a user message for the assistant to answer", "add one")
+    return messages
+
+
+def _instruction(row: Fields) -> Message:
+    parts = (row.optional_text("demonstration"), row.text("instruction"), row.optional_text("input"))
+    return {"role": "user", "content": "\n\n".join(part for part in parts if part)}
+
+
+def _rated_pairs(source: DataSource, seed: int) -> list[Preference]:
+    groups: dict[str, list[tuple[str, float, str]]] = {}
+    for row in _fields(source):
+        rated = (row.text("response"), row.number("rating"), row.location)
+        groups.setdefault(row.optional_text("prompt"), []).append(rated)
+    pairs = []
+    for number, (prompt, rated) in enumerate(groups.items()):
+        for i, j in pair_by_rating([rating for _, rating, _ in rated], seed, source.min_margin, group=number):
+            (better, high, here), (worse, low, there) = rated[i], rated[j]
+            pairs.append(
+                Preference(
+                    prompt=({"role": "user", "content": prompt},) if prompt else (),
+                    chosen=({"role": "assistant", "content": better},),
+                    rejected=({"role": "assistant", "content": worse},),
+                    location=f"{here} over {there}",
+                    margin=high - low,
+                )
+            )
+    if not pairs:
+        raise DataError(
+            f"{source.path}: no two responses to one prompt differ in rating by min_margin {source.min_margin} or "
+            "more; lower min_margin, or give more rated responses a prompt"
+        )
+    return pairs
+
+
+def _fields(source: DataSource) -> Iterator[Fields]:
+    """Rows by field; a mapped column that no row has is refused, since optional fields would hide the misspelling."""
+    known = FIELDS[source.kind]
+    for field in source.fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            hint = f" (nearest: {near[0]!r})" if near else ""
+            raise ConfigError(
+                f"{source.path}: fields maps {field!r}, which kind {source.kind!r} does not have{hint}; map one of "
+                f"{', '.join(known)} to a column"
+            )
+    unseen = set(source.fields.values())
+    for location, values in read_rows(source):
+        row = Fields(location, values, source.fields)
+        unseen = {column for column in unseen if not row.has_column(column)}
+        yield row
+    if unseen:
+        raise DataError(
+            f"{source.path}: no row has the column {', '.join(map(repr, sorted(unseen)))} that fields names; give the "
+            "name of a column, or remove the mapping"
+        )
+
+
+def _check_kind(source: DataSource, kinds: Sequence[RecordKind], purpose: str) -> None:
+    if source.kind not in kinds:
+        raise ConfigError(
+            f"{source.path}: kind {source.kind!r} cannot be used for {purpose}; use one of {', '.join(kinds)}"
+        )

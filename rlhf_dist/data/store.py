@@ -1,0 +1,80 @@
+"""Rows of token ids kept compactly, and the account of what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_LISTED = 20
+"""Left-out records that a report names; the rest is only counted."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the records of a data set."""
+
+    num_records: int = 0
+    """Records (pairs, for preferences) read."""
+    num_used: int = 0
+    """Records that are trained on."""
+    num_skipped: int = 0
+    """Records left out: too long under on_too_long=skip, or a pair whose two sides are the same tokens."""
+    num_truncated: int = 0
+    """Records whose response was cut at max_length_tokens."""
+    num_tokens: int = 0
+    """Tokens kept, prompts included."""
+    skipped: tuple[str, ...] = ()
+    """Places of the records left out, the first `MAX_LISTED`."""
+
+
+class Tally:
+    """Counts towards a `DataReport`."""
+
+    def __init__(self) -> None:
+        self.num_records = self.num_truncated = self.num_tokens = 0
+        self._num_skipped = 0
+        self._skipped: list[str] = []
+
+    def skip(self, location: str) -> None:
+        """Count a record as left out."""
+        self._num_skipped += 1
+        if len(self._skipped) < MAX_LISTED:
+            self._skipped.append(location)
+
+    def report(self) -> DataReport:
+        """The counts so far."""
+        return DataReport(
+            num_records=self.num_records,
+            num_used=self.num_records - self._num_skipped,
+            num_skipped=self._num_skipped,
+            num_truncated=self.num_truncated,
+            num_tokens=self.num_tokens,
+            skipped=tuple(self._skipped),
+        )
+
+
+class Ragged:
+    """Rows of different lengths in one array: a Python int takes 9 times the memory of an int32."""
+
+    def __init__(self, rows: Sequence[Sequence[int]] | Sequence[np.ndarray], dtype: type = np.int32) -> None:
+        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        """[len] int64."""
+        self._starts = np.concatenate(([0], np.cumsum(self.lengths)))
+        self._flat = np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.zeros(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """[length] tensor of row `index` (a view: not to be written to)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return torch.from_numpy(self._flat[self._starts[index] : self._starts[index + 1]])
+
+    def pick(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
+        """The rows `indices`."""
+        return [self[int(index)] for index in indices]
