@@ -201,6 +201,29 @@ class Experience(_Rows):
 
 
 @dataclass(frozen=True)
+class StepShare:
+    """One rank's share of an optimiser step: micro-batches of row indices, an idle one being empty."""
+
+    micro_batches: list[list[int]]
+    num_tokens: int
+    """Response tokens of the step over all ranks."""
+    ptx_micro_batches: list[list[int]] = field(default_factory=list)
+    num_ptx_targets: int = 0
+    """PTX targets of the step over all ranks."""
+
+
+@dataclass
+class StepReport:
+    """What one optimiser step did on one rank."""
+
+    sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Loss term → metric → sum over this rank's tokens or pairs."""
+    grad_norm: float = 0.0
+    """Global L2 norm before clipping (the same on every rank)."""
+    learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """What an update did, already averaged over ranks, tokens and optimiser steps."""
 

@@ -44,8 +44,8 @@ class Trained(Protocol):
 class LanguageModel(Trained, Protocol):
     """A language model under supervised training."""
 
-    def update(self, batch: TokenBatch) -> Future[UpdateReport]:
-        """One optimiser step on the mean negative log-likelihood of the batch's targets."""
+    def update(self, batch: TokenBatch, step: int) -> Future[UpdateReport]:
+        """Optimiser step number `step` (0-based): on the mean negative log-likelihood of the batch's targets."""
         ...
 
     def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
@@ -56,8 +56,8 @@ class LanguageModel(Trained, Protocol):
 class PreferenceModel(Trained, Protocol):
     """A reward model under training."""
 
-    def update(self, batch: PreferenceBatch) -> Future[UpdateReport]:
-        """One optimiser step on the mean pairwise log-sigmoid loss."""
+    def update(self, batch: PreferenceBatch, step: int) -> Future[UpdateReport]:
+        """Optimiser step number `step` (0-based): on the mean pairwise log-sigmoid loss."""
         ...
 
     def score_pairs(self, batch: PreferenceBatch) -> Future[Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
+
+import transformers
 
 from rlhf_dist.engine.distributed import RankContext, join_process_group, set_process_environment
 
@@ -12,5 +15,13 @@ def build_worker(worker: str, context: RankContext, kwargs: dict[str, Any]) -> A
     """Set the process up for `context` and construct the worker (`module:Class`)."""
     set_process_environment(context)
     join_process_group(context)
+    _quiet()
     module, _, name = worker.partition(":")
     return getattr(importlib.import_module(module), name)(context=context, **kwargs)
+
+
+def _quiet() -> None:
+    """Libraries' own progress bars and notices would tear the run's: a hosted model speaks through its results."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_dist.cluster.futures import completed
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec
 from rlhf_dist.cluster.hosting import build_worker
-from rlhf_dist.engine.distributed import RankContext, leave_process_group
+from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.errors import PlacementError
 
 
@@ -57,14 +57,11 @@ class InlineSession:
     def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Path) -> Iterator[dict[str, WorkerGroup]]:
         """Host the specs one after the other."""
         groups: dict[str, WorkerGroup] = {}
-        try:
-            for spec in specs:
-                context = RankContext(device=self.device, threads=spec.placement.threads_per_rank, seed=seed)
-                groups[spec.role] = InlineGroup(spec.role, build_worker(spec.worker, context, spec.kwargs))
-            yield groups
-        finally:
-            groups.clear()
-            leave_process_group()
+        # The process group of one outlives this block: DeepSpeed keeps it for the life of the process.
+        for spec in specs:
+            context = RankContext(device=self.device, threads=spec.placement.threads_per_rank, seed=seed)
+            groups[spec.role] = InlineGroup(spec.role, build_worker(spec.worker, context, spec.kwargs))
+        yield groups
 
     def close(self) -> None:
         """Nothing was started."""

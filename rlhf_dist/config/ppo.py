@@ -125,6 +125,18 @@ class PPOConfig(RunConfig):
         return self
 
     @property
+    def value_model(self) -> TrainedModel:
+        """The value function with its starting weights filled in."""
+        fields = self.value.model_dump(exclude={"model_path"})
+        return TrainedModel(model_path=self.value.model_path or self.reward.model_path, **fields)
+
+    @property
+    def reference_model(self) -> FrozenModel:
+        """The reference with its weights filled in."""
+        fields = self.reference.model_dump(exclude={"model_path"})
+        return FrozenModel(model_path=self.reference.model_path or self.policy.model_path, **fields)
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Longest prompt in tokens."""
         return self.data.max_length_tokens - self.rollout.max_response_tokens

@@ -56,12 +56,13 @@ def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
             world_size=context.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
+    # Here and not at the top: DeepSpeed reads DS_ACCELERATOR when it is imported, and a driver never needs it at all.
+    import deepspeed
 
-
-def leave_process_group() -> None:
-    """Undo `join_process_group`."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    # DeepSpeed would compile a shared-memory all-reduce with the C++ compiler of this machine (if it has one) at the first
+    # start. It serves tensor-parallel inference only, which nothing here uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
 
 
 def barrier() -> None:

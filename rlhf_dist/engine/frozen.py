@@ -13,9 +13,9 @@ from rlhf_dist.engine import zero
 from rlhf_dist.engine.distributed import RankContext
 
 
-def frozen_ds_config(config: FrozenModel, world_size: int) -> dict[str, Any]:
+def frozen_ds_config(config: FrozenModel) -> dict[str, Any]:
     """The DeepSpeed configuration of a frozen model."""
-    return zero.ds_config(zero_stage=config.zero_stage, precision=config.precision, world_size=world_size)
+    return zero.ds_config(zero_stage=config.zero_stage, precision=config.precision)
 
 
 class FrozenEngine:
@@ -26,7 +26,7 @@ class FrozenEngine:
         module.requires_grad_(False).eval()
         if config.zero_stage == 3:
             self._module, *_ = deepspeed.initialize(
-                model=module, config=frozen_ds_config(config, context.world_size), dist_init_required=False
+                model=module, config=frozen_ds_config(config), dist_init_required=False
             )
             self._module.eval()
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_dist.algo.losses import Sums
+from rlhf_dist.batches import StepReport
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.engine import distributed, zero
 from rlhf_dist.engine.schedule import learning_rate_factor
@@ -35,17 +36,6 @@ class LossTerm:
     global_count: int
     """Tokens or pairs in this optimiser step over all ranks."""
     coefficient: float = 1.0
-
-
-@dataclass
-class StepReport:
-    """What one optimiser step did on this rank."""
-
-    sums: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Term → metric → sum over this rank's tokens or pairs."""
-    grad_norm: float = 0.0
-    """Global L2 norm before clipping (the same on every rank)."""
-    learning_rate: float = 0.0
 
 
 class TrainEngine:
@@ -77,7 +67,7 @@ class TrainEngine:
             model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=train_ds_config(config, context.world_size),
+            config=train_ds_config(config),
             dist_init_required=False,
         )
 
@@ -111,8 +101,10 @@ class TrainEngine:
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + float(value)
         self._refuse_non_finite(not finite, terms)
+        # Without ZeRO and in fp32, DeepSpeed clips by the norm but does not keep it; the gradients are whole here.
+        plain_norm = _grad_norm(self.module) if self.config.zero_stage == 0 and self.config.precision == "fp32" else None
         self._engine.step()
-        report.grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
+        report.grad_norm = float(self._engine.get_global_grad_norm() if plain_norm is None else plain_norm)
         if not math.isfinite(report.grad_norm):
             raise TrainingError(
                 f"the gradient norm is {report.grad_norm}; weights of this step are not to be used. Resume from the last "
@@ -150,15 +142,18 @@ class TrainEngine:
             raise RunFolderError(f"no checkpoint of this layout in {path}; remove that step's folder or use resume: no")
 
 
-def train_ds_config(config: TrainedModel, world_size: int) -> dict[str, Any]:
+def train_ds_config(config: TrainedModel) -> dict[str, Any]:
     """The DeepSpeed configuration of a trained model."""
     return zero.ds_config(
         zero_stage=config.zero_stage,
         precision=config.precision,
-        world_size=world_size,
         max_grad_norm=config.optimizer.max_grad_norm,
         path=config.ds_config_path,
     )
+
+
+def _grad_norm(module: nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def _num_dims(parameter: nn.Parameter) -> int:

@@ -18,7 +18,7 @@ from rlhf_dist.config.deepspeed import read_ds_config
 
 
 def ds_config(
-    *, zero_stage: int, precision: Precision, world_size: int, max_grad_norm: float = 0.0, path: Path | None = None
+    *, zero_stage: int, precision: Precision, max_grad_norm: float = 0.0, path: Path | None = None
 ) -> dict[str, Any]:
     """The configuration DeepSpeed is started with.
 
@@ -35,7 +35,6 @@ def ds_config(
     if path is not None:
         config |= read_ds_config(path, zero_stage, precision)
     return config | {
-        "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_dist.algo.losses import Sums, nll_loss
-from rlhf_dist.batches import TokenBatch
+from rlhf_dist.batches import StepReport, TokenBatch
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.train import LossTerm, StepReport
+from rlhf_dist.engine.train import LossTerm
 from rlhf_dist.workers.trained import IDLE_TOKENS, MicroBatches, TrainedWorker, build_causal_lm, pick
 
 

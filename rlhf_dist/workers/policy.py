@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,15 @@ from torch import Tensor
 
 from rlhf_dist.algo.losses import Sums, policy_loss
 from rlhf_dist.algo.masking import masked_sum
-from rlhf_dist.batches import Experience, RolloutBatch, TokenBatch
+from rlhf_dist.batches import Experience, RolloutBatch, StepReport, StepShare, TokenBatch
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.train import LossTerm, StepReport
+from rlhf_dist.engine.train import LossTerm
 from rlhf_dist.models.forward import response_target_mask, scatter_responses
 from rlhf_dist.models.loading import without_dropout
 from rlhf_dist.weight_sync.buckets import WeightSource
 from rlhf_dist.workers.language_model import LanguageModelWorker
 from rlhf_dist.workers.trained import IDLE_EXPERIENCE, MicroBatches, flat_rows, pick
-
-@dataclass(frozen=True)
-class PolicyStep:
-    """This rank's share of one optimiser step."""
-
-    micro_batches: MicroBatches
-    num_tokens: int
-    """Response tokens of the step over all ranks."""
-    ptx_micro_batches: MicroBatches
-    num_ptx_targets: int
-
 
 class PolicyWorker(LanguageModelWorker):
     """π_RL: log-probs of responses, the clipped update with its PTX term, and the source of the weights of rollouts."""
@@ -56,7 +44,7 @@ class PolicyWorker(LanguageModelWorker):
         """[rows, R] log-probs of the response tokens, 0 on padding."""
         return response_logprobs(self.engine, rollout, micro_batches, self.temperature)
 
-    def update_ppo(self, experience: Experience, steps: list[PolicyStep], ptx: list[TokenBatch] | None) -> list[StepReport]:
+    def update_ppo(self, experience: Experience, steps: list[StepShare], ptx: list[TokenBatch] | None) -> list[StepReport]:
         """One optimiser step an entry of `steps`."""
         reports = []
         for i, step in enumerate(steps):

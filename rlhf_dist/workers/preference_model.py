@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.losses import Sums, pairwise_loss
-from rlhf_dist.batches import PreferenceBatch, SequenceBatch, concat_rows
+from rlhf_dist.batches import PreferenceBatch, SequenceBatch, StepReport, concat_rows
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.train import LossTerm, StepReport
+from rlhf_dist.engine.train import LossTerm
 from rlhf_dist.models.forward import last_token_scores
 from rlhf_dist.workers.reward import sequence_scores
 from rlhf_dist.workers.trained import IDLE_SEQUENCE, MicroBatches, TrainedWorker, build_scalar_model, pick

@@ -20,7 +20,7 @@ class ReferenceWorker:
     """Log-probs of responses under frozen weights."""
 
     def __init__(self, config: FrozenModel, context: RankContext, *, temperature: float = 1.0) -> None:
-        with zero.sharded_init(frozen_ds_config(config, context.world_size)):
+        with zero.sharded_init(frozen_ds_config(config)):
             model = load_causal_lm(config.model_path, DTYPES[config.precision])
         self.engine = FrozenEngine(TargetLogprobs(model), config, context)
         self.temperature = temperature

@@ -21,7 +21,7 @@ class RewardWorker:
     """One number a sequence."""
 
     def __init__(self, config: FrozenModel, context: RankContext) -> None:
-        with zero.sharded_init(frozen_ds_config(config, context.world_size)):
+        with zero.sharded_init(frozen_ds_config(config)):
             model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id=None)
         if head_is_new:
             raise ModelError(

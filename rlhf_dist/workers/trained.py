@@ -76,7 +76,7 @@ class TrainedWorker:
 
 def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprobs:
     """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
-    with zero.sharded_init(train_ds_config(config, context.world_size)):
+    with zero.sharded_init(train_ds_config(config)):
         # fp32: DeepSpeed casts to the compute precision itself and keeps its master weights from these.
         return TargetLogprobs(load_causal_lm(config.model_path, DTYPES["fp32"]))
 
@@ -87,7 +87,7 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
     A new head is drawn from (seed, stream) rather than left to the loader, whose draws depend on the ZeRO stage. Its
     scale 1/√(d+1) is that of Stiennon et al. 2020.
     """
-    with zero.sharded_init(train_ds_config(config, context.world_size)):
+    with zero.sharded_init(train_ds_config(config)):
         model, head_is_new = load_scalar_model(config.model_path, DTYPES["fp32"], pad_token_id)
     if head_is_new:
         head = model.score

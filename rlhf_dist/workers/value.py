@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_dist.algo.losses import Sums, value_loss
-from rlhf_dist.batches import Experience, RolloutBatch
+from rlhf_dist.batches import Experience, RolloutBatch, StepReport, StepShare
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.train import LossTerm, StepReport
+from rlhf_dist.engine.train import LossTerm
 from rlhf_dist.models.forward import state_values
 from rlhf_dist.models.loading import without_dropout
 from rlhf_dist.workers.trained import (
@@ -26,15 +25,6 @@ from rlhf_dist.workers.trained import (
 )
 
 
-@dataclass(frozen=True)
-class ValueStep:
-    """This rank's share of one optimiser step."""
-
-    micro_batches: MicroBatches
-    num_tokens: int
-    """Response tokens of the step over all ranks."""
-
-
 class ValueWorker(TrainedWorker):
     """V(state before each response token)."""
 
@@ -45,9 +35,10 @@ class ValueWorker(TrainedWorker):
         num_steps: int,
         *,
         clip_range: float | None,
+        tokenizer_path: str | None = None,
         template_path: Path | None = None,
     ) -> None:
-        tokenizer: Any = load_tokenizer(config.model_path, template_path)
+        tokenizer: Any = load_tokenizer(tokenizer_path or config.model_path, template_path)
         module = build_scalar_model(config, context, tokenizer.pad_token_id)
         super().__init__(module, config, context, num_steps, tokenizer)
         without_dropout(self.model)
@@ -63,7 +54,7 @@ class ValueWorker(TrainedWorker):
             outputs.append(values if micro is not None else None)
         return flat_rows(outputs, micro_batches, len(rollout))
 
-    def update(self, experience: Experience, steps: list[ValueStep]) -> list[StepReport]:
+    def update(self, experience: Experience, steps: list[StepShare]) -> list[StepReport]:
         """One optimiser step an entry of `steps`."""
         reports = []
         for step in steps:

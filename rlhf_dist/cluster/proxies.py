@@ -1,0 +1,304 @@
+"""The roles of `rlhf_dist.roles` over worker groups: split a batch over ranks, call, put the rows back in order.
+
+The same code for Ray actors and for this process. Sums that ranks report are added here, in rank order, and divided by
+global counts, so a metric does not depend on the split either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_dist.batches import (
+    Experience,
+    PreferenceBatch,
+    PromptBatch,
+    RolloutBatch,
+    SequenceBatch,
+    StepReport,
+    StepShare,
+    TokenBatch,
+    UpdateReport,
+    concat_rows,
+)
+from rlhf_dist.cluster.futures import mapped
+from rlhf_dist.cluster.group import WorkerGroup
+from rlhf_dist.cluster.partition import partition
+from rlhf_dist.errors import TrainingError
+
+Shares = list[list[list[int]]]
+"""Rank → micro-batch → rows."""
+
+
+class _Role:
+    """A group and the size of its micro-batches."""
+
+    def __init__(self, group: WorkerGroup, micro_batch_size: int) -> None:
+        self.group = group
+        self.micro_batch_size = micro_batch_size
+
+    def split(self, lengths: Sequence[int] | Tensor) -> Shares:
+        """Rows to ranks and micro-batches."""
+        return partition(lengths, self.group.num_ranks, self.micro_batch_size)
+
+    def map_rows(self, method: str, batch: Any, lengths: Tensor, *args: Any) -> Future[Tensor]:
+        """Call `method(rows, micro_batches, *args)` on every rank; its [rows, ...] results in the batch's row order."""
+        shares = self.split(lengths)
+        picks = [_pick_rows([share]) for share in shares]
+        calls = [(batch.rows(rows), local[0], *args) for rows, local in picks]
+
+        def merge(results: list[Tensor]) -> Tensor:
+            width = [max(r.shape[d] for r in results) for d in range(1, results[0].dim())]
+            merged = torch.zeros(len(batch), *width)
+            for (rows, _), result in zip(picks, results, strict=True):
+                if rows:
+                    region = (torch.tensor(rows), *(slice(0, n) for n in result.shape[1:]))
+                    merged[region] = result
+            return merged
+
+        return mapped(self.group.scatter(method, calls), merge)
+
+
+class _TrainedRole(_Role):
+    """Checkpoints and saving."""
+
+    def save_checkpoint(self, path: Path) -> Future[None]:
+        """See `roles.Trained`."""
+        return _nothing(self.group.call("save_checkpoint", path))
+
+    def load_checkpoint(self, path: Path) -> Future[None]:
+        """See `roles.Trained`."""
+        return _nothing(self.group.call("load_checkpoint", path))
+
+    def save_model(self, path: Path) -> Future[None]:
+        """See `roles.Trained`."""
+        return _nothing(self.group.call("save_model", path))
+
+    def one_step(self, batch: Any, lengths: Tensor, count: int, step: int) -> Future[list[StepReport]]:
+        """Call `update(rows, micro_batches, count, step)` on every rank."""
+        picks = [_pick_rows([share]) for share in self.split(lengths)]
+        return self.group.scatter("update", [(batch.rows(rows), local[0], count, step) for rows, local in picks])
+
+
+class LanguageModelRole(_TrainedRole):
+    """`roles.LanguageModel`."""
+
+    def update(self, batch: TokenBatch, step: int) -> Future[UpdateReport]:
+        """See `roles.LanguageModel`."""
+        count = batch.num_targets
+        return mapped(
+            self.one_step(batch, batch.lengths, count, step), lambda ranks: _report([ranks], {"lm": [count]}, _LM_METRICS)
+        )
+
+    def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
+        """See `roles.LanguageModel`."""
+        return _evaluate_nll(self, batch)
+
+
+class PreferenceModelRole(_TrainedRole):
+    """`roles.PreferenceModel`."""
+
+    def update(self, batch: PreferenceBatch, step: int) -> Future[UpdateReport]:
+        """See `roles.PreferenceModel`."""
+        lengths = torch.maximum(batch.chosen_lengths, batch.rejected_lengths)
+        count = len(batch)
+        return mapped(
+            self.one_step(batch, lengths, count, step), lambda ranks: _report([ranks], {"rm": [count]}, _RM_METRICS)
+        )
+
+    def score_pairs(self, batch: PreferenceBatch) -> Future[Tensor]:
+        """See `roles.PreferenceModel`."""
+        return self.map_rows("score_pairs", batch, torch.maximum(batch.chosen_lengths, batch.rejected_lengths))
+
+
+class PolicyRole(_TrainedRole):
+    """`roles.Policy`."""
+
+    def logprobs(self, rollout: RolloutBatch) -> Future[Tensor]:
+        """See `roles.Policy`."""
+        return self.map_rows("logprobs", rollout, rollout.lengths)
+
+    def update(
+        self, experience: Experience, steps: Sequence[Tensor], ptx: Sequence[TokenBatch] | None
+    ) -> Future[UpdateReport]:
+        """See `roles.Policy`."""
+        shares = [_shares_of_step(self, experience.lengths, rows) for rows in steps]
+        ptx_shares = [self.split(batch.lengths) for batch in ptx] if ptx is not None else None
+        counts = {"ppo": [int(experience.response_lengths[rows].sum()) for rows in steps]}
+        if ptx is not None:
+            counts["ptx"] = [batch.num_targets for batch in ptx]
+        calls = []
+        for rank in range(self.group.num_ranks):
+            rows, local = _pick_rows([step[rank] for step in shares])
+            ptx_picks = [_pick_rows([step[rank]]) for step in ptx_shares or []]
+            rank_steps = [
+                StepShare(
+                    micro_batches=local[i],
+                    num_tokens=counts["ppo"][i],
+                    ptx_micro_batches=ptx_picks[i][1][0] if ptx_picks else [],
+                    num_ptx_targets=counts["ptx"][i] if ptx_picks else 0,
+                )
+                for i in range(len(steps))
+            ]
+            rank_ptx = [b.rows(p[0]) for b, p in zip(ptx, ptx_picks, strict=True)] if ptx is not None else None
+            calls.append((experience.rows(rows), rank_steps, rank_ptx))
+        return mapped(
+            self.group.scatter("update_ppo", calls), lambda ranks: _report(_by_step(ranks), counts, _POLICY_METRICS)
+        )
+
+
+class ValueRole(_TrainedRole):
+    """`roles.ValueFunction`."""
+
+    def values(self, rollout: RolloutBatch) -> Future[Tensor]:
+        """See `roles.ValueFunction`."""
+        return self.map_rows("values", rollout, rollout.lengths)
+
+    def update(self, experience: Experience, steps: Sequence[Tensor]) -> Future[UpdateReport]:
+        """See `roles.ValueFunction`."""
+        shares = [_shares_of_step(self, experience.lengths, rows) for rows in steps]
+        counts = [int(experience.response_lengths[rows].sum()) for rows in steps]
+        calls = []
+        for rank in range(self.group.num_ranks):
+            rows, local = _pick_rows([step[rank] for step in shares])
+            rank_steps = [StepShare(micro, count) for micro, count in zip(local, counts, strict=True)]
+            calls.append((experience.rows(rows), rank_steps))
+        return mapped(
+            self.group.scatter("update", calls),
+            lambda ranks: _report(_by_step(ranks), {"value": counts}, _VALUE_METRICS),
+        )
+
+
+class ReferenceRole(_Role):
+    """`roles.Reference` and `roles.LanguageModelScorer`."""
+
+    def logprobs(self, rollout: RolloutBatch) -> Future[Tensor]:
+        """See `roles.Reference`."""
+        return self.map_rows("logprobs", rollout, rollout.lengths)
+
+    def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
+        """See `roles.LanguageModelScorer`."""
+        return _evaluate_nll(self, batch)
+
+
+class RewardRole(_Role):
+    """`roles.RewardScorer`."""
+
+    def score(self, sequences: SequenceBatch) -> Future[Tensor]:
+        """See `roles.RewardScorer`."""
+        return self.map_rows("score", sequences, sequences.lengths)
+
+
+class RolloutRole(_Role):
+    """`roles.RolloutEngine`."""
+
+    def generate(self, prompts: PromptBatch, *, stream: str, iteration: int) -> Future[RolloutBatch]:
+        """See `roles.RolloutEngine`."""
+        picks = [_pick_rows([share]) for share in self.split(prompts.lengths)]
+        calls = [(prompts.rows(rows), local[0], stream, iteration) for rows, local in picks]
+        order = torch.argsort(torch.tensor([row for rows, _ in picks for row in rows]))
+
+        def merge(parts: list[RolloutBatch | None]) -> RolloutBatch:
+            whole = [part for part in parts if part is not None]
+            versions = {part.policy_version for part in whole}
+            if len(versions) != 1:
+                raise TrainingError(f"rollout engines answered with weights of versions {sorted(versions)}; sync them first")
+            return concat_rows(whole).rows(order)
+
+        return mapped(self.group.scatter("generate", calls), merge)
+
+
+class GroupWeightSync:
+    """`roles.WeightSync`: rank 0 of the policy → every rollout engine, a bucket at a time."""
+
+    def __init__(self, policy: WorkerGroup, rollout: WorkerGroup) -> None:
+        self.policy = policy
+        self.rollout = rollout
+
+    def push(self, version: int) -> Future[None]:
+        """See `roles.WeightSync`."""
+        num_buckets = self.policy.call("num_buckets").result()[0]
+        for index in range(num_buckets):
+            # One bucket at a time: neither the object store nor a rank ever holds two.
+            self.policy.pipe("export_bucket", (index,), self.rollout, "load_bucket").result()
+        sent = self.policy.call("export_checksum").result()[0]
+
+        def check(answers: list[tuple[int, int]]) -> None:
+            wrong = [rank for rank, answer in enumerate(answers) if answer != (version, sent)]
+            if wrong:
+                raise TrainingError(
+                    f"after the sync of version {version} (checksum {sent}), rollout ranks {wrong} report "
+                    f"{[answers[rank] for rank in wrong]}; the run cannot go on with stale weights"
+                )
+
+        return mapped(self.rollout.call("finish_sync", version), check)
+
+
+def _nothing(future: Future[Any]) -> Future[None]:
+    return mapped(future, lambda _: None)
+
+
+def _evaluate_nll(role: _Role, batch: TokenBatch) -> Future[dict[str, float]]:
+    picks = [_pick_rows([share]) for share in role.split(batch.lengths)]
+    future = role.group.scatter("evaluate", [(batch.rows(rows), local[0]) for rows, local in picks])
+    return mapped(future, lambda ranks: {key: sum(rank[key] for rank in ranks) for key in ranks[0]})
+
+
+def _shares_of_step(role: _Role, lengths: Tensor, rows: Tensor) -> Shares:
+    """The rows of one optimiser step, split; as row numbers of the whole experience."""
+    return [
+        [[int(rows[i]) for i in micro] for micro in share] for share in role.split(lengths[rows])
+    ]
+
+
+def _pick_rows(shares: list[list[list[int]]]) -> tuple[list[int], list[list[list[int]]]]:
+    """The rows a rank needs (each once, in order), and its micro-batches in terms of them."""
+    rows = sorted({row for share in shares for micro in share for row in micro})
+    place = {row: i for i, row in enumerate(rows)}
+    return rows, [[[place[row] for row in micro] for micro in share] for share in shares]
+
+
+def _by_step(ranks: list[list[StepReport]]) -> list[list[StepReport]]:
+    """Rank → step becomes step → rank."""
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+_LM_METRICS = {"sft/loss": ("lm", "loss")}
+_RM_METRICS = {
+    "reward_model/loss": ("rm", "loss"),
+    "reward_model/accuracy": ("rm", "accuracy"),
+    "reward_model/margin": ("rm", "margin"),
+}
+_POLICY_METRICS = {
+    "policy/loss": ("ppo", "loss"),
+    "policy/clip_fraction": ("ppo", "clip_fraction"),
+    "policy/approx_kl": ("ppo", "approx_kl"),
+    "policy/ratio_mean": ("ppo", "ratio"),
+    "policy/entropy": ("ppo", "entropy"),
+    "policy/ptx_loss": ("ptx", "loss"),
+}
+_VALUE_METRICS = {"value/loss": ("value", "loss"), "value/clip_fraction": ("value", "clip_fraction")}
+"""Metric → (loss term, sum) of a `StepReport`."""
+
+
+def _report(
+    steps: list[list[StepReport]], counts: dict[str, list[int]], names: dict[str, tuple[str, str]]
+) -> UpdateReport:
+    """Mean over optimiser steps of Σ_ranks sum / global count."""
+    metrics: dict[str, float] = {}
+    for metric, (term, key) in names.items():
+        if term in counts:
+            per_step = [
+                sum(report.sums.get(term, {}).get(key, 0.0) for report in ranks) / counts[term][i]
+                for i, ranks in enumerate(steps)
+            ]
+            metrics[metric] = sum(per_step) / len(per_step)
+    prefix = next(iter(names)).split("/")[0]
+    metrics[f"{prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in steps) / len(steps)
+    metrics[f"{prefix}/learning_rate"] = steps[-1][0].learning_rate
+    return UpdateReport(metrics, len(steps))

@@ -1,0 +1,161 @@
+"""The supervised loop: draw a batch, take a step, now and then evaluate. SFT and the reward model are two tasks of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_dist.batches import PreferenceBatch, UpdateReport
+from rlhf_dist.config import SupervisedSettings
+from rlhf_dist.data.sampler import EpochSampler
+from rlhf_dist.errors import ConfigError
+from rlhf_dist.roles import LanguageModel, LanguageModelScorer, PreferenceModel, Trained
+from rlhf_dist.trainers.checkpoint import Checkpoints
+from rlhf_dist.trainers.run import Run
+
+EVAL_CHUNK = 512
+"""Records of one evaluation call: bounds what the driver sends at once."""
+
+
+class Task(Protocol):
+    """What differs between supervised runs."""
+
+    model: Trained
+
+    def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
+        """Optimiser step `step` on these training records."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the held-out records; empty when there are none."""
+        ...
+
+
+@dataclass
+class SFTTask:
+    """Negative log-likelihood of target tokens."""
+
+    model: LanguageModel
+    train: Any
+    eval: Any | None
+
+    def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
+        """See `Task`."""
+        return self.model.update(self.train.batch(indices), step)
+
+    def evaluate(self) -> dict[str, float]:
+        """`sft/eval_loss`: nats a target token, over all held-out targets."""
+        return {"sft/eval_loss": mean_nll(self.model, self.eval)} if self.eval else {}
+
+
+@dataclass
+class RewardTask:
+    """Pairwise log-sigmoid loss."""
+
+    model: PreferenceModel
+    train: Any
+    eval: Any | None
+
+    def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
+        """See `Task`."""
+        return self.model.update(self.train.batch(indices), step)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss, accuracy (a tie counts one half) and mean margin on the held-out pairs."""
+        return pair_metrics(lambda batch: self.model.score_pairs(batch).result(), self.eval) if self.eval else {}
+
+
+def mean_nll(model: LanguageModelScorer, dataset: Any) -> float:
+    """Mean negative log-likelihood over all targets of a set, in nats."""
+    sums = [model.evaluate(dataset.batch(chunk)).result() for chunk in chunks(len(dataset))]
+    return sum(s["nll"] for s in sums) / sum(s["num_targets"] for s in sums)
+
+
+def pair_metrics(score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any) -> dict[str, float]:
+    """Held-out loss, accuracy (a tie counts one half) and mean margin of whatever gives pairs [P, 2] scores."""
+    scores = torch.cat([score_pairs(dataset.batch(chunk)) for chunk in chunks(len(dataset))]).double()
+    margin = scores[:, 0] - scores[:, 1]
+    return {
+        "reward_model/eval_loss": float(-torch.nn.functional.logsigmoid(margin).mean()),
+        "reward_model/eval_accuracy": float(((margin > 0).double() + 0.5 * (margin == 0).double()).mean()),
+        "reward_model/eval_margin": float(margin.mean()),
+    }
+
+
+def chunks(num: int, size: int = EVAL_CHUNK) -> Iterator[torch.Tensor]:
+    """0..num-1 in consecutive pieces."""
+    return iter(torch.arange(num).split(size))
+
+
+def num_steps(settings: SupervisedSettings, num_records: int, section: str) -> int:
+    """Optimiser steps of the run.
+
+    Raises:
+        ConfigError: a batch is larger than the training set.
+    """
+    if settings.batch_size > num_records:
+        raise ConfigError(
+            f"{section}.batch_size is {settings.batch_size} but the training set has {num_records} records; lower it to at "
+            f"most {num_records}, or add data"
+        )
+    return settings.num_steps or max(1, math.ceil(settings.num_epochs * num_records / settings.batch_size))
+
+
+class SupervisedTrainer:
+    """Runs a task for a number of steps, resuming where a checkpoint left off."""
+
+    def __init__(
+        self, run: Run, task: Task, settings: SupervisedSettings, total_steps: int, every_steps: int, checkpoints: Checkpoints
+    ) -> None:
+        self.run_log = run
+        self.task = task
+        self.settings = settings
+        self.total_steps = total_steps
+        self.every_steps = every_steps
+        self.checkpoints = checkpoints
+        self.sampler = EpochSampler(len(task.train), run.seed, "training order")  # pyright: ignore[reportAttributeAccessIssue]
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """Train to the end; returns the summary."""
+        latest = self.checkpoints.latest() if resume else None
+        if latest is not None:
+            state = self.checkpoints.load(latest, {"model": self.task.model})
+            step, before = state["step"], state["before"]
+            self.run_log.resumed(step)
+        else:
+            step, before = 0, self.task.evaluate()
+            self.run_log.log(0, before)
+        after = before
+        with self.run_log.progress("training", total=self.total_steps, completed=step):
+            while step < self.total_steps:
+                metrics = self._step(step)
+                step += 1
+                if step == self.total_steps or _due(step, self.settings.eval_every_steps):
+                    after = self.task.evaluate()
+                    metrics |= after
+                self.run_log.log(step, metrics)
+                if _due(step, self.every_steps):
+                    self.checkpoints.save(step, {"before": before}, {"model": self.task.model})
+        return {"num_steps": step, "before": _short(before), "after": _short(after)}
+
+    def _step(self, step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        indices = self.sampler.indices(step * self.settings.batch_size, self.settings.batch_size)
+        report = self.task.update(step, indices).result()
+        return {**report.metrics, "time/step_s": time.perf_counter() - started}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _short(metrics: dict[str, float]) -> dict[str, float]:
+    """`sft/eval_loss` → `eval_loss`."""
+    return {name.split("/")[-1]: value for name, value in metrics.items()}
