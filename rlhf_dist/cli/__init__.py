@@ -1,0 +1,1 @@
+"""Command line: parsing arguments, and the wiring of configuration → roles → trainer."""

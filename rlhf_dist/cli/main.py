@@ -1,0 +1,219 @@
+"""`rlhf-dist COMMAND ...`.
+
+Arguments are parsed and configurations are checked before anything heavy is imported: help and refusals answer at once.
+Each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_dist import __version__
+from rlhf_dist.errors import ConfigError, RlhfDistError
+
+PROG = "rlhf-dist"
+_INTERRUPTED = 130
+"""Exit code of a process ended by Ctrl-C, by the convention of shells (128 + SIGINT)."""
+
+CONFIG_COMMANDS = {
+    "sft": "supervised fine-tuning of a language model (or pretraining on plain text)",
+    "reward": "train a reward model on preference pairs",
+    "ppo": "fine-tune a policy with PPO against a reward model",
+    "eval": "measure a policy and/or a reward model on held-out records",
+}
+OTHER_COMMANDS = {
+    "quickstart": "the whole job on embedded data and a small model: pretraining, SFT, reward model, PPO",
+    "chat": "talk to a saved model",
+    "validate": "check a configuration, its files and models without starting anything",
+    "schema": "print a command's configuration as a JSON schema, for editors",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in the words of every other configuration error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, an error class's `exit_code`, or 130 after Ctrl-C."""
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except RlhfDistError as error:
+        _print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) left. Its file descriptor is replaced, or Python would complain at exit.
+        sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue]
+        return 0
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if argv[0] == "--version":
+        print(f"{PROG} {__version__}")
+        return
+    command, arguments = argv[0], argv[1:]
+    if command in CONFIG_COMMANDS:
+        _run_config_command(command, arguments)
+    elif command in OTHER_COMMANDS:
+        {"quickstart": _quickstart, "chat": _chat, "validate": _validate, "schema": _schema}[command](arguments)
+    else:
+        from difflib import get_close_matches
+
+        commands = [*CONFIG_COMMANDS, *OTHER_COMMANDS]
+        close = get_close_matches(command, commands, n=1)
+        guess = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}."
+        raise ConfigError(f"{PROG} has no command '{command}'; {guess} See `{PROG} --help`.")
+
+
+def _overview() -> str:
+    def lines(commands: dict[str, str]) -> str:
+        return "\n".join(f"  {name:<11} {text}" for name, text in commands.items())
+
+    return f"""\
+usage: {PROG} COMMAND ...
+       {PROG} [--help | --version]
+
+Distributed RLHF: instruction tuning, reward modelling and PPO on Ray and DeepSpeed.
+
+commands with a configuration ({PROG} COMMAND CONFIG.yaml [--section.key value ...]):
+{lines(CONFIG_COMMANDS)}
+
+other commands:
+{lines(OTHER_COMMANDS)}
+
+`{PROG} COMMAND --help` shows a command's options, with type, default and meaning."""
+
+
+def schema_of(command: str) -> type[Any]:
+    """The configuration schema of `sft`, `reward`, `ppo` or `eval`."""
+    from rlhf_dist import config
+
+    schemas = {"sft": config.SFTConfig, "reward": config.RewardConfig, "ppo": config.PPOConfig, "eval": config.EvalConfig}
+    return schemas[command]
+
+
+def _load(command: str, prog: str, arguments: list[str]) -> Any | None:
+    """The checked configuration, or None when help was asked for and printed."""
+    from rlhf_dist.config.load import load_config, overrides_help
+
+    schema = schema_of(command)
+    usage = f"{prog} CONFIG.yaml [--section.key value ...]"
+    if not arguments:
+        raise ConfigError(f"{prog} needs a configuration file: {usage}. See `{prog} --help`.")
+    if any(a in ("-h", "--help") for a in arguments):
+        epilog = (
+            "The keys above are those of the YAML file; on the command line they override it. Relative paths are\n"
+            "relative to the current directory. `null` clears a value; lists and mappings are JSON or YAML in quotes.\n"
+            f"`{PROG} schema {command}` prints a JSON schema for editors."
+        )
+        print(overrides_help(schema, prog=prog, usage=usage, epilog=epilog), end="")
+        return None
+    path = None if arguments[0].startswith("-") else Path(arguments[0])
+    return load_config(schema, path, arguments if path is None else arguments[1:])
+
+
+def _run_config_command(command: str, arguments: list[str]) -> None:
+    config = _load(command, f"{PROG} {command}", arguments)
+    if config is not None:
+        from rlhf_dist.cli import wiring
+
+        run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
+        run(config)
+
+
+def _validate(arguments: list[str]) -> None:
+    prog = f"{PROG} validate"
+    command, rest = _kind(prog, "check a configuration without starting anything", arguments)
+    config = _load(command, f"{prog} {command}", rest)
+    if config is not None:
+        from rlhf_dist.cli import wiring
+        from rlhf_dist.tracking.console import print_table
+
+        found = wiring.validate(config)
+        print_table(f"{command}: the configuration can be run", [(str(k), str(v)) for k, v in found.items()])
+
+
+def _schema(arguments: list[str]) -> None:
+    command, rest = _kind(f"{PROG} schema", OTHER_COMMANDS["schema"], arguments)
+    if rest:
+        raise ConfigError(f"{PROG} schema {command}: '{rest[0]}' is one argument too many. Remove it.")
+    from rlhf_dist.config.load import json_schema
+
+    print(json_schema(schema_of(command)))
+
+
+def _kind(prog: str, description: str, arguments: list[str]) -> tuple[str, list[str]]:
+    parser = _Parser(prog=prog, description=description, usage=f"{prog} {{{','.join(CONFIG_COMMANDS)}}} ...")
+    parser.add_argument("command", choices=list(CONFIG_COMMANDS), metavar="COMMAND", help=", ".join(CONFIG_COMMANDS))
+    return parser.parse_args(arguments[:1]).command, arguments[1:]
+
+
+def _quickstart(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog=f"{PROG} quickstart",
+        description=OTHER_COMMANDS["quickstart"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run-dir", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    add("--model", choices=["tiny", "smollm2"], default="tiny", help="a model made here, or a pretrained one of 135M")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--cluster", choices=["ray", "inline"], default="ray", help="models in Ray actors, or in this process")
+    add("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
+    options = parser.parse_args(arguments)
+    from rlhf_dist.cli import quickstart
+
+    quickstart.run(
+        run_dir=options.run_dir,
+        model=options.model,
+        seed=options.seed,
+        cluster=options.cluster,
+        overwrite=options.overwrite,
+    )
+
+
+def _chat(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog=f"{PROG} chat",
+        description="Talk to a saved model. /reset forgets the conversation, /exit or Ctrl-D ends it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model_dir", metavar="MODEL_DIR", help="a model directory in Hugging Face format, such as RUN_DIR/model")
+    add("--temperature", type=float, default=1.0, help="softmax temperature; 0 takes the likeliest token")
+    add("--max-response-tokens", type=int, default=256, help="longest reply in tokens")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto uses a GPU where there is one")
+    add("--seed", type=int, default=0, help="seed of the sampling")
+    options = parser.parse_args(arguments)
+    from rlhf_dist.cli import chat
+
+    chat.run(**vars(options))
+
+
+def _print_error(error: RlhfDistError) -> None:
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, highlight=False).print(Text("error: ", style="bold red") + Text(str(error)))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
