@@ -8,13 +8,12 @@ from typing import Any
 
 import transformers
 
-from rlhf_dist.engine.distributed import RankContext, join_process_group, set_process_environment
+from rlhf_dist.engine.distributed import RankContext, prepare_process
 
 
 def build_worker(worker: str, context: RankContext, kwargs: dict[str, Any]) -> Any:
     """Set the process up for `context` and construct the worker (`module:Class`)."""
-    set_process_environment(context)
-    join_process_group(context)
+    prepare_process(context)
     _quiet()
     module, _, name = worker.partition(":")
     return getattr(importlib.import_module(module), name)(context=context, **kwargs)

@@ -28,20 +28,21 @@ class RankContext:
     """The run's seed."""
 
 
-def set_process_environment(context: RankContext) -> None:
-    """What must be in the environment before DeepSpeed is imported for the first time in this process."""
+def prepare_process(context: RankContext) -> None:
+    """Threads, device, and the environment that must stand before DeepSpeed is imported for the first time."""
     os.environ["DS_ACCELERATOR"] = context.device
     # Read by DeepSpeed and transformers. A rank sees only its own GPU, so its local rank is 0.
     os.environ.update(RANK=str(context.rank), WORLD_SIZE=str(context.world_size), LOCAL_RANK="0")
     os.environ["MASTER_ADDR"] = context.master_address
     os.environ["MASTER_PORT"] = str(context.master_port or free_port())
-
-
-def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
-    """Join (or, for a world of one, create) the default process group. Does nothing where this process has one."""
     torch.set_num_threads(context.threads)
     if context.device == "cuda":
         torch.cuda.set_device(0)
+
+
+def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
+    """Join (or, for a world of one, create) the default process group of a role whose ranks share a model. Does nothing
+    where this process has one."""
     if dist.is_initialized():
         return
     backend = "nccl" if context.device == "cuda" else "gloo"

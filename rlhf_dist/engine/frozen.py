@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
 from rlhf_dist.config import FrozenModel
 from rlhf_dist.engine import zero
-from rlhf_dist.engine.distributed import RankContext
+from rlhf_dist.engine.distributed import RankContext, join_process_group
 
 
 def frozen_ds_config(config: FrozenModel) -> dict[str, Any]:
     """The DeepSpeed configuration of a frozen model."""
     return zero.ds_config(zero_stage=config.zero_stage, precision=config.precision)
+
+
+@contextlib.contextmanager
+def frozen_init(config: FrozenModel, context: RankContext) -> Iterator[None]:
+    """Inside, a frozen model is loaded as it will be held. Whole copies need neither a process group nor DeepSpeed."""
+    if config.zero_stage == 3:
+        join_process_group(context)
+    with zero.sharded_init(frozen_ds_config(config)):
+        yield
 
 
 class FrozenEngine:
@@ -25,10 +35,10 @@ class FrozenEngine:
         self.device = torch.device(context.device)
         module.requires_grad_(False).eval()
         if config.zero_stage == 3:
-            self._module, *_ = deepspeed.initialize(
-                model=module, config=frozen_ds_config(config), dist_init_required=False
-            )
-            self._module.eval()
+            import deepspeed  # two seconds to import: only where it is used
+
+            engine, *_ = deepspeed.initialize(model=module, config=frozen_ds_config(config), dist_init_required=False)
+            self._module: Any = engine.eval()
         else:
             self._module = module.to(self.device)
 

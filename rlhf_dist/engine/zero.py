@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from rlhf_dist.config import Precision
 from rlhf_dist.config.deepspeed import read_ds_config
@@ -47,6 +45,8 @@ def ds_config(
 def sharded_init(config: dict[str, Any]) -> Iterator[None]:
     """Inside, `from_pretrained` builds and loads a model sharded over the ranks if `config` asks for ZeRO-3."""
     if config["zero_optimization"]["stage"] == 3:
+        from transformers.integrations import deepspeed as hf_deepspeed
+
         # transformers keeps only a weak reference to this object; the local name keeps it alive for the block.
         handle = hf_deepspeed.HfDeepSpeedConfig(json.loads(json.dumps(config)))
         try:
@@ -67,7 +67,12 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 def whole(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
     """Inside, the parameters are whole on every rank. With `modifier_rank`, what that rank wrote is kept on all."""
     sharded = [p for p in parameters if is_sharded(p)]
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank, enabled=bool(sharded)):
+    if not sharded:
+        yield
+        return
+    import deepspeed  # two seconds to import: processes that shard nothing never pay them
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank):
         yield
 
 

@@ -10,7 +10,8 @@ from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.train import LossTerm
-from rlhf_dist.workers.trained import IDLE_TOKENS, MicroBatches, TrainedWorker, build_causal_lm, pick
+from rlhf_dist.workers.passes import IDLE_TOKENS, MicroBatches, evaluate_nll, pick
+from rlhf_dist.workers.trained import TrainedWorker, build_causal_lm
 
 
 class LanguageModelWorker(TrainedWorker):
@@ -36,15 +37,3 @@ class LanguageModelWorker(TrainedWorker):
     def evaluate(self, batch: TokenBatch, micro_batches: MicroBatches) -> dict[str, float]:
         """Sums over this rank's rows: `nll` and `num_targets`."""
         return evaluate_nll(self.engine, pick(batch, micro_batches))
-
-
-def evaluate_nll(engine: Any, micro_batches: list[TokenBatch | None]) -> dict[str, float]:
-    """Sums of negative log-likelihood (nats) and of targets. Idle micro-batches run, and count nothing."""
-    sums = {"nll": 0.0, "num_targets": 0.0}
-    for micro in micro_batches:
-        batch = (micro or IDLE_TOKENS).to(engine.device)
-        logprobs, _ = engine.infer(batch.tokens, batch.lengths, batch.loss_mask)
-        if micro is not None:
-            sums["nll"] -= float(logprobs.double().sum())
-            sums["num_targets"] += micro.num_targets
-    return sums

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +16,8 @@ from rlhf_dist.models.forward import response_target_mask, scatter_responses
 from rlhf_dist.models.loading import without_dropout
 from rlhf_dist.weight_sync.buckets import WeightSource
 from rlhf_dist.workers.language_model import LanguageModelWorker
-from rlhf_dist.workers.trained import IDLE_EXPERIENCE, MicroBatches, flat_rows, pick
+from rlhf_dist.workers.passes import IDLE_EXPERIENCE, MicroBatches, pick, response_logprobs
+
 
 class PolicyWorker(LanguageModelWorker):
     """π_RL: log-probs of responses, the clipped update with its PTX term, and the source of the weights of rollouts."""
@@ -85,14 +85,3 @@ class PolicyWorker(LanguageModelWorker):
         )
         sums["entropy"] = masked_sum(scatter_responses(entropy.detach(), mask), mask)
         return loss, sums
-
-
-def response_logprobs(engine: Any, rollout: RolloutBatch, micro_batches: MicroBatches, temperature: float) -> Tensor:
-    """[rows, R] log-probs of response tokens under `engine`'s model; idle micro-batches run and are dropped."""
-    outputs = []
-    for micro in pick(rollout, micro_batches):
-        batch = (micro or IDLE_EXPERIENCE).to(engine.device)
-        targets = response_target_mask(batch.prompt_lengths, batch.response_lengths, batch.tokens.shape[1])
-        logprobs, _ = engine.infer(batch.tokens, batch.lengths, targets, temperature)
-        outputs.append(scatter_responses(logprobs, batch.response_mask) if micro is not None else None)
-    return flat_rows(outputs, micro_batches, len(rollout))

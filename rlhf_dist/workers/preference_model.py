@@ -15,8 +15,8 @@ from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.train import LossTerm
 from rlhf_dist.models.forward import last_token_scores
-from rlhf_dist.workers.reward import sequence_scores
-from rlhf_dist.workers.trained import IDLE_SEQUENCE, MicroBatches, TrainedWorker, build_scalar_model, pick
+from rlhf_dist.workers.passes import IDLE_SEQUENCE, MicroBatches, pick, sequence_scores
+from rlhf_dist.workers.trained import TrainedWorker, build_scalar_model
 
 _IDLE_PAIR = PreferenceBatch(*[IDLE_SEQUENCE.tokens, IDLE_SEQUENCE.lengths] * 2)
 

@@ -6,21 +6,18 @@ from torch import Tensor
 
 from rlhf_dist.batches import RolloutBatch, TokenBatch
 from rlhf_dist.config import FrozenModel
-from rlhf_dist.engine import zero
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.frozen import FrozenEngine, frozen_ds_config
+from rlhf_dist.engine.frozen import FrozenEngine, frozen_init
 from rlhf_dist.models.forward import TargetLogprobs
 from rlhf_dist.models.loading import DTYPES, load_causal_lm
-from rlhf_dist.workers.language_model import evaluate_nll
-from rlhf_dist.workers.policy import response_logprobs
-from rlhf_dist.workers.trained import MicroBatches, pick
+from rlhf_dist.workers.passes import MicroBatches, evaluate_nll, pick, response_logprobs
 
 
 class ReferenceWorker:
     """Log-probs of responses under frozen weights."""
 
     def __init__(self, config: FrozenModel, context: RankContext, *, temperature: float = 1.0) -> None:
-        with zero.sharded_init(frozen_ds_config(config)):
+        with frozen_init(config, context):
             model = load_causal_lm(config.model_path, DTYPES[config.precision])
         self.engine = FrozenEngine(TargetLogprobs(model), config, context)
         self.temperature = temperature

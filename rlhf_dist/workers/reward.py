@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from rlhf_dist.batches import SequenceBatch
 from rlhf_dist.config import FrozenModel
-from rlhf_dist.engine import zero
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.frozen import FrozenEngine, frozen_ds_config
+from rlhf_dist.engine.frozen import FrozenEngine, frozen_init
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.forward import ScalarHead, last_token_scores
+from rlhf_dist.models.forward import ScalarHead
 from rlhf_dist.models.loading import DTYPES, load_scalar_model
-from rlhf_dist.workers.trained import IDLE_SEQUENCE, MicroBatches, flat_rows, pick
+from rlhf_dist.workers.passes import MicroBatches, sequence_scores
 
 
 class RewardWorker:
     """One number a sequence."""
 
     def __init__(self, config: FrozenModel, context: RankContext) -> None:
-        with zero.sharded_init(frozen_ds_config(config)):
+        with frozen_init(config, context):
             model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id=None)
         if head_is_new:
             raise ModelError(
@@ -33,13 +30,3 @@ class RewardWorker:
     def score(self, batch: SequenceBatch, micro_batches: MicroBatches) -> Tensor:
         """[rows] fp32 scores at the last token."""
         return sequence_scores(self.engine, batch, micro_batches)
-
-
-def sequence_scores(engine: Any, batch: SequenceBatch, micro_batches: MicroBatches) -> Tensor:
-    """[rows] fp32: the scalar at each sequence's last token; idle micro-batches run and are dropped."""
-    outputs = []
-    for micro in pick(batch, micro_batches):
-        rows = (micro or IDLE_SEQUENCE).to(engine.device)
-        scores = last_token_scores(engine.infer(rows.tokens, rows.lengths), rows.lengths)
-        outputs.append(scores[:, None] if micro is not None else None)
-    return flat_rows(outputs, micro_batches, len(batch)).reshape(-1)

@@ -9,12 +9,13 @@ import torch
 
 from rlhf_dist.batches import PromptBatch, RolloutBatch, concat_rows
 from rlhf_dist.config import Precision, RolloutConfig
-from rlhf_dist.data.tokenizer import load_tokenizer, stop_token_ids
+from rlhf_dist.data.encoding import stop_token_ids
+from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.models.loading import DTYPES, load_causal_lm
 from rlhf_dist.rollout.hf import HFEngine
 from rlhf_dist.weight_sync.buckets import WeightTarget
-from rlhf_dist.workers.trained import MicroBatches
+from rlhf_dist.workers.passes import MicroBatches
 
 
 class RolloutWorker:

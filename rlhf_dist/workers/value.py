@@ -15,14 +15,8 @@ from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.train import LossTerm
 from rlhf_dist.models.forward import state_values
 from rlhf_dist.models.loading import without_dropout
-from rlhf_dist.workers.trained import (
-    IDLE_EXPERIENCE,
-    MicroBatches,
-    TrainedWorker,
-    build_scalar_model,
-    flat_rows,
-    pick,
-)
+from rlhf_dist.workers.passes import IDLE_EXPERIENCE, MicroBatches, pick, response_values
+from rlhf_dist.workers.trained import TrainedWorker, build_scalar_model
 
 
 class ValueWorker(TrainedWorker):
@@ -46,13 +40,7 @@ class ValueWorker(TrainedWorker):
 
     def values(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
         """[rows, R] fp32 values, 0 on padding."""
-        outputs = []
-        for micro in pick(rollout, micro_batches):
-            batch = (micro or IDLE_EXPERIENCE).to(self.engine.device)
-            scalars = self.engine.infer(batch.tokens, batch.lengths)
-            values = state_values(scalars, batch.prompt_lengths, batch.response_mask)
-            outputs.append(values if micro is not None else None)
-        return flat_rows(outputs, micro_batches, len(rollout))
+        return response_values(self.engine, rollout, micro_batches)
 
     def update(self, experience: Experience, steps: list[StepShare]) -> list[StepReport]:
         """One optimiser step an entry of `steps`."""
