@@ -49,8 +49,8 @@ class Chat:
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and num_prompt + self.max_response_tokens > room:
             raise ConfigError(
-                f"The conversation has {num_prompt} tokens; with a reply of up to {self.max_response_tokens} it exceeds "
-                f"the model's context of {room}. Type /reset, or lower --max-response-tokens."
+                f"The conversation has {num_prompt} tokens; with a reply of up to {self.max_response_tokens} it "
+                f"exceeds the model's context of {room}. Type /reset, or lower --max-response-tokens."
             )
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:

@@ -101,7 +101,12 @@ def schema_of(command: str) -> type[Any]:
     """The configuration schema of `sft`, `reward`, `ppo` or `eval`."""
     from rlhf_dist import config
 
-    schemas = {"sft": config.SFTConfig, "reward": config.RewardConfig, "ppo": config.PPOConfig, "eval": config.EvalConfig}
+    schemas = {
+        "sft": config.SFTConfig,
+        "reward": config.RewardConfig,
+        "ppo": config.PPOConfig,
+        "eval": config.EvalConfig,
+    }
     return schemas[command]
 
 
