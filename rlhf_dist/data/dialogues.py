@@ -48,7 +48,7 @@ def preference_messages(row: Fields) -> tuple[Messages, Messages, Messages]:
             'add it, map it with fields: {prompt: <column>}, or write "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues',
         )
     if prompt[-1]["role"] != "user":
-        raise row.error("prompt", f"ends with a {prompt[-1]['role']} message", "end it with the user's")
+        raise row.error("prompt", "does not end with a user message", "add the message that is answered")
     return prompt, chosen, rejected
 
 
@@ -64,7 +64,7 @@ def _continuation(row: Fields, field: str) -> Messages:
     else:
         messages = row.messages(field)
     if messages[-1]["role"] != "assistant":
-        raise row.error(field, f"ends with a {messages[-1]['role']} message", "end it with the assistant's")
+        raise row.error(field, "does not end with an assistant message", "add the response")
     return messages
 
 

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from data_support import SHARED_DATA
+
+from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData
+from rlhf_dist.data import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
+from rlhf_dist.data.files import read_rows
+from rlhf_dist.errors import DataError
+
+needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data is not beside this checkout")
+
+
+def instructions(num: int) -> list[dict[str, str]]:
+    return [{"instruction": f"câu {i}", "output": f"đáp {i}" * (i % 3 + 1)} for i in range(num)]
+
+
+def decoded(tokenizer, batch) -> list[str]:
+    return [tokenizer.decode(row[:length]) for row, length in zip(batch.tokens, batch.lengths, strict=True)]
+
+
+def test_batches_are_padded_on_the_right_in_the_order_asked(source, tokenizer):
+    data = load_sequences([source("instruction", instructions(5))], DataSettings(), tokenizer)
+    batch = data.batch([4, 0])
+    assert batch.lengths.tolist() == [data.lengths[4], data.lengths[0]]
+    assert batch.tokens.shape == batch.loss_mask.shape == (2, max(batch.lengths.tolist()))
+    assert batch.tokens.dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.bool
+    assert [text.partition("Response:\n")[2] for text in decoded(tokenizer, batch)] == [
+        "đáp 4" * 2 + "</s>",
+        "đáp 0</s>",
+    ]
+    for row, mask, length in zip(batch.tokens, batch.loss_mask, batch.lengths, strict=True):
+        assert not mask[length:].any()
+        assert not row[length:].any()
+        assert tokenizer.decode(row[mask]).startswith("đáp")
+    assert torch.equal(data.batch(torch.tensor([4, 0])).tokens, batch.tokens)
+    assert data.report.num_tokens == sum(data.lengths)
+
+
+def test_eval_fraction_is_disjoint_and_drawn_by_the_seed(source, tokenizer):
+    data = SFTData(train=(source("instruction", instructions(20)),), eval_fraction=0.25)
+
+    def texts(part):
+        return set(decoded(tokenizer, part.batch(range(len(part)))))
+
+    split = load_sft(data, tokenizer, seed=0)
+    assert split.eval is not None
+    train, held_out = texts(split.train), texts(split.eval)
+    assert (len(train), len(held_out)) == (15, 5)
+    assert not train & held_out
+    again, other = load_sft(data, tokenizer, seed=0).eval, load_sft(data, tokenizer, seed=1).eval
+    assert texts(again) == held_out != texts(other)
+
+
+def test_eval_sets_replace_the_fraction(source, write, tokenizer):
+    held_out = DataSource(path=write("eval.jsonl", instructions(2)), kind="instruction")
+    data = SFTData(train=(source("instruction", instructions(4)),), eval=(held_out,), eval_fraction=0.5)
+    split = load_sft(data, tokenizer, seed=0)
+    assert split.eval is not None
+    assert (len(split.train), len(split.eval)) == (4, 2)
+    assert load_sft(data.model_copy(update={"eval": (), "eval_fraction": 0.0}), tokenizer, 0).eval is None
+
+
+@pytest.mark.parametrize("fraction", [0.05, 1.0])
+def test_split_that_leaves_nothing(source, tokenizer, fraction):
+    data = SFTData(train=(source("instruction", instructions(4)),), eval_fraction=fraction)
+    with pytest.raises(DataError, match=r"of 4 records holds out .*both must be at least 1: change eval_fraction"):
+        load_sft(data, tokenizer, seed=0)
+
+
+def test_truncation_cuts_the_response_only(source, tokenizer):
+    rows = [{"instruction": "q", "output": "x y z " * 20}, {"instruction": "q", "output": "x"}]
+    whole = load_sequences([source("instruction", rows)], DataSettings(), tokenizer)
+    limit = int(whole.lengths[0]) - 5
+    cut = load_sequences([source("instruction", rows)], DataSettings(max_length_tokens=limit), tokenizer)
+    assert (cut.report.num_truncated, cut.report.num_used) == (1, 2)
+    assert torch.equal(cut.batch([0]).tokens, whole.batch([0]).tokens[:, :limit])
+    assert tokenizer.eos_token_id not in cut.batch([0]).tokens
+    assert torch.equal(cut.batch([1]).tokens, whole.batch([1]).tokens)
+
+
+def test_truncation_drops_what_no_target_needs(source, tokenizer):
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "quvw", strict=True)]
+    record = {"messages": [*turns[:2], {"role": "user", "content": "long " * 30}, turns[3]]}
+    cut = load_sequences([source("messages", [record])], DataSettings(max_length_tokens=60), tokenizer)
+    assert decoded(tokenizer, cut.batch([0])) == ["### Instruction:\nq\n\n### Response:\nu</s>"]
+
+
+def test_too_long_under_each_policy(source, tokenizer):
+    rows = [{"instruction": "q", "output": "x y z " * 30}, {"instruction": "q", "output": "x"}]
+
+    def load(policy, limit=60):
+        settings = DataSettings(max_length_tokens=limit, on_too_long=policy)
+        return load_sequences([source("instruction", rows)], settings, tokenizer)
+
+    skipped = load("skip")
+    assert (len(skipped), skipped.report.num_skipped, skipped.report.num_used) == (1, 1, 1)
+    assert skipped.report.skipped[0].endswith("data.jsonl:1")
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:1: the record has \d+ tokens, more than max_length_tokens 60; raise it"
+    ):
+        load("error")
+    with pytest.raises(
+        DataError, match=r":1: the prompt alone has \d+ tokens, .* max_length_tokens 5, .*on_too_long to skip"
+    ):
+        load("truncate", limit=5)
+    with pytest.raises(DataError, match=r"none of 2 records is left \(2 skipped under max_length_tokens 5"):
+        load("skip", limit=5)
+
+
+def test_long_text_is_chunked_without_loss(source, tokenizer):
+    text = "một hai ba bốn năm sáu bảy tám chín mười " * 5
+    [ids] = load_sequences([source("text", [{"text": text}])], DataSettings(), tokenizer).batch([0]).tokens
+    data = load_sequences([source("text", [{"text": text}])], DataSettings(max_length_tokens=16), tokenizer)
+    batch = data.batch(range(len(data)))
+    # The targets of the chunks, put together, are the targets of the whole: each exactly once.
+    assert torch.equal(batch.tokens[batch.loss_mask], ids[1:])
+    assert batch.tokens[0, 0] == ids[0]
+    assert data.report.num_truncated == 0
+    assert (data.report.num_records, data.report.num_used) == (1, 1)
+
+
+def test_errors_of_encoding_name_the_row(source, tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "u"}]}]
+    with pytest.raises(DataError, match=r"data\.jsonl:1: the conversation has no assistant turn"):
+        load_sequences([source("messages", rows)], DataSettings(), tokenizer)
+
+
+def test_pairs(source, tokenizer):
+    rows = [{"prompt": f"p{i}", "chosen": f"tốt {i}", "rejected": "xấu"} for i in range(6)]
+    split = load_preferences(RewardData(train=(source("preference", rows),), eval_fraction=0.5), tokenizer, 0)
+    assert split.eval is not None
+    assert (len(split.train), len(split.eval)) == (3, 3)
+    pairs = load_pairs([source("preference", rows)], DataSettings(), tokenizer, 0)
+    batch = pairs.batch([1])
+    assert tokenizer.decode(batch.chosen[0]) == "### Instruction:\np1\n\n### Response:\ntốt 1</s>"
+    assert tokenizer.decode(batch.rejected[0]) == "### Instruction:\np1\n\n### Response:\nxấu</s>"
+    assert pairs.lengths[1] == batch.chosen_lengths[0] + batch.rejected_lengths[0]
+
+
+def test_pairs_that_truncation_makes_equal_are_left_out(source, tokenizer):
+    same = "a b c d " * 10
+    rows = [
+        {"prompt": "p", "chosen": same + "x", "rejected": same + "y"},
+        {"prompt": "p", "chosen": "u " + same, "rejected": "v"},
+    ]
+    pairs = load_pairs([source("preference", rows)], DataSettings(max_length_tokens=45), tokenizer, 0)
+    assert (len(pairs), pairs.report.num_skipped, pairs.report.num_truncated) == (1, 1, 1)
+    batch = pairs.batch([0])
+    assert batch.chosen_lengths.tolist() == [45]
+    assert batch.rejected[0, -1] == tokenizer.eos_token_id
+
+
+def test_ratings_without_prompt_are_plain_texts(source, tokenizer):
+    rows = [{"response": "hay", "rating": 3}, {"response": "dở", "rating": 1}]
+    batch = load_pairs([source("ratings", rows)], DataSettings(), tokenizer, 0).batch([0])
+    assert tokenizer.decode(batch.chosen[0]) == "hay</s>"
+    assert tokenizer.decode(batch.rejected[0]) == "dở</s>"
+
+
+def test_prompts(source, tokenizer):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    data = load_prompts([source("prompt", [{"prompt": "chào"}, {"prompt": turns}])], tokenizer, 100)
+    batch = data.batch([1, 0])
+    assert decoded(tokenizer, batch) == [
+        "### System:\ns\n\n### Instruction:\nu\n\n### Response:\n",
+        "### Instruction:\nchào\n\n### Response:\n",
+    ]
+    assert batch.sample_ids.tolist() == [1, 0]
+    assert data.batch([0, 0], sample_ids=[7, 8]).sample_ids.tolist() == [7, 8]
+    assert (data.text(0), data.text(1)) == ("chào", "system: s\nuser: u")
+    with pytest.raises(ValueError, match="unique sample ids"):
+        data.batch([0, 0])
+
+
+def test_prompts_are_never_cut(source, tokenizer):
+    rows = source("prompt", [{"prompt": "ngắn"}, {"prompt": "dài " * 50}])
+    for policy in ("error", "truncate"):
+        with pytest.raises(DataError, match=r"data\.jsonl:2: the prompt has \d+ tokens, more than the 60 .*to skip"):
+            load_prompts([rows], tokenizer, 60, policy)
+    kept = load_prompts([rows], tokenizer, 60, "skip")
+    assert (len(kept), kept.report.num_skipped) == (1, 1)
+
+
+@needs_shared_data
+def test_gsm8k(tokenizer):
+    fields = {"instruction": "question", "output": "answer"}
+    source = DataSource(path=str(SHARED_DATA / "gsm8k_test_200.jsonl"), kind="instruction", fields=fields)
+    data = load_sequences([source], DataSettings(max_length_tokens=4096), tokenizer)
+    assert data.report.num_used == 200
+    batch = data.batch([0])
+    trained = tokenizer.decode(batch.tokens[batch.loss_mask])
+    assert trained.startswith("Janet sells 16 - 3 - 4")
+    assert trained.endswith("#### 18</s>")
+
+
+@needs_shared_data
+def test_rated_film_reviews(tokenizer):
+    path = str(SHARED_DATA / "movieReviewSnippets_GroundTruth.txt")
+    source = DataSource(path=path, kind="ratings", columns=("id", "rating", "response"), limit=500)
+    pairs = load_pairs([source], DataSettings(), tokenizer, 0)
+    assert pairs.report.num_records > 200
+    everything = DataSource(path=path, kind="ratings", columns=("id", "rating", "response"))
+    assert sum(1 for _ in read_rows(everything)) == 10605

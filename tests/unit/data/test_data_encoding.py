@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_dist.data.encoding import _mask, encode_conversation, encode_prompt, encode_text
+from rlhf_dist.errors import DataError
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def trained(tokenizer, messages, **kwargs) -> str:
+    ids, mask = encode_conversation(tokenizer, messages, **kwargs)
+    assert len(ids) == len(mask)
+    assert not mask[0]
+    return tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target])
+
+
+def test_only_the_response_is_trained(tokenizer):
+    messages = [user("say it"), bot("hi you")]
+    ids, mask = encode_conversation(tokenizer, messages)
+    assert tokenizer.decode(ids) == "### Instruction:\nsay it\n\n### Response:\nhi you</s>"
+    assert trained(tokenizer, messages) == "hi you</s>"
+    assert ids[-1] == tokenizer.eos_token_id
+    assert mask[-1]
+
+
+def test_every_assistant_turn_is_trained(tokenizer):
+    messages = [{"role": "system", "content": "s"}, user("u1"), bot("a1"), user("u2"), bot("a2")]
+    assert trained(tokenizer, messages) == "a1</s>a2</s>"
+    assert trained(tokenizer, messages, first_target=3) == "a2</s>"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_vietnamese(tokenizer, chatml, form):
+    text = unicodedata.normalize(form, "Tiếng Việt rất đẹp: ở, ữ, ậ 🌾")
+    for made in (tokenizer, chatml):
+        messages = [user(unicodedata.normalize(form, "Xin chào")), bot(text), user("Nữa"), bot(text)]
+        end = made.convert_ids_to_tokens(encode_conversation(made, messages)[0][-1])
+        assert trained(made, messages) == (text + end) * 2
+
+
+def test_no_boundary_drift(tokenizer):
+    """Tokenized apart, "\\n" of the prompt and "\\nhello" of the response are other tokens than together."""
+    messages = [user("say it"), bot("\nhello there")]
+    ids, mask = encode_conversation(tokenizer, messages)
+    prompt = encode_prompt(tokenizer, messages[:1])
+    apart = prompt + tokenizer("\nhello there</s>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == tokenizer.decode(apart)
+    assert ids != apart
+    first = mask.index(True)
+    # The token on the border holds characters of both sides, and its prediction is trained.
+    assert first < len(prompt)
+    assert tokenizer.decode(ids[first:]).endswith("\nhello there</s>")
+    assert "hello" not in tokenizer.decode(ids[:first])
+
+
+def test_chatml_ends_at_its_end_of_turn(chatml):
+    messages = [user("u1"), bot("a1"), user("u2"), bot("a2")]
+    ids, _ = encode_conversation(chatml, messages)
+    assert chatml.decode(ids).endswith("a2<|im_end|>")
+    # The line end that the template puts behind the end-of-turn token is not trained, inside or at the end.
+    assert trained(chatml, messages) == "a1<|im_end|>a2<|im_end|>"
+
+
+def test_prompt_is_the_beginning_of_the_conversation(chatml):
+    ids, mask = encode_conversation(chatml, [user("u"), bot("a")])
+    assert encode_prompt(chatml, [user("u")]) == ids[: mask.index(True)]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"])
+def test_generation_tags(chatml, end):
+    """The end-of-turn token is trained whether a template has it inside or outside its marks."""
+    chatml.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>bot {% generation %}{{ m.content }}"
+        + end
+        + "\n"
+        "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert trained(chatml, [user("u1"), bot("a1"), user("u2"), bot("a2")]) == "a1<|im_end|>a2<|im_end|>"
+    assert trained(chatml, [user("u1"), bot("a1"), user("u2"), bot("a2")], first_target=3) == "a2<|im_end|>"
+
+
+def test_generation_tags_must_mark_each_turn(chatml):
+    chatml.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x{% endgeneration %}"
+    with pytest.raises(DataError, match=r"marks 1 assistant turns .* has 2; mend the template"):
+        encode_conversation(chatml, [user("u"), bot("a"), user("u"), bot("b")])
+
+
+def test_eos_is_added_where_the_template_has_none(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('Bot: ' if m.role == 'assistant' else 'User: ') + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Bot: ' }}{% endif %}"
+    )
+    ids, _ = encode_conversation(tokenizer, [user("hi"), bot("hello")])
+    assert tokenizer.decode(ids) == "User: hi\nBot: hello</s>"
+
+
+def test_what_follows_the_last_assistant_turn_is_left_out(tokenizer):
+    with_tail = encode_conversation(tokenizer, [user("u"), bot("a"), user("more")])
+    assert with_tail == encode_conversation(tokenizer, [user("u"), bot("a")])
+
+
+def test_template_that_rewrites_the_past_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' ~ (m.content if loop.last else m.content[:1]) ~ ']' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[' }}{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"renders the messages before assistant turn 1 .* \{% generation %\}"):
+        encode_conversation(tokenizer, [user("long"), bot("a")])
+
+
+def test_refusal_of_the_template_is_a_data_error(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    for encode in (encode_conversation, encode_prompt):
+        with pytest.raises(DataError, match=r"refuses the conversation \(roles must alternate\); mend"):
+            encode(tokenizer, [user("u"), bot("a")])
+
+
+@pytest.mark.parametrize(("messages", "words"), [([user("u")], "no assistant turn"), ([bot("a")], "begins with an")])
+def test_conversations_without_a_target(tokenizer, messages, words):
+    with pytest.raises(DataError, match=words):
+        encode_conversation(tokenizer, messages)
+
+
+def test_text_ends_in_one_eos(tokenizer):
+    ids = encode_text(tokenizer, "Tiếng Việt")
+    assert tokenizer.decode(ids) == "Tiếng Việt</s>"
+    assert encode_text(tokenizer, "a</s>") == encode_text(tokenizer, "a")
+    with pytest.raises(DataError, match="tokenizes to nothing"):
+        encode_text(tokenizer, "")
+
+
+def test_mask_of_trimmed_offsets():
+    """ " a" whose offsets leave out the space: a span that is only that space makes its token a target."""
+    assert _mask([(0, 3), (4, 5), (6, 7)], [(3, 4)]) == [False, True, False]
+    assert _mask([(0, 1), (0, 1), (1, 2)], [(0, 1)]) == [True, True, False]
+
+
+@given(st.lists(st.text(alphabet="aợ́ \n🌾", min_size=1, max_size=6), min_size=1, max_size=4))
+def test_each_target_touches_its_span_and_no_character_is_missed(tokenizer_session, contents):
+    messages = [turn for content in contents for turn in (user("q"), bot(content))]
+    ids, mask = encode_conversation(tokenizer_session, messages)
+    kept = tokenizer_session.decode([i for i, target in zip(ids, mask, strict=True) if target])
+    at = 0
+    for content in contents:  # in order; a border token may bring a neighbour's character along
+        at = kept.index(content + "</s>", at) + len(content) + 4
+    assert tokenizer_session.decode(ids).count("</s>") == len(contents)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_dist.config import DataSource
+from rlhf_dist.data.files import read_rows
+from rlhf_dist.errors import DataError
+
+ROWS = [{"text": "một"}, {"text": 'a "quote", b'}, {"text": "hai\nba"}]
+CSV = 'text,n\r\nmột,1\r\n"a ""quote"", b",2\r\n"hai\nba",3\r\n'
+
+
+def read(path, kind="text", **settings):
+    return list(read_rows(DataSource(path=str(path), kind=kind, **settings)))
+
+
+def texts(path, **settings):
+    return [dict(values)["text"] for _, values in read(path, **settings)]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps({"data": ROWS}, ensure_ascii=False, indent=1)),
+        ("a.jsonl", "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\r\n"),
+        ("a.csv", CSV),
+        ("a.CSV", CSV),
+    ],
+)
+def test_text_formats(write, name, content, bom):
+    assert texts(write(name, bom + content.encode())) == [row["text"] for row in ROWS]
+
+
+def test_parquet_directory_and_splits(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == [row["text"] for row in ROWS]
+    assert read(tmp_path / "a.parquet")[2][0].endswith("a.parquet: row 3")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert texts(tmp_path / "one") == [row["text"] for row in ROWS]
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "split")
+    assert texts(tmp_path / "split", split="test") == ["một"]
+    with pytest.raises(DataError, match="has no split 'train'; set split to one of test"):
+        read(tmp_path / "split")
+
+
+def test_locations(write):
+    assert [
+        location.rsplit("/", 1)[1] for location, _ in read(write("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n'))
+    ] == [
+        "a.jsonl:1",
+        "a.jsonl:3",
+    ]
+    # A row is named by the line it begins on, quoted line ends counted.
+    multi = write("a.csv", 'text\n"a\nb"\nc\n')
+    assert [location.rsplit("/", 1)[1] for location, _ in read(multi)] == ["a.csv:2", "a.csv:4"]
+    assert read(write("b.json", '[{"text": "a"}]'))[0][0].endswith("b.json: record 1")
+
+
+def test_tab_separated_text_keeps_quotes(write):
+    path = write("a.txt", '1\t"open quote\r\n2\tit\'s ""fine""\r\n')
+    rows = read(path, columns=("id", "text"))
+    assert [values["text"] for _, values in rows] == ['"open quote', 'it\'s ""fine""']
+
+
+def test_txt_is_one_text_a_line(write):
+    path = write("a.txt", "xin chào\r\n\r\n  hai\tba \n")
+    assert texts(path) == ["xin chào", "  hai\tba "]
+    assert read(path, kind="prompt", fields={"prompt": "p"})[0][1] == {"p": "xin chào"}
+    with pytest.raises(DataError, match=r"plain lines cannot hold kind 'instruction'.*name its columns"):
+        read(path, kind="instruction")
+
+
+def test_delimiter_and_header(write):
+    assert texts(write("a.txt", "text|n\nx|1\n"), delimiter="|") == ["x"]
+    assert texts(write("a.tsv", "text\tn\nx\t1\n")) == ["x"]
+    assert texts(write("a.csv", "x;1\n"), delimiter=";", columns=("text", "n")) == ["x"]
+
+
+def test_fields_longer_than_the_csv_modules_limit(write):
+    assert texts(write("a.csv", "text,n\n" + "x" * 200_000 + ",1\n")) == ["x" * 200_000]
+
+
+def test_limit_stops_reading(write):
+    assert texts(write("a.jsonl", '{"text": "a"}\nbroken\n'), limit=1) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "words"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"a\.jsonl:2: not JSON .*one JSON object: mend"),
+        ("a.jsonl", "[1]\n", {}, r"a\.jsonl:1: a list where a record must be a JSON object"),
+        ("a.json", '[\n{"a": 1},\n{]\n', {}, r"a\.json:3: not JSON .*name it \.jsonl"),
+        ("a.json", '{"rows": []}', {}, r"neither a list of objects nor"),
+        ("a.json", "[1]", {}, r"a\.json: record 1: a int where"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            {},
+            r"a\.jsonl:2: byte 0xe9 at column 14 is not UTF-8.*iconv",
+        ),
+        ("a.csv", b"text\na\n\xff\n", {}, r"a\.csv:3: byte 0xff"),
+        ("a.csv", "text,n\na,1\nb\n", {}, r"a\.csv:3: 1 columns where there should be 2 \(text, n\); mend the line"),
+        ("a.csv", 'text\n"open\nb\n', {}, r"a\.csv:3: not a table .*close the quoted field"),
+        ("a.csv", "a\n", {"delimiter": "||"}, r"delimiter '\|\|' must be one character"),
+        ("a.jsonl", "\n", {}, r"a\.jsonl holds no records"),
+        ("a.csv", "text\n", {}, r"a\.csv holds no records; .*give another file"),
+        ("a.json", "[]", {}, r"holds no records"),
+        ("a.xlsx", "x", {}, r"is no data set: files end in one of \.json, "),
+        ("a.parquet", "x", {}, r"a\.parquet: not a readable Parquet file .*write it anew"),
+    ],
+)
+def test_refusals_name_place_and_remedy(write, name, content, settings, words):
+    with pytest.raises(DataError, match=words):
+        read(write(name, content), **settings)
+
+
+def test_missing_files_and_directories(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist .*give the path"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="is no data set"):
+        read(tmp_path / "none")
+    with pytest.raises(DataError, match="not a directory written by"):
+        read(tmp_path)
+
+
+def test_hub_name_out_of_reach(monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"org/name is neither .* \(Couldn't reach the Hub\); check the name"):
+        read("org/name")
+
+
+def test_hub_rows(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: [{"text": f"{path} {split}"}])
+    assert read("org/name", split="test") == [("org/name[test]: row 1", {"text": "org/name test"})]

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import pytest
+
+from rlhf_dist.config import DataSource
+from rlhf_dist.data.records import Prompt, read_preferences, read_prompts, read_sequences
+from rlhf_dist.errors import ConfigError, DataError
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def one(source, records, kind="preference", **settings):
+    read = {"preference": lambda s: read_preferences(s, 0)}.get(kind, read_sequences)
+    [record] = read(source(kind, records, **settings))
+    return record
+
+
+def test_instruction(source):
+    record = {"instruction": "Dịch", "input": "hello", "output": "xin chào", "demonstration": "a → b", "other": 1}
+    assert one(source, [record], "instruction").messages == (user("a → b\n\nDịch\n\nhello"), bot("xin chào"))
+    for empty in ({}, {"input": ""}, {"input": None}, {"input": " "}):
+        assert one(source, [{"instruction": "i", "output": "o", **empty}], "instruction").messages == (
+            user("i"),
+            bot("o"),
+        )
+
+
+def test_mapped_and_nested_columns(source):
+    record = {"question": "q", "cases": [{"in": "x", "out": "y"}]}
+    fields = {"instruction": "question", "input": "cases.0.in", "output": "cases.0.out"}
+    assert one(source, [record], "instruction", fields=fields).messages == (user("q\n\nx"), bot("y"))
+
+
+def test_messages_and_text(source):
+    messages = [{"role": "system", "content": ""}, user("u"), bot("a")]
+    assert one(source, [{"messages": messages}], "messages").messages == tuple(messages)
+    record = one(source, [{"text": "nội dung"}], "text")
+    assert record.text == "nội dung"
+    assert record.location.endswith("data.jsonl:1")
+
+
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
+DIALOGUE = (user("hi"), bot("hello"), user("so?"))
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "p", "chosen": "good", "rejected": "bad"}, (user("p"),)),
+        ({"prompt": [*DIALOGUE], "chosen": "good", "rejected": "bad"}, DIALOGUE),
+        ({"prompt": [user("p")], "chosen": [bot("good")], "rejected": [bot("bad")]}, (user("p"),)),
+        ({"prompt": HH, "chosen": "good", "rejected": "bad"}, DIALOGUE),
+        ({"chosen": HH + " good", "rejected": HH + " bad"}, DIALOGUE),
+        ({"chosen": [*DIALOGUE, bot("good")], "rejected": [*DIALOGUE, bot("bad")]}, DIALOGUE),
+        ({"prompt": "so?", "chosen": [*DIALOGUE, bot("good")], "rejected": [*DIALOGUE, bot("bad")]}, DIALOGUE),
+        ({"prompt": HH, "chosen": HH + " good", "rejected": HH + " bad"}, DIALOGUE),
+    ],
+)
+def test_preference_forms(source, record, prompt):
+    pair = one(source, [record])
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, (bot("good"),), (bot("bad"),))
+
+
+def test_a_response_may_talk_about_the_hh_form(source):
+    pair = one(source, [{"prompt": "p", "chosen": "write\n\nHuman: x", "rejected": "no", "margin": 2}])
+    assert pair.chosen == (bot("write\n\nHuman: x"),)
+    assert pair.margin == 2.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "words"),
+    [
+        (
+            "instruction",
+            {"instruction": "i"},
+            r"data\.jsonl:1: field 'output' is missing; the row has 'instruction'; add it",
+        ),
+        (
+            "instruction",
+            {"instruction": "", "output": "o"},
+            r":1: field 'instruction' is '', which holds no text; fill it",
+        ),
+        ("instruction", {"instruction": "i", "output": 3}, r"field 'output' is 3, a int, not a string; write it as"),
+        ("instruction", {"instruction": "i", "output": "o", "input": [1]}, r"field 'input' is \[1\], a list"),
+        ("text", {"text": " \n"}, "holds no text"),
+        ("messages", {"messages": "hi"}, "not a list of messages; write it as"),
+        ("messages", {"messages": []}, "not a list of messages"),
+        ("messages", {"messages": ["hi"]}, r"'messages\[0\]' is 'hi', without \"role\" and"),
+        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"'messages\[0\]\.role' is 'bot'; use one of"),
+        ("messages", {"messages": [user("u"), bot("")]}, r"'messages\[1\]\.content' is ''"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "a"},
+            r":1: field 'chosen' equals its rejected \('a'\)",
+        ),
+        ("preference", {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing, .* map it with fields"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": HH + " a", "rejected": "b"},
+            "'chosen' is a whole dialogue and 'rejected'",
+        ),
+        (
+            "preference",
+            {"chosen": HH + " a", "rejected": "\n\nHuman: x\n\nAssistant: b"},
+            "part after 0 messages, not at an assistant's turn; make",
+        ),
+        (
+            "preference",
+            {"prompt": "z", "chosen": HH + " a", "rejected": HH + " b"},
+            "'prompt' is 'z', which the dialogues",
+        ),
+        ("preference", {"chosen": HH, "rejected": HH + " b"}, r"'chosen \(turn 4\)' is '', which holds no text"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": [user("x")], "rejected": "b"},
+            "does not end with an assistant message; add",
+        ),
+        (
+            "preference",
+            {"prompt": [bot("x")], "chosen": "a", "rejected": "b"},
+            "'prompt' does not end with a user message",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"},
+            "'margin' is 'x', which is not a",
+        ),
+    ],
+)
+def test_refusals_name_place_and_remedy(source, kind, record, words):
+    with pytest.raises(DataError, match=words):
+        one(source, [record], kind)
+
+
+def test_lone_surrogate(write):
+    path = write("data.jsonl", '{"text": "a\\ud800"}')
+    with pytest.raises(DataError, match=r"data\.jsonl:1: field 'text' holds half a character at position 1"):
+        read_sequences(DataSource(path=path, kind="text"))
+
+
+def test_prompts_of_each_kind(source):
+    def prompts(kind, record):
+        return [prompt.messages for prompt in read_prompts(source(kind, [record]))]
+
+    assert prompts("prompt", {"prompt": "p"}) == [(user("p"),)]
+    assert prompts("prompt", {"prompt": [*DIALOGUE]}) == [DIALOGUE]
+    assert prompts("instruction", {"instruction": "i", "input": "x"}) == [(user("i\n\nx"),)]
+    assert prompts("messages", {"messages": [*DIALOGUE]}) == [DIALOGUE[:1]]
+    assert prompts("messages", {"messages": [user("u")]}) == [(user("u"),)]
+    assert prompts("preference", {"chosen": HH + " a", "rejected": HH + " b"}) == [DIALOGUE]
+    with pytest.raises(DataError, match="does not end with a user message"):
+        prompts("prompt", {"prompt": [user("u"), bot("a")]})
+
+
+def test_prompt_type(source):
+    [prompt] = read_prompts(source("prompt", [{"prompt": "p"}]))
+    assert isinstance(prompt, Prompt)
+    assert prompt.location.endswith(":1")
+
+
+def test_kinds_and_fields_that_cannot_be_meant(source):
+    with pytest.raises(
+        ConfigError, match=r"kind 'text' cannot be used for reward modelling; use one of preference, ratings"
+    ):
+        read_preferences(source("text", [{"text": "a"}]), 0)
+    with pytest.raises(ConfigError, match=r"fields maps 'instrction', .*nearest: 'instruction'"):
+        read_sequences(source("instruction", [{}], fields={"instrction": "q"}))
+    with pytest.raises(DataError, match=r"no row has the column 'inputs' that fields names"):
+        read_sequences(source("instruction", [{"instruction": "i", "output": "o"}], fields={"input": "inputs"}))
+
+
+def test_ratings_become_pairs_within_a_prompt(source):
+    rows = [{"prompt": p, "response": f"{p}{r}", "rating": r} for p in "ab" for r in (1, 2, 3, "4.0")]
+    pairs = read_preferences(source("ratings", rows, min_margin=1), 0)
+    assert len(pairs) == 4
+    for pair in pairs:
+        [prompt], [chosen], [rejected] = pair.prompt, pair.chosen, pair.rejected
+        high, low = (float(side["content"][1:]) for side in (chosen, rejected))
+        assert chosen["content"][0] == rejected["content"][0] == prompt["content"]
+        assert pair.margin == high - low >= 1
+        assert " over " in pair.location
+    assert pairs == read_preferences(source("ratings", rows, min_margin=1), 0)
+
+
+def test_ratings_without_prompt_and_without_pairs(source):
+    rows = [{"response": "good", "rating": 2}, {"response": "bad", "rating": -2}]
+    [pair] = read_preferences(source("ratings", rows), 0)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((), (bot("good"),), (bot("bad"),))
+    with pytest.raises(DataError, match=r"differ in rating by min_margin 9\.0 or more; lower"):
+        read_preferences(source("ratings", rows, min_margin=9), 0)
+    with pytest.raises(DataError, match=r":1: field 'rating' is 'x', which is not a finite number"):
+        read_preferences(source("ratings", [{"response": "a", "rating": "x"}]), 0)

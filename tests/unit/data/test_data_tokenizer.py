@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_support import CHATML, train_tokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from rlhf_dist.data import load_tokenizer, stop_token_ids
+from rlhf_dist.errors import ConfigError, ModelError
+
+TURNS = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "Xin chào"},
+]
+
+
+def test_built_in_template_text(tokenizer):
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "### System:\nbe kind\n\n### Instruction:\nhi\n\n### Response:\nhello</s>\n\n"
+        "### Instruction:\nXin chào\n\n### Response:\n"
+    )
+
+
+def test_what_was_set_is_saved_with_the_model(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == tokenizer.chat_template
+    assert again.pad_token == tokenizer.pad_token
+
+
+def test_bos_is_rendered_once_where_the_tokenizer_adds_one(tmp_path):
+    made = train_tokenizer()
+    bos = made.bos_token_id
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    made.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=False)
+    assert ids[0] == bos
+    assert ids.count(bos) == 1
+
+
+def test_own_template_stays(tmp_path, caplog):
+    made = train_tokenizer("<|im_start|>", "<|im_end|>")
+    made.chat_template = CHATML
+    made.save_pretrained(tmp_path)
+    other = tmp_path / "other.jinja"
+    other.write_text("{{ 1 }}")
+    assert load_tokenizer(str(tmp_path), other).chat_template == CHATML
+    assert "is not used" in caplog.text
+
+
+def test_template_path_is_used_where_there_is_none(tokenizer_path, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{% for m in messages %}{{ m['role'] + '> ' + m['content'] + eos_token }}{% endfor %}")
+    tokenizer = load_tokenizer(str(tokenizer_path), path)
+    assert tokenizer.apply_chat_template(TURNS[1:2], tokenize=False) == "user> hi</s>"
+
+
+@pytest.mark.parametrize("content", ["{% for", "{{ raise_exception('no') }}"])
+def test_bad_template_is_refused(tokenizer_path, tmp_path, content):
+    path = tmp_path / "t.jinja"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"t\.jinja is not a chat template .* see "):
+        load_tokenizer(str(tokenizer_path), path)
+
+
+def test_missing_template_is_refused(tokenizer_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.jinja cannot be read"):
+        load_tokenizer(str(tokenizer_path), tmp_path / "none.jinja")
+
+
+@pytest.mark.parametrize(("special", "names", "pad"), [((), {}, "</s>"), (("<pad>",), {}, "<pad>")])
+def test_pad_is_an_existing_token(tmp_path, special, names, pad):
+    made = train_tokenizer(*special, **names)
+    made.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token == pad
+    assert len(tokenizer) == len(made)
+
+
+def test_unk_pads_where_there_is_one(tmp_path):
+    train_tokenizer("<unk>", unk_token="<unk>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<unk>"
+
+
+def test_directory_without_tokenizer(tmp_path):
+    with pytest.raises(ModelError, match=r"holds no tokenizer .*; give a directory"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "a/b/c"])
+def test_missing_directory(path):
+    with pytest.raises(ModelError, match="is not a directory; give a directory"):
+        load_tokenizer(path)
+
+
+def test_hub_name_out_of_reach(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"no-such-org/no-such-model cannot be loaded .*; give a directory"):
+        load_tokenizer("no-such-org/no-such-model")
+
+
+def test_broken_tokenizer_file(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_eos_is_required(tmp_path):
+    made = train_tokenizer()
+    made.eos_token = None
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r'no EOS token.*set "eos_token"'):
+        load_tokenizer(str(tmp_path))
+
+
+def test_stop_tokens(tokenizer, chatml):
+    assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert stop_token_ids(chatml) == [chatml.eos_token_id, chatml.convert_tokens_to_ids("<|im_end|>")]
+    chatml.chat_template = None
+    assert stop_token_ids(chatml) == [chatml.eos_token_id]
