@@ -16,6 +16,7 @@ from rlhf_dist.algo.random import permutation
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
+from rlhf_dist.data.fitting import Encoded, all_targets, fit, fit_text
 from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.store import DataReport, Ragged, Tally
 from rlhf_dist.errors import DataError
@@ -23,8 +24,6 @@ from rlhf_dist.errors import DataError
 T = TypeVar("T")
 R = TypeVar("R")
 Indices = Sequence[int] | Tensor
-Encoded = tuple[list[int], list[bool]]
-"""Ids and targets of a sequence."""
 
 
 class SequenceDataset:
@@ -206,9 +205,9 @@ def _encode_sequences(
         tally.num_records += 1
         with _at(record.location):
             if isinstance(record, Text):
-                kept = _fit_text(encode_text(tokenizer, record.text), settings)
+                kept = fit_text(encode_text(tokenizer, record.text), settings)
             else:
-                kept = _fit(encode_conversation(tokenizer, record.messages), settings, tally)
+                kept = fit(encode_conversation(tokenizer, record.messages), settings, tally)
         if not kept:
             tally.skip(record.location)
         tally.num_tokens += sum(len(ids) for ids, _ in kept)
@@ -228,7 +227,7 @@ def _encode_pairs(
         cut = Tally()
         with _at(pair.location):
             sides = [
-                _fit(_encode_side(tokenizer, pair.prompt, side), settings, cut) for side in (pair.chosen, pair.rejected)
+                fit(_encode_side(tokenizer, pair.prompt, side), settings, cut) for side in (pair.chosen, pair.rejected)
             ]
         # Cutting the ends can leave the two sides the same; so can a tokenizer that folds case or accents.
         if not all(sides) or sides[0][0][0] == sides[1][0][0]:
@@ -246,56 +245,7 @@ def _encode_side(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...]
     """A continuation with its prompt; without a prompt, as plain text."""
     if prompt:
         return encode_conversation(tokenizer, (*prompt, *side), first_target=len(prompt))
-    return _all_targets(encode_text(tokenizer, side[-1]["content"]))
-
-
-def _all_targets(ids: list[int]) -> Encoded:
-    return ids, [False] + [True] * (len(ids) - 1)
-
-
-def _fit_text(ids: list[int], settings: DataSettings) -> list[Encoded]:
-    """A plain text in sequences of `max_length_tokens`. `truncate` cuts it into consecutive ones and loses nothing:
-    each begins with the last token of the one before, since a sequence's first token is never a target."""
-    limit = settings.max_length_tokens
-    if len(ids) <= limit:
-        return [_all_targets(ids)]
-    if settings.on_too_long == "skip":
-        return []
-    if settings.on_too_long == "error":
-        raise _too_long(len(ids), limit)
-    if limit < 2:
-        raise DataError(f"max_length_tokens {limit} leaves no token to predict; it must be at least 2: raise it")
-    return [_all_targets(ids[start : start + limit]) for start in range(0, len(ids) - 1, limit - 1)]
-
-
-def _fit(encoded: Encoded, settings: DataSettings, tally: Tally) -> list[Encoded]:
-    """[`encoded`], cut to `max_length_tokens` where it is longer and may be; [] where it is to be left out."""
-    ids, mask = encoded
-    limit = settings.max_length_tokens
-    if len(ids) <= limit:
-        return [encoded]
-    if settings.on_too_long == "skip":
-        return []
-    if settings.on_too_long == "error":
-        raise _too_long(len(ids), limit)
-    prompt_tokens = mask.index(True)
-    if prompt_tokens >= limit:
-        raise DataError(
-            f"the prompt alone has {prompt_tokens} tokens, which leaves no room for a response in max_length_tokens "
-            f"{limit}, and prompts are never cut; raise max_length_tokens, shorten the prompt, or set on_too_long to "
-            "skip"
-        )
-    tally.num_truncated += 1
-    # What is left of a later prompt behind the last target would only be computed, never learnt from.
-    end = limit - mask[:limit][::-1].index(True)
-    return [(ids[:end], mask[:end])]
-
-
-def _too_long(num_tokens: int, limit: int) -> DataError:
-    return DataError(
-        f"the record has {num_tokens} tokens, more than max_length_tokens {limit}; raise it, shorten the record, or "
-        "set on_too_long to truncate or skip"
-    )
+    return all_targets(encode_text(tokenizer, side[-1]["content"]))
 
 
 def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:

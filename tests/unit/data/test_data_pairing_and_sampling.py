@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.data import EpochSampler
@@ -11,6 +11,7 @@ from rlhf_dist.data.ratings import pair_by_rating
 RATINGS = st.lists(st.sampled_from([-4.0, -1.2, 0.0, 0.3, 1.0, 3.5]), max_size=30)
 
 
+@settings(deadline=None)
 @given(RATINGS, st.integers(0, 5), st.sampled_from([0.0, 0.5, 2.0]))
 def test_pairs_are_ordered_disjoint_and_as_many_as_the_rest_allows(ratings, seed, min_margin):
     pairs = pair_by_rating(ratings, seed, min_margin)
@@ -36,6 +37,7 @@ def test_few_pairable_items_are_found():
     assert len(pair_by_rating([0.0] * 50 + [1.0] * 50, 0, 0.5)) >= 45
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 40), st.lists(st.integers(0, 9), max_size=6))
 def test_any_cut_gives_the_same_sequence(num_items, start, counts):
     whole = EpochSampler(num_items, 7, "s").indices(start, sum(counts))
@@ -47,6 +49,7 @@ def test_any_cut_gives_the_same_sequence(num_items, start, counts):
     assert whole.dtype == torch.int64
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 5))
 def test_each_epoch_holds_every_item_once(num_items, epoch):
     sampler = EpochSampler(num_items, 0, "s")

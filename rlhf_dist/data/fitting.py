@@ -1,0 +1,60 @@
+"""What becomes of a sequence that is longer than `max_length_tokens`."""
+
+from __future__ import annotations
+
+from rlhf_dist.config import DataSettings
+from rlhf_dist.data.store import Tally
+from rlhf_dist.errors import DataError
+
+Encoded = tuple[list[int], list[bool]]
+"""Ids and targets of a sequence."""
+
+
+def all_targets(ids: list[int]) -> Encoded:
+    """Every token is trained but the first, which nothing predicts."""
+    return ids, [False] + [True] * (len(ids) - 1)
+
+
+def fit_text(ids: list[int], settings: DataSettings) -> list[Encoded]:
+    """A plain text in sequences of `max_length_tokens`. `truncate` cuts it into consecutive ones and loses nothing:
+    each begins with the last token of the one before, since a sequence's first token is never a target."""
+    limit = settings.max_length_tokens
+    if len(ids) <= limit:
+        return [all_targets(ids)]
+    if settings.on_too_long == "skip":
+        return []
+    if settings.on_too_long == "error":
+        raise _too_long(len(ids), limit)
+    if limit < 2:
+        raise DataError(f"max_length_tokens {limit} leaves no token to predict; it must be at least 2: raise it")
+    return [all_targets(ids[start : start + limit]) for start in range(0, len(ids) - 1, limit - 1)]
+
+
+def fit(encoded: Encoded, settings: DataSettings, tally: Tally) -> list[Encoded]:
+    """[`encoded`], cut to `max_length_tokens` where it is longer and may be; [] where it is to be left out."""
+    ids, mask = encoded
+    limit = settings.max_length_tokens
+    if len(ids) <= limit:
+        return [encoded]
+    if settings.on_too_long == "skip":
+        return []
+    if settings.on_too_long == "error":
+        raise _too_long(len(ids), limit)
+    prompt_tokens = mask.index(True)
+    if prompt_tokens >= limit:
+        raise DataError(
+            f"the prompt alone has {prompt_tokens} tokens, which leaves no room for a response in max_length_tokens "
+            f"{limit}, and prompts are never cut; raise max_length_tokens, shorten the prompt, or set on_too_long to "
+            "skip"
+        )
+    tally.num_truncated += 1
+    # What is left of a later prompt behind the last target would only be computed, never learnt from.
+    end = limit - mask[:limit][::-1].index(True)
+    return [(ids[:end], mask[:end])]
+
+
+def _too_long(num_tokens: int, limit: int) -> DataError:
+    return DataError(
+        f"the record has {num_tokens} tokens, more than max_length_tokens {limit}; raise it, shorten the record, or "
+        "set on_too_long to truncate or skip"
+    )
