@@ -63,6 +63,11 @@ def encode_conversation(
         )
     mask = _mask(encoded["offset_mapping"], rendered.spans)
     mask[0] = False
+    if not any(mask):
+        raise DataError(
+            f"the conversation {rendered.text[:40]!r} is one token, so nothing comes before its response; let the chat "
+            "template mark the turns"
+        )
     return ids, mask
 
 

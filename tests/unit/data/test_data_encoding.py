@@ -156,3 +156,9 @@ def test_each_target_touches_its_span_and_no_character_is_missed(tokenizer_sessi
     for content in contents:  # in order; a border token may bring a neighbour's character along
         at = kept.index(content + "</s>", at) + len(content) + 4
     assert tokenizer_session.decode(ids).count("</s>") == len(contents)
+
+
+def test_response_without_anything_before_it(tokenizer):
+    tokenizer.chat_template = "{% for m in messages if m.role == 'assistant' %}{{ eos_token }}{% endfor %}"
+    with pytest.raises(DataError, match=r"is one token, .* let the chat template mark"):
+        encode_conversation(tokenizer, [user("u"), bot("a")])
