@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ FINISHED, TRUNCATED = 0, 1
 """Finish reasons: the response ends in EOS, or was cut off at the length limit."""
 
 
-def pad_rows(rows: Sequence[Sequence[int]] | Sequence[Tensor], value: float = 0, dtype: torch.dtype = torch.long) -> Tensor:
+def pad_rows(
+    rows: Sequence[Sequence[int]] | Sequence[Tensor], value: float = 0, dtype: torch.dtype = torch.long
+) -> Tensor:
     """Stack rows of different lengths into one [B, max length] tensor, padded on the right with `value`."""
     width = max((len(row) for row in rows), default=0)
     out = torch.full((len(rows), width), value, dtype=dtype)
@@ -37,36 +39,38 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
+@dataclass(frozen=True)
 class _Rows:
     """Row selection for dataclasses whose tensors all have the batch axis first."""
 
-    _widths: dict[str, str] = {}
+    _widths: ClassVar[dict[str, str]] = {}
     """Field → the length field whose maximum is the width that its second axis can be trimmed to."""
 
     def rows(self, index: Sequence[int] | Tensor) -> Self:
         """The rows `index`, with padding that only other rows needed cut away."""
         index = torch.as_tensor(index, dtype=torch.long)
-        picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}  # pyright: ignore[reportArgumentType]
+        picked = {
+            f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        }
         for name, length_name in self._widths.items():
             if name in picked:
                 lengths = _total(picked, length_name)
                 picked[name] = picked[name][:, : int(lengths.max()) if len(index) else 0]
-        return replace(self, **picked)  # pyright: ignore[reportType]
+        return replace(self, **picked)
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore[reportArgumentType]
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)  # pyright: ignore[reportType]
+        return replace(self, **moved)
 
     def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))  # pyright: ignore[reportArgumentType]
+        return len(getattr(self, fields(self)[0].name))
 
 
 def _total(picked: dict[str, Any], length_name: str) -> Tensor:
     """`a+b` names the sum of two length fields."""
-    names = length_name.split("+")
-    return sum((picked[name] for name in names[1:]), start=picked[names[0]])
+    return torch.stack([picked[name] for name in length_name.split("+")]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class TokenBatch(_Rows):
     loss_mask: Tensor
     """[B, T] bool; True at position t: the prediction *of* token t (from tokens < t) enters the loss. Never True at 0."""
 
-    _widths = {"tokens": "lengths", "loss_mask": "lengths"}
+    _widths: ClassVar[dict[str, str]] = {"tokens": "lengths", "loss_mask": "lengths"}
 
     @property
     def num_targets(self) -> int:
@@ -97,7 +101,7 @@ class SequenceBatch(_Rows):
     lengths: Tensor
     """[B] int64, ≥ 1."""
 
-    _widths = {"tokens": "lengths"}
+    _widths: ClassVar[dict[str, str]] = {"tokens": "lengths"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class PreferenceBatch(_Rows):
     rejected_lengths: Tensor
     """[P] int64."""
 
-    _widths = {"chosen": "chosen_lengths", "rejected": "rejected_lengths"}
+    _widths: ClassVar[dict[str, str]] = {"chosen": "chosen_lengths", "rejected": "rejected_lengths"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class PromptBatch(_Rows):
     sample_ids: Tensor
     """[B] int64, the identity that the counter-based random numbers of a response are drawn by; unique in a batch."""
 
-    _widths = {"tokens": "lengths"}
+    _widths: ClassVar[dict[str, str]] = {"tokens": "lengths"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,10 @@ class RolloutBatch(_Rows):
     policy_version: int
     """Version of the weights that generated the responses."""
 
-    _widths = {"tokens": "prompt_lengths+response_lengths", "behaviour_logprobs": "response_lengths"}
+    _widths: ClassVar[dict[str, str]] = {
+        "tokens": "prompt_lengths+response_lengths",
+        "behaviour_logprobs": "response_lengths",
+    }
 
     @property
     def lengths(self) -> Tensor:
@@ -184,7 +191,7 @@ class Experience(_Rows):
     returns: Tensor
     """[B, R] fp32, the regression target of the value function."""
 
-    _widths = {
+    _widths: ClassVar[dict[str, str]] = {
         "tokens": "prompt_lengths+response_lengths",
         **dict.fromkeys(("old_logprobs", "old_values", "advantages", "returns"), "response_lengths"),
     }

@@ -7,9 +7,11 @@ starts and before the run folder is touched.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from rlhf_dist.cluster.group import Session, WorkerGroup, WorkerSpec
 from rlhf_dist.cluster.inline import InlineSession
@@ -29,9 +31,10 @@ from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, 
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.models.loading import context_length, load_model_config
+from rlhf_dist.tracking.console import print_table
 from rlhf_dist.tracking.run_folder import RunFolder
 from rlhf_dist.trainers import ppo as ppo_trainer
-from rlhf_dist.trainers.checkpoint import Checkpoints
+from rlhf_dist.trainers.checkpoint import Checkpoints, step_of
 from rlhf_dist.trainers.evaluate import evaluate_all
 from rlhf_dist.trainers.run import Run
 from rlhf_dist.trainers.supervised import RewardTask, SFTTask, SupervisedTrainer, num_steps
@@ -97,7 +100,9 @@ def prepare_reward(config: RewardConfig) -> Prepared:
     check_model(config.model.model_path, config.data.max_length_tokens, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     data = load_preferences(config.data, tokenizer, config.seed)
-    return _prepare_supervised(config, data, config.reward, "reward", f"{WORKERS}.preference_model:PreferenceModelWorker")
+    return _prepare_supervised(
+        config, data, config.reward, "reward", f"{WORKERS}.preference_model:PreferenceModelWorker"
+    )
 
 
 def _prepare_supervised(config: Any, data: Any, settings: Any, section: str, worker: str) -> Prepared:
@@ -117,6 +122,11 @@ def _prepare_supervised(config: Any, data: Any, settings: Any, section: str, wor
         "epochs": round(steps * settings.batch_size / len(data.train), 3),
     }
     return Prepared([spec], data, facts)
+
+
+def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
+    """[n] token ids → text, without special tokens."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
@@ -144,7 +154,7 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
         if config.data.eval_prompts
         else None,
         ptx=load_sequences(config.data.ptx, config.data, tokenizer) if config.data.ptx else None,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        decode=decoder(tokenizer),
     )
     settings = config.ppo
     facts = {
@@ -194,20 +204,28 @@ def hosted(
     config: RunConfig, prepared: Prepared, session: Session | None
 ) -> Iterator[tuple[Run, dict[str, WorkerGroup]]]:
     """The run's folder and its hosted roles; on leaving, the roles are gone and what was started here is stopped."""
-    RunFolder.check(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
+    resume = config.resume == "auto"
+    RunFolder.check(config.run_dir, resume=resume, overwrite=config.overwrite)
     own = session or open_session(config)
     try:
         own.check(prepared.specs)
-        folder = RunFolder.open(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
+        folder = RunFolder.open(config.run_dir, resume=resume, overwrite=config.overwrite)
         folder.write_config(dump_yaml(config))
+        print_table(str(config.run_dir), [(name, str(value)) for name, value in prepared.facts.items()])
+        latest = checkpoints(config, folder).latest() if resume else None
         with (
-            Run.open(config, folder, prepared.facts) as run,
+            Run.open(config, folder, resumed_step=step_of(latest) if latest else None) as run,
             own.place(prepared.specs, seed=config.seed, logs_dir=folder.logs_dir) as groups,
         ):
             yield run, groups
     finally:
         if session is None:
             own.close()
+
+
+def checkpoints(config: RunConfig, folder: RunFolder) -> Checkpoints:
+    """The run's checkpoints."""
+    return Checkpoints(folder.checkpoints_dir, config.checkpoint.keep_last)
 
 
 def run_sft(config: SFTConfig, session: Session | None = None) -> Summary:
@@ -235,7 +253,7 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
         settings,
         total_steps=prepared.specs[0].kwargs["num_steps"],
         every_steps=config.checkpoint.every_steps,
-        checkpoints=Checkpoints(run.folder.checkpoints_dir, config.checkpoint.keep_last),
+        checkpoints=checkpoints(config, run.folder),
     )
     summary = trainer.run(resume=config.resume == "auto")
     task.model.save_model(run.folder.model_dir).result()
@@ -260,7 +278,7 @@ def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
             roles,
             prepared.data,
             config.ppo,
-            Checkpoints(run.folder.checkpoints_dir, config.checkpoint.keep_last),
+            checkpoints(config, run.folder),
             config.checkpoint.every_steps,
         )
         summary = trainer.run(resume=config.resume == "auto")
@@ -280,7 +298,9 @@ def prepare_eval(config: EvalConfig) -> Prepared:
     tokenizer = load_tokenizer(models[first].model_path, config.data.template_path)
     limit = config.data.max_length_tokens - config.rollout.max_response_tokens
     data = {
-        "instructions": load_sequences(config.data.instructions, config.data, tokenizer) if config.data.instructions else None,
+        "instructions": load_sequences(config.data.instructions, config.data, tokenizer)
+        if config.data.instructions
+        else None,
         "preferences": load_pairs(config.data.preferences, config.data, tokenizer, config.seed)
         if config.data.preferences
         else None,
@@ -289,7 +309,7 @@ def prepare_eval(config: EvalConfig) -> Prepared:
         else None,
     }
     facts = {name: len(dataset) for name, dataset in data.items() if dataset}
-    data["decode"] = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    data["decode"] = decoder(tokenizer)
     return Prepared(_eval_specs(config, data), data, facts)
 
 
@@ -342,4 +362,3 @@ def validate(config: RunConfig) -> dict[str, Any]:
     prepared = prepare[type(config)](config)  # pyright: ignore[reportArgumentType]
     RunFolder.check(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
     return prepared.facts
-

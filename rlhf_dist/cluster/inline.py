@@ -47,7 +47,9 @@ class InlineSession:
 
         available = torch.cuda.is_available()
         if device == "cuda" and not available:
-            raise PlacementError("device is cuda but torch finds no GPU in this process; use device: cpu or device: auto")
+            raise PlacementError(
+                "device is cuda but torch finds no GPU in this process; use device: cpu or device: auto"
+            )
         self.device = "cuda" if available and device != "cpu" else "cpu"
 
     def check(self, specs: Sequence[WorkerSpec]) -> None:

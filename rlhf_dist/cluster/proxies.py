@@ -92,7 +92,8 @@ class LanguageModelRole(_TrainedRole):
         """See `roles.LanguageModel`."""
         count = batch.num_targets
         return mapped(
-            self.one_step(batch, batch.lengths, count, step), lambda ranks: _report([ranks], {"lm": [count]}, _LM_METRICS)
+            self.one_step(batch, batch.lengths, count, step),
+            lambda ranks: _report([ranks], {"lm": [count]}, _LM_METRICS),
         )
 
     def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
@@ -207,7 +208,9 @@ class RolloutRole(_Role):
             whole = [part for part in parts if part is not None]
             versions = {part.policy_version for part in whole}
             if len(versions) != 1:
-                raise TrainingError(f"rollout engines answered with weights of versions {sorted(versions)}; sync them first")
+                raise TrainingError(
+                    f"rollout engines answered with weights of versions {sorted(versions)}; sync them first"
+                )
             return concat_rows(whole).rows(order)
 
         return mapped(self.group.scatter("generate", calls), merge)
@@ -251,9 +254,7 @@ def _evaluate_nll(role: _Role, batch: TokenBatch) -> Future[dict[str, float]]:
 
 def _shares_of_step(role: _Role, lengths: Tensor, rows: Tensor) -> Shares:
     """The rows of one optimiser step, split; as row numbers of the whole experience."""
-    return [
-        [[int(rows[i]) for i in micro] for micro in share] for share in role.split(lengths[rows])
-    ]
+    return [[[int(rows[i]) for i in micro] for micro in share] for share in role.split(lengths[rows])]
 
 
 def _pick_rows(shares: list[list[list[int]]]) -> tuple[list[int], list[list[list[int]]]]:
@@ -299,6 +300,7 @@ def _report(
             ]
             metrics[metric] = sum(per_step) / len(per_step)
     prefix = next(iter(names)).split("/")[0]
+    prefix = prefix if prefix in ("policy", "value") else "train"
     metrics[f"{prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in steps) / len(steps)
     metrics[f"{prefix}/learning_rate"] = steps[-1][0].learning_rate
     return UpdateReport(metrics, len(steps))

@@ -132,5 +132,7 @@ class RaySession:
 
 def _device(wanted: str, num_gpus: int, where: str) -> str:
     if wanted == "cuda" and num_gpus == 0:
-        raise PlacementError(f"device is cuda but {where} has no GPU that torch can use; use device: cpu or device: auto")
+        raise PlacementError(
+            f"device is cuda but {where} has no GPU that torch can use; use device: cpu or device: auto"
+        )
     return "cuda" if num_gpus > 0 and wanted != "cpu" else "cpu"

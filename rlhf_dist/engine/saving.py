@@ -66,5 +66,3 @@ def _finish_shards(path: Path, files: list[tuple[Path, list[str], int]], buffers
         weight_map |= dict.fromkeys(names, name)
     index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-

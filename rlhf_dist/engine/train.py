@@ -47,7 +47,9 @@ class TrainEngine:
         (1/W) Σ_ranks  W/N · Σ_i ℓ_i  =  1/N Σ ℓ
     """
 
-    def __init__(self, module: nn.Module, config: TrainedModel, context: distributed.RankContext, num_steps: int) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainedModel, context: distributed.RankContext, num_steps: int
+    ) -> None:
         self.device = torch.device(context.device)
         self.world_size = context.world_size
         self.config = config
@@ -60,16 +62,17 @@ class TrainEngine:
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
+        scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, num_steps, settings)
         )
-        self._engine, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
             config=train_ds_config(config),
             dist_init_required=False,
         )
+        self._engine: Any = engine
 
     @property
     def module(self) -> nn.Module:
@@ -102,7 +105,9 @@ class TrainEngine:
                     totals[key] = totals.get(key, 0.0) + float(value)
         self._refuse_non_finite(not finite, terms)
         # Without ZeRO and in fp32, DeepSpeed clips by the norm but does not keep it; the gradients are whole here.
-        plain_norm = _grad_norm(self.module) if self.config.zero_stage == 0 and self.config.precision == "fp32" else None
+        plain_norm = (
+            _grad_norm(self.module) if self.config.zero_stage == 0 and self.config.precision == "fp32" else None
+        )
         self._engine.step()
         report.grad_norm = float(self._engine.get_global_grad_norm() if plain_norm is None else plain_norm)
         if not math.isfinite(report.grad_norm):

@@ -41,7 +41,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -> tuple[nn.Module, bool]:
+def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -> tuple[Any, bool]:
     """A sequence-classification model with one output.
 
     Args:

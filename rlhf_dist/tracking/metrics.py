@@ -80,6 +80,9 @@ METRICS: dict[str, Metric] = {
     "eval/score_std": Metric("score", "standard deviation of the scores of responses to held-out prompts"),
     "eval/score_sem": Metric("score", "standard error of eval/score_mean over the held-out prompts"),
     "eval/kl_ref_mean": Metric("nats/response", "kl/ref_mean over responses to held-out prompts"),
+    "eval/kl_ref_sem": Metric("nats/response", "standard error of eval/kl_ref_mean over the held-out prompts"),
+    "eval/num_prompts": Metric("prompts", "held-out prompts that were generated from"),
+    "eval/response_length_sem": Metric("tokens", "standard error of eval/response_length_mean"),
     "eval/response_length_mean": Metric("tokens", "mean length of responses to held-out prompts, EOS included"),
     "eval/eos_fraction": Metric("fraction", "responses to held-out prompts that end in EOS"),
     # Speed

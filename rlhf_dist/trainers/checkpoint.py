@@ -23,6 +23,11 @@ _PREFIX = "step_"
 _TEMPORARY = ".writing_"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
@@ -43,7 +48,7 @@ class Checkpoints:
         _sync_tree(temporary)
         final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        temporary.replace(final)
         _sync(self.folder)
         for old in self._whole()[: -self.keep_last]:
             shutil.rmtree(old)

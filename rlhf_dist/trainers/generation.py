@@ -73,9 +73,10 @@ def score_responses(
             ref.result() if ref else None,
         )
     metrics: dict[str, float] = {"num_prompts": len(rows)}
-    for name, key in (("score", "score"), ("kl", "kl"), ("response_length", "response_tokens"), ("truncated", "truncated")):
+    for name, key in (("score", "score"), ("kl_ref", "kl"), ("response_length", "response_tokens")):
         if rows[0][key] is not None:
             values = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
             metrics[f"{name}_mean"] = float(values.mean())
-            metrics[f"{name}_stderr"] = float(values.std(unbiased=False)) / math.sqrt(len(rows))
+            metrics[f"{name}_sem"] = float(values.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    metrics["eos_fraction"] = sum(not row["truncated"] for row in rows) / len(rows)
     return rows, metrics

@@ -1,22 +1,21 @@
 """PPO with a KL penalty and a pretraining-mix term (InstructGPT, Ouyang et al. 2022, eq. 2).
 
-    prompts ──► rollout.generate ──► RolloutBatch
-                                        │
-             ┌───────────────┬──────────┴─────┬───────────────┐
-       reward.score   reference.logprobs  policy.logprobs  value.values      at the same time
-             └───────────────┴──────────┬─────┴───────────────┘
-                              make_experience                               on the driver
-                         KL → token rewards → GAE → whitening
-                                        │
-                           ┌────────────┴────────────┐
-                     policy.update (+ PTX)      value.update                at the same time
-                           └────────────┬────────────┘
-                               weight_sync.push ──► rollout engines
+prompts ──► rollout.generate ──► RolloutBatch
+                                    │
+         ┌───────────────┬──────────┴─────┬───────────────┐
+   reward.score   reference.logprobs  policy.logprobs  value.values      at the same time
+         └───────────────┴──────────┬─────┴───────────────┘
+                          make_experience                               on the driver
+                     KL → token rewards → GAE → whitening
+                                    │
+                       ┌────────────┴────────────┐
+                 policy.update (+ PTX)      value.update                at the same time
+                       └────────────┬────────────┘
+                           weight_sync.push ──► rollout engines
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,23 +82,25 @@ class PPOTrainer:
 
     def step(self, iteration: int) -> dict[str, float]:
         """Iteration `iteration` (0-based): generate → score → advantages → update → sync."""
-        clock = Clock()
-        prompts = self.draw_prompts(iteration)
-        rollout = self.roles.rollout.generate(prompts, stream="rollout", iteration=iteration).result()
-        clock.lap("generate")
-        scored = self.score(rollout)
-        clock.lap("score")
-        experience, metrics = make_experience(rollout, scored, self.settings)
-        steps, ptx = self.draw_steps(iteration), self.draw_ptx(iteration)
-        updates = [self.roles.policy.update(experience, steps, ptx), self.roles.value.update(experience, steps)]
-        for update in updates:
-            metrics |= update.result().metrics
-        clock.lap("update")
-        self.roles.weight_sync.push(iteration + 1).result()
-        clock.lap("sync")
+        phase = self.run_log.phase
+        with phase("generate"):
+            prompts = self.draw_prompts(iteration)
+            rollout = self.roles.rollout.generate(prompts, stream="rollout", iteration=iteration).result()
+        with phase("score"):
+            scored = self.score(rollout)
+        with phase("advantages"):
+            experience, metrics = make_experience(rollout, scored, self.settings)
+        with phase("update"):
+            steps, ptx = self.draw_steps(iteration), self.draw_ptx(iteration)
+            updates = [self.roles.policy.update(experience, steps, ptx), self.roles.value.update(experience, steps)]
+            for update in updates:
+                metrics |= update.result().metrics
+        with phase("sync"):
+            self.roles.weight_sync.push(iteration + 1).result()
         self.log_samples(iteration, rollout, scored)
+        times = self.run_log.take_times()
         tokens = int(rollout.response_lengths.sum())
-        return {**metrics, **clock.metrics(), "throughput/response_tokens_per_s": tokens / clock.total_s}
+        return {**metrics, **times, "throughput/response_tokens_per_s": tokens / times["time/step_s"]}
 
     def log_samples(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
         """A few responses with their scores."""
@@ -133,7 +134,7 @@ class PPOTrainer:
 
     def draw_ptx(self, iteration: int) -> list[TokenBatch] | None:
         """A batch of pretraining text for each optimiser step; None without the PTX term."""
-        if self.ptx_sampler is None or self.settings.ptx_coef == 0:
+        if self.ptx_sampler is None or self.data.ptx is None or self.settings.ptx_coef == 0:
             return None
         size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration
         indices = self.ptx_sampler.indices(iteration * num * size, num * size)
@@ -149,7 +150,8 @@ class PPOTrainer:
                 iteration += 1
                 every = self.settings.eval_every_iterations
                 if iteration == self.settings.num_iterations or (every and iteration % every == 0):
-                    after = self.evaluate(iteration)
+                    with self.run_log.phase("evaluate"):
+                        after = self.evaluate(iteration)
                     metrics |= {f"eval/{name}": value for name, value in after.items()}
                 self.run_log.log(iteration, metrics)
                 if self.every_iterations and iteration % self.every_iterations == 0:
@@ -163,7 +165,6 @@ class PPOTrainer:
         iteration = state["step"] if state else 0
         self.roles.weight_sync.push(iteration).result()
         if state:
-            self.run_log.resumed(iteration)
             return iteration, state["before"]
         before = self.evaluate(0)
         self.run_log.log(0, {f"eval/{name}": value for name, value in before.items()})
@@ -225,33 +226,10 @@ def make_experience(
     metrics = {
         **generation_metrics(rollout, scored.scores),
         "reward/total_mean": float(rewards.sum(1).mean()),
-        "kl/ref_mean": float(masked_mean(kl, mask)),
-        "kl/ref_sequence_mean": float(torch.where(mask, kl, 0.0).sum(1).mean()),
+        "kl/ref_mean": float(torch.where(mask, kl, 0.0).sum(1).mean()),
+        "kl/ref_per_token": float(masked_mean(kl, mask)),
         "kl/coef": settings.kl_coef,
         "value/explained_variance": explained_variance(scored.values, returns, mask),
         "rollout/behaviour_mismatch": float(mismatch.max()),
     }
     return experience, metrics
-
-
-class Clock:
-    """Seconds of each phase of an iteration."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """End a phase."""
-        now = time.perf_counter()
-        self._laps[phase] = now - self._last
-        self._last = now
-
-    @property
-    def total_s(self) -> float:
-        """From the start to the last lap."""
-        return self._last - self._started
-
-    def metrics(self) -> dict[str, float]:
-        """`time/<phase>_s`."""
-        return {f"time/{phase}_s": seconds for phase, seconds in self._laps.items()} | {"time/step_s": self.total_s}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,6 +21,10 @@ from rlhf_dist.trainers.run import Run
 
 EVAL_CHUNK = 512
 """Records of one evaluation call: bounds what the driver sends at once."""
+
+
+MAX_LINES = 20
+"""Lines a supervised run prints, whatever its length; every step is in metrics.jsonl."""
 
 
 class Task(Protocol):
@@ -112,7 +115,13 @@ class SupervisedTrainer:
     """Runs a task for a number of steps, resuming where a checkpoint left off."""
 
     def __init__(
-        self, run: Run, task: Task, settings: SupervisedSettings, total_steps: int, every_steps: int, checkpoints: Checkpoints
+        self,
+        run: Run,
+        task: Task,
+        settings: SupervisedSettings,
+        total_steps: int,
+        every_steps: int,
+        checkpoints: Checkpoints,
     ) -> None:
         self.run_log = run
         self.task = task
@@ -128,12 +137,11 @@ class SupervisedTrainer:
         if latest is not None:
             state = self.checkpoints.load(latest, {"model": self.task.model})
             step, before = state["step"], state["before"]
-            self.run_log.resumed(step)
         else:
             step, before = 0, self.task.evaluate()
             self.run_log.log(0, before)
         after = before
-        with self.run_log.progress("training", total=self.total_steps, completed=step):
+        with self.run_log.progress("step", total=self.total_steps, completed=step, max_lines=MAX_LINES):
             while step < self.total_steps:
                 metrics = self._step(step)
                 step += 1
@@ -146,10 +154,10 @@ class SupervisedTrainer:
         return {"num_steps": step, "before": _short(before), "after": _short(after)}
 
     def _step(self, step: int) -> dict[str, float]:
-        started = time.perf_counter()
-        indices = self.sampler.indices(step * self.settings.batch_size, self.settings.batch_size)
-        report = self.task.update(step, indices).result()
-        return {**report.metrics, "time/step_s": time.perf_counter() - started}
+        with self.run_log.phase("update"):
+            indices = self.sampler.indices(step * self.settings.batch_size, self.settings.batch_size)
+            report = self.task.update(step, indices).result()
+        return {**report.metrics, **self.run_log.take_times()}
 
 
 def _due(step: int, every: int) -> bool:

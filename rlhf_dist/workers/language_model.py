@@ -21,7 +21,9 @@ class LanguageModelWorker(TrainedWorker):
         tokenizer = load_tokenizer(config.model_path, template_path)
         super().__init__(build_causal_lm(config, context), config, context, num_steps, tokenizer)
 
-    def nll_term(self, name: str, micro_batches: list[TokenBatch | None], count: int, coefficient: float = 1.0) -> LossTerm:
+    def nll_term(
+        self, name: str, micro_batches: list[TokenBatch | None], count: int, coefficient: float = 1.0
+    ) -> LossTerm:
         """The mean negative log-likelihood over `count` targets as a term of an optimiser step."""
         return LossTerm(name, micro_batches, self._nll, IDLE_TOKENS, count, coefficient)
 

@@ -44,7 +44,9 @@ class PolicyWorker(LanguageModelWorker):
         """[rows, R] log-probs of the response tokens, 0 on padding."""
         return response_logprobs(self.engine, rollout, micro_batches, self.temperature)
 
-    def update_ppo(self, experience: Experience, steps: list[StepShare], ptx: list[TokenBatch] | None) -> list[StepReport]:
+    def update_ppo(
+        self, experience: Experience, steps: list[StepShare], ptx: list[TokenBatch] | None
+    ) -> list[StepReport]:
         """One optimiser step an entry of `steps`."""
         reports = []
         for i, step in enumerate(steps):

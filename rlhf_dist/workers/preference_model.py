@@ -32,7 +32,9 @@ class PreferenceModelWorker(TrainedWorker):
         super().__init__(module, config, context, num_steps, tokenizer)
 
     def _pair_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
-        both = concat_rows([SequenceBatch(batch.chosen, batch.chosen_lengths), SequenceBatch(batch.rejected, batch.rejected_lengths)])
+        both = concat_rows(
+            [SequenceBatch(batch.chosen, batch.chosen_lengths), SequenceBatch(batch.rejected, batch.rejected_lengths)]
+        )
         # One forward pass for both sides: under ZeRO-3 a second one would gather every parameter again.
         scores = last_token_scores(self.engine(both.tokens, both.lengths), both.lengths)
         chosen, rejected = scores.chunk(2)
