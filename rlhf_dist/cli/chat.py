@@ -41,10 +41,10 @@ class Chat:
         Raises ConfigError, and leaves the conversation as it was, when it no longer fits the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.tokenizer.apply_chat_template(
+        prompt: Any = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        ids = prompt["input_ids"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        ids = prompt["input_ids"]
         num_prompt = ids.shape[1]
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and num_prompt + self.max_response_tokens > room:

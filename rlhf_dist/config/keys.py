@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -31,17 +31,33 @@ def schema_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return keys
 
 
+def choices_of(schema: type[BaseModel], key: str) -> tuple[Any, ...]:
+    """The values a key is restricted to by `Literal`; () for other keys. `key` must be one of the schema's."""
+    name, _, rest = key.partition(".")
+    annotation = schema.model_fields[name].annotation
+    if rest:
+        return next(
+            (choices_of(m, rest) for m, _ in _models(annotation) if rest.partition(".")[0] in m.model_fields), ()
+        )
+    options = (annotation, *get_args(annotation))  # `Literal[...] | None` holds the Literal as an argument.
+    return next((get_args(option) for option in options if get_origin(option) is Literal), ())
+
+
 def nearest_key(location: Iterable[str | int], keys: Iterable[str]) -> str | None:
     """The key most like `location`: alike as a whole, or of the same last name in another section. None if none is."""
     steps = tuple(location)
     wanted = dotted("[]" if isinstance(step, int) else step for step in steps).replace(".[]", "[]")
     parent, _, leaf = wanted.rpartition(".")
+    section = wanted.partition(".")[0]
 
     def likeness(key: str) -> float:
         key_parent, _, key_leaf = key.rpartition(".")
         leaves = SequenceMatcher(None, leaf, key_leaf).ratio()
         whole = SequenceMatcher(None, wanted, key).ratio()
-        return leaves + 0.1 if key_parent == parent else max(whole, leaves) if leaves >= _LIKELY else 0.0
+        if key_parent == parent:
+            return leaves + 0.1
+        nearby = 0.05 if parent and key.startswith(f"{section}.") else 0.0
+        return max(whole, leaves) + nearby if leaves >= _LIKELY else 0.0
 
     best = max(keys, key=likeness, default=None)
     if best is None or likeness(best) < _LIKELY:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_dist.config.keys import dotted, nearest_key, schema_keys
+from rlhf_dist.config.keys import choices_of, dotted, nearest_key, schema_keys
 from rlhf_dist.config.yaml_file import Location, parse_yaml, read_mapping, to_yaml
 from rlhf_dist.errors import ConfigError
 
@@ -124,7 +124,7 @@ def _parsed(schema: type[BaseModel], overrides: list[str]) -> dict[str, Any]:
     parser = _Parser(add_help=False, allow_abbrev=False)
     source = _cli_source(schema, parser)
     try:
-        return source(args=overrides)()
+        return _typed(schema, source(args=overrides)())
     except _OverrideError as refusal:
         raise ConfigError(
             f"Cannot read the overrides: {refusal}. Write --section.key value, or --section.key=value when the value "
@@ -135,6 +135,16 @@ def _parsed(schema: type[BaseModel], overrides: list[str]) -> dict[str, Any]:
             f"Cannot read the overrides: {error} ({error.__cause__}). Write a list or mapping as JSON or YAML, "
             "in quotes."
         ) from None
+
+
+def _typed(schema: type[BaseModel], given: Any, prefix: str = "") -> Any:
+    """pydantic makes numbers of text, but not where a field is a `Literal` of numbers: those are read as YAML here."""
+    if not isinstance(given, Mapping):
+        numbers = any(not isinstance(choice, str) for choice in choices_of(schema, prefix)) if prefix else False
+        return parse_yaml(given, f"--{prefix}") if numbers and isinstance(given, str) else given
+    keys = {name: f"{prefix}.{name}" if prefix else name for name in given}
+    known = schema_keys(schema)
+    return {name: _typed(schema, value, keys[name]) if keys[name] in known else value for name, value in given.items()}
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

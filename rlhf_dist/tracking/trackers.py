@@ -206,4 +206,6 @@ def _wandb_sink(
             reason = str(error).strip().split("\n")[0]
             then = "writing offline; upload later with `wandb sync`" if mode == "online" else "going on without wandb"
             log.warning("wandb %s does not start (%s); %s", mode, reason, then)
+            # Its service still holds the failed run, and would not write another run of the same id.
+            wandb.teardown()
     return None

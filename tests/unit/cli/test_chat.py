@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_dist.cli.chat import Chat
+from rlhf_dist.cli.main import main
+from rlhf_dist.data.tokenizer import load_tokenizer
+
+WORDS = ["<unk>", "<eos>", "hello", "good", "day", "Instruction", "Response", "#", "##", "###", ":", "."]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few thousand parameters with a dozen words."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<unk>")
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=1,
+        bos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def chat_with(monkeypatch: pytest.MonkeyPatch, model_dir: Path, lines: str, *flags: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return main(["chat", str(model_dir), "--device", "cpu", "--max-response-tokens", "4", *flags])
+
+
+def test_answers_each_line(monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert chat_with(monkeypatch, model_dir, "hello\n\n/reset\nhello\n/exit\nhello\n", "--temperature", "0") == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2, "the empty line, the commands and what follows /exit are not answered"
+    assert answers[0] == answers[1], "after /reset the same prompt gets the same greedy answer"
+
+
+def test_unknown_command(monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert chat_with(monkeypatch, model_dir, "/help\n") == 0
+    assert "There is no command /help" in capsys.readouterr().err
+
+
+def test_earlier_turns_are_in_view_and_a_full_context_is_refused(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokenizer = load_tokenizer(str(model_dir))
+    chat = Chat(LlamaForCausalLM.from_pretrained(model_dir), tokenizer, temperature=0.0, max_response_tokens=3)
+    first = chat.say("hello")
+    assert chat.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]
+    chat.say("good day")
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+    assert chat_with(monkeypatch, model_dir, " ".join(["day"] * 125) + "\n") == 0
+    assert "exceeds the model's context of 128. Type /reset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (["--temperature", "-1"], 2, "--temperature is -1.0; it must be 0"),
+        (["--max-response-tokens", "0"], 2, "--max-response-tokens is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options(
+    monkeypatch: pytest.MonkeyPatch,
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    code: int,
+    expected: str,
+):
+    assert chat_with(monkeypatch, model_dir, "", *flags) == code
+    assert expected in capsys.readouterr().err
+
+
+def test_a_directory_without_a_model(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]):
+    for file in model_dir.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert main(["chat", str(tmp_path)]) == 4
+    assert "does not load as a language model" in capsys.readouterr().err
