@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Schema
 from rlhf_dist.config.data import PPOData

@@ -48,7 +48,8 @@ def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
     backend = "nccl" if context.device == "cuda" else "gloo"
     if context.world_size == 1:
         # A world of one meets nobody: an in-memory store needs no port and no network.
-        dist.init_process_group(backend, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(
             backend,
