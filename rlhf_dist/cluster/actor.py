@@ -20,6 +20,7 @@ class RankHost:
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        os.write(1, f"process {os.getpid()} on {ray.util.get_node_ip_address()}\n".encode())
         self._worker: Any = None
 
     def address(self) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from typing import Any
 
 import transformers
@@ -21,6 +22,8 @@ def build_worker(worker: str, context: RankContext, kwargs: dict[str, Any]) -> A
 
 def _quiet() -> None:
     """Libraries' own progress bars and notices would tear the run's: a hosted model speaks through its results."""
+    # DeepSpeed calls collectives by names that torch is about to retire, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,10 +54,11 @@ class RaySession:
     def _connect(self, num_cpus: float) -> None:
         if self._connected:
             return
-        common = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        # A dead actor is reported once, by its group, with the role's own log.
+        common = {"log_to_driver": False, "logging_level": "CRITICAL", "include_dashboard": False}
         if self._private:
             # `local` never joins a cluster that happens to run here. Ray takes its own free ports and a fresh token.
-            ray.init("local", num_cpus=max(os.cpu_count() or 1, -(-int(num_cpus * 100) // 100)), **common)
+            ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)), **common)
         else:
             common.pop("include_dashboard")
             ray.init(self.config.address, **common)
