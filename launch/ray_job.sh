@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Submit a run to a Ray cluster and follow its log:
+#
+#   RAY_API_SERVER_ADDRESS=http://HEAD:8265 launch/ray_job.sh ppo CONFIG.yaml [--section.key VALUE ...]
+#
+# The current directory travels with the job; files that .gitignore names stay here. The driver runs on the cluster, so the
+# run goes on when this terminal closes. rlhf_dist must be installed on the nodes. See launch/README.md.
+set -euo pipefail
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+[[ $# -ge 2 ]] || fail "usage: $0 COMMAND CONFIG.yaml [--section.key VALUE ...], with COMMAND sft, reward, ppo or eval"
+command="$1" config="$2"
+shift 2
+
+case "$command" in
+    sft | reward | ppo | eval) ;;
+    *) fail "the command is '$command'; a job is one of sft, reward, ppo, eval" ;;
+esac
+[[ -f "$config" ]] || fail "the configuration '$config' does not exist in $PWD; give the path of a YAML file"
+[[ -n "${RAY_API_SERVER_ADDRESS:-}" ]] ||
+    fail "RAY_API_SERVER_ADDRESS is not set; set it to the cluster's dashboard, such as http://HEAD:8265"
+command -v ray >/dev/null || fail "there is no 'ray' command here; install rlhf_dist in this environment"
+
+# Ray clusters ask for a token. The command line sends one only in this mode.
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+if [[ "$RAY_AUTH_MODE" == token && -z "${RAY_AUTH_TOKEN:-}" ]]; then
+    token_path="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+    [[ -s "$token_path" ]] ||
+        fail "there is no token in RAY_AUTH_TOKEN or in $token_path; copy the head node's ~/.ray/auth_token there"
+fi
+
+# `auto` joins the cluster that the job runs on.
+exec ray job submit --working-dir . -- rlhf-dist "$command" "$config" --ray.address auto "$@"

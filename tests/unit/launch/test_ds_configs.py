@@ -1,0 +1,79 @@
+"""Every file of ds_configs/: read as a role reads it, and stepped on a real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_dist.batches import TokenBatch
+from rlhf_dist.cluster.group import WorkerSpec
+from rlhf_dist.cluster.inline import InlineSession
+from rlhf_dist.cluster.proxies import LanguageModelRole
+from rlhf_dist.config import OptimizerConfig, TrainedModel
+from rlhf_dist.config.deepspeed import OWNED_KEYS, read_ds_config
+
+FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+def role_of(path: Path, model_path: str = "m") -> TrainedModel:
+    """What a role must say to use the file, by the file's name."""
+    stage = int(path.stem.removeprefix("zero")[0])
+    return TrainedModel(
+        model_path=model_path,
+        zero_stage=stage,  # pyright: ignore[reportArgumentType]
+        precision="fp32" if path.stem.endswith("_fp32") else "bf16",
+        micro_batch_size=2,
+        ds_config_path=path,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, schedule="constant"),
+    )
+
+
+def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float]:
+    """Losses of a few steps on one batch."""
+    tokens = torch.arange(32).reshape(4, 8) + 10
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    mask[:, 0] = False
+    batch = TokenBatch(tokens, torch.full((4,), 8), mask)
+    worker = "rlhf_dist.workers.language_model:LanguageModelWorker"
+    spec = WorkerSpec("model", worker, role, {"config": role, "num_steps": num_steps})
+    with InlineSession("cpu").place([spec], seed=0, logs_dir=tmp_path) as groups:
+        model = LanguageModelRole(groups["model"], role.micro_batch_size)
+        return [model.update(batch, step).result().metrics["sft/loss"] for step in range(num_steps)]
+
+
+def test_there_is_a_file_for_every_stage():
+    names = {path.stem for path in FILES}
+    assert {f"zero{stage}{suffix}" for stage in range(4) for suffix in ("", "_fp32")} <= names
+    assert {"zero2_offload", "zero3_offload"} <= names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_role_accepts_it(path: Path):
+    role = role_of(path)
+    config = read_ds_config(path, role.zero_stage, role.precision)
+    assert not OWNED_KEYS.keys() & config.keys()
+    offloaded = {key for key in config["zero_optimization"] if key.startswith("offload_")}
+    assert bool(offloaded) == ("offload" in path.stem)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_trains_like_the_generated_configuration(path: Path, tiny_lm: Path, tmp_path: Path):
+    """Sections of a file change memory and speed only, so the trajectory is that of the role without the file."""
+    role = role_of(path, str(tiny_lm))
+    with_file = losses(role, tmp_path)
+    assert with_file[-1] < with_file[0] - 0.1
+    assert with_file == pytest.approx(losses(role.model_copy(update={"ds_config_path": None}), tmp_path), abs=1e-5)
+
+
+def test_the_readme_names_every_file_and_key():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for path in FILES:
+        assert f"`{path.name}`" in text
+        config = json.loads(path.read_text(encoding="utf-8"))
+        sections = config.pop("zero_optimization"), config
+        for key in {*sections[0], *sections[1]} - {"stage", "bf16"}:
+            assert f"`{key}`" in text, f"{key} of {path.name} is not explained"

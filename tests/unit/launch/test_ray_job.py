@@ -1,0 +1,78 @@
+"""launch/ray_job.sh: what it refuses before it submits anything, and the line that it submits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "launch" / "ray_job.sh"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A cluster address, a token, and a `ray` command that prints what it is called with."""
+    ray = tmp_path / "bin" / "ray"
+    ray.parent.mkdir()
+    ray.write_text('#!/usr/bin/env bash\nprintf "%s|" "$RAY_AUTH_MODE" "$@"\n')
+    ray.chmod(0o755)
+    return {
+        "PATH": f"{ray.parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "RAY_API_SERVER_ADDRESS": "http://head:8265",
+        "RAY_AUTH_TOKEN": "secret",
+    }
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SCRIPT, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+CONFIG = "launch/recipes/movie_ppo.yaml"
+
+
+def test_the_line_it_submits(environment: dict[str, str]):
+    done = submit(environment, "ppo", CONFIG, "--ppo.kl_coef", "0.1", "--run_dir", "/shared/my run")
+    assert done.returncode == 0
+    expected = (
+        f"token job submit --working-dir . -- rlhf-dist ppo {CONFIG} --ray.address auto --ppo.kl_coef 0.1 --run_dir"
+    )
+    assert done.stdout.rstrip("|").split("|") == [*expected.split(), "/shared/my run"]
+
+
+def test_the_token_may_be_in_a_file(environment: dict[str, str], tmp_path: Path):
+    del environment["RAY_AUTH_TOKEN"]
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert submit(environment, "ppo", CONFIG).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unset", "says"),
+    [
+        ((), None, "usage"),
+        (("quickstart", CONFIG), None, "one of sft, reward, ppo, eval"),
+        (("ppo", "no.yaml"), None, "'no.yaml' does not exist"),
+        (("ppo", CONFIG), "RAY_API_SERVER_ADDRESS", "RAY_API_SERVER_ADDRESS is not set"),
+        (("ppo", CONFIG), "RAY_AUTH_TOKEN", "no token"),
+    ],
+)
+def test_what_it_refuses(environment: dict[str, str], arguments: tuple[str, ...], unset: str | None, says: str):
+    if unset:
+        del environment[unset]
+    done = submit(environment, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not done.stdout
+
+
+def test_the_linter_has_nothing_to_say():
+    linter = shutil.which("shellcheck")
+    if linter is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([linter, SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

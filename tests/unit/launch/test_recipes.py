@@ -1,0 +1,101 @@
+"""Every recipe passes its schema; those with data beside the checkout are checked as far as a run is without starting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny import save_tiny_lm, save_tiny_rm
+
+from rlhf_dist.cli import wiring
+from rlhf_dist.cli.main import CONFIG_COMMANDS, schema_of
+from rlhf_dist.cluster.placement import plan_placement
+from rlhf_dist.config.load import load_config
+from rlhf_dist.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = ROOT / "launch" / "recipes"
+COMMANDS = {"gsm8k_sft": "sft", "movie_reward": "reward", "movie_ppo": "ppo", "ppo_8b_8gpu": "ppo"}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch):
+    """Paths of the recipes are relative to the repository root."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A policy and a reward model of a context that holds the recipes' texts in bytes, as the tiny tokenizer has them."""
+    folder = tmp_path_factory.mktemp("long")
+    context = {"max_position_embeddings": 4096}
+    return {"lm": str(save_tiny_lm(folder / "lm", **context)), "rm": str(save_tiny_rm(folder / "rm", **context))}
+
+
+def load(name: str, *overrides: str):
+    return load_config(schema_of(COMMANDS[name]), RECIPES / f"{name}.yaml", overrides)
+
+
+def test_every_recipe_is_tested():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == COMMANDS.keys()
+    assert set(COMMANDS.values()) <= CONFIG_COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_passes_the_schema(name: str):
+    assert load(name).run_dir.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_its_header_says_how_to_run_it(name: str):
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"rlhf-dist {COMMANDS[name]} launch/recipes/{name}.yaml" in text
+
+
+def test_gsm8k(shared_data: Path, models: dict[str, str], tmp_path: Path):
+    overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "4096"]
+    facts = wiring.validate(load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
+    assert facts["training records"] == 1000
+    assert facts["held-out records"] == 200
+
+
+def test_movie_reviews(shared_data: Path, models: dict[str, str], tmp_path: Path):
+    overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "512"]
+    facts = wiring.validate(load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
+    # Some 10,600 rated sentences make half as many pairs at the most; a few meet no other of another rating.
+    total = facts["training records"] + facts["held-out records"]
+    assert 5000 < total < 5310
+    assert facts["held-out records"] == round(0.1 * total)
+
+
+def test_movie_ppo(shared_data: Path, models: dict[str, str], tmp_path: Path):
+    overrides = ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
+    overrides += ["--data.max_length_tokens", "512", "--run_dir", str(tmp_path / "run")]
+    facts = wiring.validate(load("movie_ppo", *overrides))
+    assert facts["prompts"] == 64
+    assert facts["held-out prompts"] == 32
+    assert facts["optimiser steps an iteration"] == 4
+
+
+def test_movie_prompts_held_out_are_other_movies():
+    train, held_out = (
+        [json.loads(line)["prompt"] for line in (RECIPES / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("movie_prompts.jsonl", "movie_prompts_eval.jsonl")
+    )
+    assert len(set(train + held_out)) == len(train) + len(held_out)
+
+
+def test_the_8_gpu_example_takes_eight_gpus():
+    config = load("ppo_8b_8gpu")
+    plan = plan_placement(wiring._ppo_specs(config), "cuda")  # pyright: ignore[reportArgumentType]
+    assert plan.total_gpus == 8
+    assert plan.ranks["policy"] == [0, 1, 2, 3]
+    assert not set(plan.ranks["policy"]) & {b for role in ("value", "rollout", "reward") for b in plan.ranks[role]}
+    assert plan.ranks["value"] == plan.ranks["rollout"] == plan.ranks["reference"]
+    assert plan.ranks["reward"] == plan.ranks["value"][:1]
+
+
+def test_the_8_gpu_example_has_no_share_to_give_away():
+    with pytest.raises(ConfigError, match="shared GPU 0"):
+        plan_placement(wiring._ppo_specs(load("ppo_8b_8gpu", "--reward.gpus_per_rank", "0.2")), "cuda")  # pyright: ignore
