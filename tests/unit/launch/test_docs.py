@@ -1,0 +1,133 @@
+"""The documents say what is there: links, paths, layers, commands, example records and tables."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from rlhf_dist.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
+from rlhf_dist.config import DataSource, RecordKind
+from rlhf_dist.data.records import read_preferences, read_prompts, read_sequences
+from rlhf_dist.tracking.metrics import METRICS, metrics_table
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(
+        path
+        for folder in ("rlhf_dist", "tests", "launch", "slurm", "ds_configs")
+        for path in ROOT.glob(f"{folder}/**/*.md")
+    ),
+]
+PACKAGE = ROOT / "rlhf_dist"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+READERS = {
+    "instruction": read_sequences,
+    "messages": read_sequences,
+    "text": read_sequences,
+    "preference": lambda source: read_preferences(source, seed=0),
+    "ratings": lambda source: read_preferences(source, seed=0),
+    "prompt": read_prompts,
+}
+
+
+def examples() -> dict[str, str]:
+    """Kind → the example lines below the paragraph that its name begins."""
+    return dict(
+        re.findall(r"^`(\w+)`, for [^`]*(?:`[^`]*`[^`]*)*?```jsonl\n(.*?)```", README, re.DOTALL | re.MULTILINE)
+    )
+
+
+def test_every_kind_of_record_has_an_example():
+    assert examples().keys() == set(get_args(RecordKind)) == READERS.keys()
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_example_records_can_be_read(kind: RecordKind, tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(examples()[kind], encoding="utf-8")
+    assert READERS[kind](DataSource(path=str(path), kind=kind))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (document.parent / target).exists(), f"{document}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_in_the_text_exist(document: Path):
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:rlhf_dist|tests|launch|slurm|ds_configs|\.ci)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), f"{document}: {name}"
+
+
+def test_paths_of_the_architecture_exist():
+    """There, paths are relative to the package."""
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`(\w+/[\w./]*)`", text):
+        assert (PACKAGE / name).exists() or name in ("model/",), name
+
+
+def test_the_tree_names_every_package():
+    tree = README[README.index("## What is where") : README.index("## Three ways")]
+    for folder in (path.parent.name for path in PACKAGE.glob("*/__init__.py")):
+        assert f"      {folder}/ " in tree, folder
+
+
+def test_the_layers_are_those_of_the_contract():
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    layers = ast.literal_eval(contract[contract.index("layers = [") + len("layers = ") :].split("]")[0] + "]")
+    there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {path.stem for path in PACKAGE.glob("*.py")}
+    # An optional layer, in brackets, need not be there yet.
+    shown = [
+        " | ".join(name for name in map(str.strip, layer.split("|")) if name.strip("()") in there)
+        .replace("(", "")
+        .replace(")", "")
+        for layer in layers
+    ]
+    assert "\n".join(f"    {layer}" for layer in shown) in (PACKAGE / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_command_is_named():
+    for command in [*CONFIG_COMMANDS, *OTHER_COMMANDS]:
+        assert f"`rlhf-dist {command}" in README, command
+
+
+def test_metrics_that_the_text_names_are_in_the_table():
+    section = README[README.index("## What the numbers mean") : README.index("## Limits")]
+    named = set(re.findall(r"`((?:reward|kl|policy|value|rollout)/\w+)`", section))
+    assert named
+    assert named <= METRICS.keys()
+
+
+def test_the_table_of_metrics_is_current():
+    """Write it anew from `metrics_table()` when this fails."""
+    text = (PACKAGE / "tracking" / "README.md").read_text(encoding="utf-8")
+    assert text.split("<!-- metrics -->\n")[1] == metrics_table()
+
+
+def test_every_formula_names_a_function():
+    text = (PACKAGE / "algo" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)\.(\w+)`", text)) - {
+        ("ppo", name) for _, name in re.findall(r"`(ppo)\.(\w+)`", text)
+    }
+    assert named
+    for module, function in named:
+        assert f"def {function}(" in (PACKAGE / "algo" / f"{module}.py").read_text(encoding="utf-8"), (
+            f"{module}.{function}"
+        )
+    losses = re.findall(r"^def (\w+)", (PACKAGE / "algo" / "losses.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {("losses", name) for name in losses if not name.startswith("_")} <= named
+
+
+def test_the_example_records_are_json():
+    for lines in examples().values():
+        for line in lines.splitlines():
+            assert isinstance(json.loads(line), dict)
