@@ -76,11 +76,15 @@ def value_loss(
         response_mask: [B, R] bool.
         clip_range: ε.
     """
+    # As in `policy_loss`: a NaN in padding would reach the gradients even when masked after.
+    values, old_values, returns = (torch.where(response_mask, x, 0.0) for x in (values, old_values, returns))
     errors = (values - returns).square()
     clip_fraction = torch.zeros_like(errors)
     if clip_range is not None:
-        clipped = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns).square()
-        clip_fraction = (clipped > errors).to(errors.dtype)
+        change = values - old_values
+        clipped = (old_values + change.clamp(-clip_range, clip_range) - returns).square()
+        # Both conditions: inside the range, old + (new − old) may differ from new in the last bit.
+        clip_fraction = ((change.abs() > clip_range) & (clipped > errors)).to(errors.dtype)
         errors = torch.maximum(errors, clipped)
     loss = 0.5 * masked_sum(errors, response_mask)
     return loss, {"loss": loss.detach(), "clip_fraction": masked_sum(clip_fraction, response_mask).detach()}

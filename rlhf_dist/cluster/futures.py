@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
             remaining -= 1
             if result.done():
                 return
-            error = future.exception()
+            error = CancelledError() if future.cancelled() else future.exception()
             if error is not None:
                 result.set_exception(error)
             elif remaining == 0:

@@ -38,7 +38,8 @@ class FrozenEngine:
             import deepspeed  # two seconds to import: only where it is used
 
             engine, *_ = deepspeed.initialize(model=module, config=frozen_ds_config(config), dist_init_required=False)
-            self._module: Any = engine.eval()
+            engine.eval()  # unlike a module's, DeepSpeed's returns nothing
+            self._module: Any = engine
         else:
             self._module = module.to(self.device)
 

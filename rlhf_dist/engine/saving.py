@@ -30,6 +30,7 @@ def _save_sharded(model: Any, path: Path, is_main: bool, shard_bytes: int) -> No
     if is_main:
         path.mkdir(parents=True, exist_ok=True)
         model.config.architectures = [type(model).__name__]
+        model.config.dtype = next(model.parameters()).dtype
         model.config.save_pretrained(path)
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             model.generation_config.save_pretrained(path)

@@ -142,8 +142,9 @@ class TrainEngine:
         Raises:
             RunFolderError: there is nothing to load.
         """
-        loaded, _ = self._engine.load_checkpoint(str(path), tag=CHECKPOINT_TAG)
-        if loaded is None:
+        # DeepSpeed only asserts that there is something to load.
+        found = (path / CHECKPOINT_TAG).is_dir()
+        if not found or self._engine.load_checkpoint(str(path), tag=CHECKPOINT_TAG)[0] is None:
             raise RunFolderError(f"no checkpoint of this layout in {path}; remove that step's folder or use resume: no")
 
 

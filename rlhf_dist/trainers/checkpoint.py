@@ -76,7 +76,7 @@ class Checkpoints:
         return state
 
     def _whole(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob(f"{_PREFIX}*") if (p / "driver.json").is_file())
+        return sorted((p for p in self.folder.glob(f"{_PREFIX}*") if (p / "driver.json").is_file()), key=step_of)
 
 
 def _sync(path: Path) -> None:

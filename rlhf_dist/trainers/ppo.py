@@ -143,7 +143,7 @@ class PPOTrainer:
     def run(self, resume: bool) -> dict[str, Any]:
         """Train to the end; returns the summary."""
         iteration, before = self._start(resume)
-        after = before
+        after = before if iteration < self.settings.num_iterations else self.evaluate(iteration)
         with self.run_log.progress("ppo", total=self.settings.num_iterations, completed=iteration):
             while iteration < self.settings.num_iterations:
                 metrics = self.step(iteration)

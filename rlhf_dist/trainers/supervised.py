@@ -140,7 +140,7 @@ class SupervisedTrainer:
         else:
             step, before = 0, self.task.evaluate()
             self.run_log.log(0, before)
-        after = before
+        after = before if step < self.total_steps else self.task.evaluate()
         with self.run_log.progress("step", total=self.total_steps, completed=step, max_lines=MAX_LINES):
             while step < self.total_steps:
                 metrics = self._step(step)

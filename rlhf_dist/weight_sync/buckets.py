@@ -5,6 +5,7 @@ Bounded by design: the sender gathers, and the receiver holds, one bucket at a t
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ _INT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum(name: str, tensor: Tensor) -> int:
     """A number that changes when bits of the tensor change or move; computed where the tensor is.
 
-    Positions are weighted so that swapped elements are seen; int64 wraps around, which is deterministic.
+    Positions and names are weighted so that swapped elements and swapped parameters are seen; weights are odd, so that
+    no bit is multiplied away; int64 wraps around, which is deterministic.
     """
     bits = tensor.detach().reshape(-1).view(_INT_VIEWS[tensor.element_size()]).to(torch.int64)
     weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
-    return int((bits * (weights * 2 + len(name))).sum())
+    return int((bits * (2 * (weights + zlib.crc32(name.encode())) + 1)).sum())
 
 
 class WeightSource:
