@@ -23,3 +23,19 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"the data sets are not beside the checkout ({path})")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with its tokenizer, in Hugging Face format. Not to be written to."""
+    from support.tiny import save_tiny_lm
+
+    return save_tiny_lm(tmp_path_factory.mktemp("tiny") / "lm")
+
+
+@pytest.fixture(scope="session")
+def tiny_rm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reward model of the vocabulary of `tiny_lm`. Not to be written to."""
+    from support.tiny import save_tiny_rm
+
+    return save_tiny_rm(tmp_path_factory.mktemp("tiny") / "rm")

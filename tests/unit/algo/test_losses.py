@@ -1,0 +1,124 @@
+"""Losses by hand, where they are flat, and what padding does to them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf_dist.algo.losses import explained_variance, nll_loss, pairwise_loss, policy_loss, value_loss
+
+ALL = torch.ones(1, 1, dtype=torch.bool)
+
+
+def one(x: float) -> torch.Tensor:
+    return torch.tensor([[x]])
+
+
+def test_nll_is_a_sum():
+    loss, sums = nll_loss(torch.tensor([-1.0, -2.5]))
+    assert loss == sums["loss"] == 3.5
+
+
+def test_pairwise_by_hand():
+    chosen, rejected = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
+    loss, sums = pairwise_loss(chosen, rejected)
+    expected = math.log1p(math.exp(-1)) + math.log1p(math.exp(1)) + math.log(2)
+    assert loss.item() == pytest.approx(expected)
+    assert (sums["accuracy"], sums["margin"]) == (1, 0)  # a tie is not counted as right
+
+
+def test_pairwise_stays_finite_for_huge_margins():
+    chosen = torch.tensor([-300.0]).requires_grad_()
+    loss, _ = pairwise_loss(chosen, torch.tensor([300.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(600)
+    assert chosen.grad == -1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        (1.1, 2.0, -2.2, -2.2, 0),  # inside the range: −A·ρ, and dρ/d log π = ρ
+        (0.9, -2.0, 1.8, 1.8, 0),
+        (1.5, 2.0, -2.4, 0.0, 1),  # a good token is already likelier than 1 + ε: flat
+        (0.5, -2.0, 1.6, 0.0, 1),  # a bad token is already less likely than 1 − ε: flat
+        (0.5, 2.0, -1.0, -1.0, 0),  # on the wrong side of the range the gradient must pull back
+        (1.5, -2.0, 3.0, 3.0, 0),
+        (1.5, 0.0, 0.0, 0.0, 0),
+    ],
+)
+def test_policy_loss_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: int):
+    logprobs = one(math.log(ratio) - 3.0).requires_grad_()
+    actual, sums = policy_loss(logprobs, one(-3.0), one(advantage), ALL, 0.2)
+    actual.backward()
+    assert actual.item() == pytest.approx(loss, abs=1e-6)
+    assert logprobs.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert int(sums["clip_fraction"]) == clipped
+    assert float(sums["ratio"]) == pytest.approx(ratio)
+    assert float(sums["approx_kl"]) == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "clip", "loss", "gradient", "clipped"),
+    [
+        (1.0, 0.9, 3.0, 0.2, 2.0, -2.0, 0),  # inside: ½(V − R)²
+        (1.0, 0.0, 3.0, 0.2, 3.92, 0.0, 1),  # moved up past the range towards R: flat, at ½(0.2 − 3)²
+        (-1.0, 0.0, -3.0, 0.2, 3.92, 0.0, 1),  # the same downwards
+        (1.0, 0.0, -3.0, 0.2, 8.0, 4.0, 0),  # moved away from R: the unclipped error is the larger
+        (1.0, 0.0, 3.0, None, 2.0, -2.0, 0),
+    ],
+)
+def test_value_loss_by_hand(value, old, target, clip, loss, gradient, clipped):
+    values = one(value).requires_grad_()
+    actual, sums = value_loss(values, one(old), one(target), ALL, clip)
+    actual.backward()
+    assert actual.item() == pytest.approx(loss, abs=1e-6)
+    assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert int(sums["clip_fraction"]) == clipped
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf, 1e4])
+def test_padding_changes_no_loss_and_no_gradient(rubbish: float):
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    inputs = [torch.randn(2, 3, generator=g) for _ in range(3)]
+    for loss in (
+        lambda a, b, c: policy_loss(a, b, c, mask, 0.2),
+        lambda a, b, c: value_loss(a, b, c, mask, 0.2),
+        lambda a, b, c: value_loss(a, b, c, mask, None),
+    ):
+        results = []
+        for padding in (0.0, rubbish):
+            trained, *fixed = (torch.where(mask, x, padding) for x in inputs)
+            trained.requires_grad_()
+            total, sums = loss(trained, *fixed)
+            total.backward()
+            results.append((total.detach(), trained.grad, sums))
+        (clean, clean_grad, clean_sums), (dirty, dirty_grad, dirty_sums) = results
+        assert torch.equal(clean, dirty)
+        assert torch.equal(clean_grad, dirty_grad)
+        assert (dirty_grad[~mask] == 0).all()
+        assert all(torch.equal(clean_sums[name], dirty_sums[name]) for name in clean_sums)
+
+
+def test_losses_are_sums_so_that_parts_add_up():
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(4, 3, generator=g) for _ in range(3)]
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    whole = policy_loss(*x, mask, 0.2)[0] + value_loss(*x, mask, 0.2)[0]
+    parts = sum(
+        policy_loss(*(t[i : i + 1] for t in x), mask[:1], 0.2)[0]
+        + value_loss(*(t[i : i + 1] for t in x), mask[:1], 0.2)[0]
+        for i in range(4)
+    )
+    assert torch.allclose(whole, torch.as_tensor(parts), atol=1e-5)
+
+
+def test_explained_variance():
+    returns, mask = torch.tensor([[1.0, 3.0, math.nan]]), torch.tensor([[True, True, False]])
+    assert explained_variance(returns, returns, mask) == 1
+    assert explained_variance(torch.full((1, 3), 2.0), returns, mask) == 0
+    assert explained_variance(-returns, returns, mask) == -3
+    assert math.isnan(explained_variance(returns, torch.ones(1, 3), mask))

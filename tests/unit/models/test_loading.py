@@ -1,0 +1,75 @@
+"""Loading: what a directory may hold, and the refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import save_tiny_lm, save_tiny_rm
+from torch import nn
+
+from rlhf_dist.errors import ModelError
+from rlhf_dist.models.loading import (
+    context_length,
+    load_causal_lm,
+    load_model_config,
+    load_scalar_model,
+    without_dropout,
+)
+
+
+def test_a_reward_model_keeps_its_head_and_a_language_model_gets_a_new_one(tiny_lm: Path, tiny_rm: Path):
+    reward, head_is_new = load_scalar_model(str(tiny_rm), torch.float32, pad_token_id=5)
+    assert not head_is_new
+    assert reward.config.pad_token_id == 5
+    model, head_is_new = load_scalar_model(str(tiny_lm), torch.float32, pad_token_id=None)
+    assert head_is_new
+    assert model.score.out_features == 1
+
+
+def test_the_dtype_is_the_one_asked_for(tiny_lm: Path):
+    assert {p.dtype for p in load_causal_lm(str(tiny_lm), torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_context_length(tiny_lm: Path):
+    assert context_length(load_model_config(str(tiny_lm))) == 128
+
+
+@pytest.mark.parametrize("load", [load_model_config, lambda p: load_causal_lm(p, torch.float32)])
+def test_a_folder_without_a_model_is_refused(load, tmp_path: Path):
+    with pytest.raises(ModelError, match=r"Give a directory that holds config\.json"):
+        load(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(tiny_lm: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes((tiny_lm / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="safetensors"):
+        load_causal_lm(str(tmp_path), torch.float32)
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path):
+    path = save_tiny_rm(tmp_path / "three", num_labels=3)
+    with pytest.raises(ModelError):
+        load_scalar_model(str(path), torch.float32, None)
+
+
+def test_a_reward_model_is_no_language_model(tiny_rm: Path):
+    # Its language-model head would be drawn at random, and nothing would say so.
+    with pytest.raises(ModelError):
+        load_causal_lm(str(tiny_rm), torch.float32)
+
+
+def test_tied_embeddings_are_not_missing_weights(tmp_path: Path):
+    model = load_causal_lm(str(save_tiny_lm(tmp_path / "tied", tie_word_embeddings=True)), torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_without_dropout_gives_the_same_output_in_training_mode(tmp_path: Path):
+    path = save_tiny_lm(tmp_path / "dropout", attention_dropout=0.5)
+    model = load_causal_lm(str(path), torch.float32).train()
+    tokens = torch.arange(2, 12)[None]
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    without_dropout(model)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    assert without_dropout(nn.Sequential(nn.Dropout(0.5)))[0].p == 0

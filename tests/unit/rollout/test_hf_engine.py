@@ -1,0 +1,142 @@
+"""Generation: the same tokens on any split of a batch, and the log-probs PPO relies on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import prompt_batch
+from transformers import AutoModelForCausalLM
+
+from rlhf_dist.algo.random import uniforms
+from rlhf_dist.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch
+from rlhf_dist.models.forward import TargetLogprobs, response_target_mask, scatter_responses
+from rlhf_dist.rollout.hf import HFEngine
+from rlhf_dist.rollout.sampling import sample_tokens
+
+PROMPTS = prompt_batch([5, 2, 9, 1, 7, 3])
+LIMIT = 14
+STOP = list(range(2, 42))
+"""Enough stop tokens for rows to end at many different positions."""
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
+
+
+def engine(lm, stop: list[int] = STOP, temperature: float = 0.9) -> HFEngine:
+    return HFEngine(lm, stop, max_response_tokens=LIMIT, temperature=temperature, seed=11)
+
+
+def generate(lm, prompts: PromptBatch, iteration: int = 0, stream: str = "rollout", **kwargs) -> RolloutBatch:
+    return engine(lm, **kwargs).generate(prompts, stream=stream, iteration=iteration, policy_version=4)
+
+
+def responses(rollout: RolloutBatch) -> list[list[int]]:
+    return [
+        rollout.tokens[i, n : n + m].tolist()
+        for i, (n, m) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist(), strict=True))
+    ]
+
+
+@torch.no_grad()
+def one_by_one(lm, prompts: PromptBatch, temperature: float) -> list[list[int]]:
+    """The plainest way to sample: every token from a whole forward pass over one unpadded sequence."""
+    noise, out = uniforms(11, "rollout", 0, prompts.sample_ids, LIMIT), []
+    for row, n in enumerate(prompts.lengths.tolist()):
+        tokens, response = prompts.tokens[row, :n], []
+        for t in range(LIMIT):
+            token = sample_tokens(lm(tokens[None]).logits[:, -1], noise[row, t : t + 1], temperature)[0]
+            tokens, response = torch.cat([tokens, token]), [*response, int(token)]
+            if response[-1] in STOP:
+                break
+        out.append(response)
+    return out
+
+
+def test_equals_sampling_one_token_at_a_time_without_cache_or_padding(lm):
+    rollout = generate(lm, PROMPTS)
+    assert responses(rollout) == one_by_one(lm, PROMPTS, 0.9)
+    # The case is worth its name only if rows end at different times, some of them never.
+    assert len(set(rollout.response_lengths.tolist())) >= 4
+
+
+def test_the_record(lm):
+    rollout = generate(lm, PROMPTS)
+    assert rollout.policy_version == 4
+    assert torch.equal(rollout.prompt_lengths, PROMPTS.lengths)
+    assert rollout.tokens.shape[1] == int(rollout.lengths.max())
+    assert rollout.behaviour_logprobs.shape[1] == int(rollout.response_lengths.max())
+    for i, response in enumerate(responses(rollout)):
+        n = int(PROMPTS.lengths[i])
+        assert torch.equal(rollout.tokens[i, :n], PROMPTS.tokens[i, :n])
+        assert not set(response[:-1]) & set(STOP)
+        ended = response[-1] in STOP
+        assert rollout.finish_reasons[i] == (FINISHED if ended else TRUNCATED)
+        assert ended or len(response) == LIMIT
+        assert (rollout.tokens[i, n + len(response) :] == 0).all()
+        assert (rollout.behaviour_logprobs[i, len(response) :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "split", [[[0, 1, 2, 3, 4, 5]], [[5, 3, 1], [4, 2, 0]], [[0], [1], [2], [3], [4], [5]], [[2, 4], [0, 5, 1, 3]]]
+)
+def test_the_split_of_a_batch_changes_no_token(lm, split: list[list[int]]):
+    whole = generate(lm, PROMPTS)
+    for rows in split:
+        part = generate(lm, PROMPTS.rows(rows))
+        assert responses(part) == [responses(whole)[row] for row in rows]
+        expected = whole.rows(rows)
+        assert torch.allclose(part.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-4)
+        assert torch.equal(part.finish_reasons, expected.finish_reasons)
+
+
+def test_the_draw_depends_on_sample_iteration_and_stream(lm):
+    base = responses(generate(lm, PROMPTS))
+    others = [
+        responses(generate(lm, PROMPTS, iteration=1)),
+        responses(generate(lm, PROMPTS, stream="eval")),
+        responses(generate(lm, PromptBatch(PROMPTS.tokens, PROMPTS.lengths, PROMPTS.sample_ids + 1))),
+    ]
+    assert all(sum(a == b for a, b in zip(base, other, strict=True)) <= 2 for other in others)
+    assert responses(generate(lm, PROMPTS)) == base
+
+
+def test_the_same_prompt_gets_different_responses(lm):
+    twice = PromptBatch(PROMPTS.tokens[[0, 0]], PROMPTS.lengths[[0, 0]], torch.tensor([0, 1]))
+    first, second = responses(generate(lm, twice, stop=[1]))
+    assert first != second
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_behaviour_logprobs_are_those_of_the_training_forward_pass(lm, temperature: float):
+    rollout = generate(lm, PROMPTS, temperature=temperature)
+    targets = response_target_mask(rollout.prompt_lengths, rollout.response_lengths, rollout.tokens.shape[1])
+    flat, _ = TargetLogprobs(lm)(rollout.tokens, rollout.lengths, targets, temperature)
+    expected = scatter_responses(flat, rollout.response_mask)
+    assert torch.allclose(rollout.behaviour_logprobs, expected, atol=1e-4)
+
+
+def test_without_a_stop_token_every_response_is_truncated(lm):
+    rollout = generate(lm, PROMPTS, stop=[299_999])
+    assert (rollout.response_lengths == LIMIT).all()
+    assert (rollout.finish_reasons == TRUNCATED).all()
+
+
+def test_a_response_can_end_at_once(lm):
+    rollout = generate(lm, PROMPTS, stop=list(range(300)))
+    assert (rollout.response_lengths == 1).all()
+    assert (rollout.finish_reasons == FINISHED).all()
+
+
+def test_a_stop_token_at_the_very_limit_is_an_end(lm):
+    whole = generate(lm, PROMPTS, stop=[299_999])
+    last = responses(whole)[0][-1]
+    first = responses(whole)[0].index(last) + 1
+    cut = HFEngine(lm, [last], max_response_tokens=first, temperature=0.9, seed=11)
+    rollout = cut.generate(PROMPTS.rows([0]), stream="rollout", iteration=0, policy_version=0)
+    assert rollout.response_lengths.tolist() == [first]
+    assert rollout.finish_reasons.tolist() == [FINISHED]

@@ -1,0 +1,59 @@
+"""Inverse-CDF sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_dist.algo.random import uniforms
+from rlhf_dist.rollout.sampling import sample_tokens
+
+LARGEST = 1 - 2**-53
+"""The largest float64 below 1, and the largest number that numpy draws."""
+
+
+def test_frequencies_are_the_probabilities():
+    num = 8000
+    logits = torch.tensor([0.0, 2.0, -1.0, 1.0, -torch.inf, 0.5])
+    for temperature in (1.0, 0.5):
+        u = uniforms(0, "test", 0, [1], num)[0]
+        tokens, logprobs = sample_tokens(logits.expand(num, -1), u, temperature)
+        p = torch.softmax(logits.double() / temperature, -1)
+        expected, counts = p[p > 0] * num, torch.bincount(tokens, minlength=6)[p > 0]
+        assert ((counts - expected).square() / expected).sum() < 18.5  # χ² with 4 degrees of freedom: P = 0.001
+        assert (tokens != 4).all()
+        assert torch.allclose(logprobs, p.log()[tokens].float(), atol=1e-6)
+
+
+def test_the_uniform_number_walks_through_the_tokens_in_order():
+    logits = torch.tensor([0.25, 0.5, 0.25]).log().expand(6, -1)
+    u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, LARGEST], dtype=torch.float64)
+    assert sample_tokens(logits, u, 1.0)[0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, 1 - 2**-52, LARGEST])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_token_of_probability_zero_is_never_drawn(u: float, seed: int):
+    logits = torch.randn(64, 257, generator=torch.Generator().manual_seed(seed))
+    logits[:, :3] = logits[:, 100:120] = logits[:, -5:] = -torch.inf
+    tokens, logprobs = sample_tokens(logits, torch.full((64,), u, dtype=torch.float64), 1.0)
+    assert torch.isfinite(logprobs).all()
+    assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
+
+
+def test_a_certain_token_is_drawn_whatever_the_number():
+    logits = torch.full((3, 5), -torch.inf)
+    logits[:, 2] = 3.0
+    u = torch.tensor([0.0, 0.5, LARGEST], dtype=torch.float64)
+    tokens, logprobs = sample_tokens(logits, u, 0.7)
+    assert tokens.tolist() == [2, 2, 2]
+    assert logprobs.tolist() == [0, 0, 0]
+
+
+def test_bf16_logits():
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
+    u = uniforms(0, "test", 0, [0], 16)[0]
+    tokens, logprobs = sample_tokens(logits, u, 1.0)
+    same, _ = sample_tokens(logits.float(), u, 1.0)
+    assert torch.equal(tokens, same)
+    assert logprobs.dtype == torch.float32
