@@ -62,6 +62,11 @@ def open_session(config: RunConfig) -> Session:
     return RaySession(config.ray, config.device)
 
 
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a run folder that may not be used; touches nothing."""
+    RunFolder.check(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
+
+
 def check_model(path: str, max_length_tokens: int, role: str) -> Any:
     """The model's config, if it can hold the run's sequences.
 
@@ -205,7 +210,6 @@ def hosted(
 ) -> Iterator[tuple[Run, dict[str, WorkerGroup]]]:
     """The run's folder and its hosted roles; on leaving, the roles are gone and what was started here is stopped."""
     resume = config.resume == "auto"
-    RunFolder.check(config.run_dir, resume=resume, overwrite=config.overwrite)
     own = session or open_session(config)
     try:
         own.check(prepared.specs)
@@ -230,6 +234,7 @@ def checkpoints(config: RunConfig, folder: RunFolder) -> Checkpoints:
 
 def run_sft(config: SFTConfig, session: Session | None = None) -> Summary:
     """Supervised fine-tuning; returns the summary. `session`: host in this one (and leave it open) rather than an own."""
+    check_run_folder(config)
     prepared = prepare_sft(config)
     with hosted(config, prepared, session) as (run, groups):
         model = LanguageModelRole(groups["model"], config.model.micro_batch_size)
@@ -239,6 +244,7 @@ def run_sft(config: SFTConfig, session: Session | None = None) -> Summary:
 
 def run_reward(config: RewardConfig, session: Session | None = None) -> Summary:
     """Reward modelling; returns the summary. `session` as in `run_sft`."""
+    check_run_folder(config)
     prepared = prepare_reward(config)
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole(groups["model"], config.model.micro_batch_size)
@@ -262,6 +268,7 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
 
 def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
     """PPO; returns the summary. `session` as in `run_sft`."""
+    check_run_folder(config)
     prepared = prepare_ppo(config)
     with hosted(config, prepared, session) as (run, groups):
         policy = PolicyRole(groups["policy"], config.policy.micro_batch_size)
@@ -337,6 +344,7 @@ def _eval_specs(config: EvalConfig, data: dict[str, Any]) -> list[WorkerSpec]:
 
 def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:
     """Evaluate a policy and/or a reward model; returns the summary."""
+    check_run_folder(config)
     prepared = prepare_eval(config)
     with hosted(config, prepared, session) as (run, groups):
         roles: dict[str, Any] = {}
@@ -358,7 +366,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
     Raises:
         RlhfDistError: what a run of this configuration would be refused for.
     """
+    check_run_folder(config)
     prepare = {SFTConfig: prepare_sft, RewardConfig: prepare_reward, PPOConfig: prepare_ppo, EvalConfig: prepare_eval}
     prepared = prepare[type(config)](config)  # pyright: ignore[reportArgumentType]
-    RunFolder.check(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
     return prepared.facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,16 @@ from rlhf_dist.engine.distributed import RankContext, free_port
 class RankHost:
     """A Ray actor: made first, empty, so that placement is known before any model loads."""
 
-    def __init__(self, log_path: str) -> None:
-        Path(log_path).parent.mkdir(parents=True, exist_ok=True)
-        # The run's own log file, so that a dead rank's last words can be shown and outlive Ray's session folder.
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.write(1, f"process {os.getpid()} on {ray.util.get_node_ip_address()}\n".encode())
+    def __init__(self) -> None:
         self._worker: Any = None
 
     def address(self) -> tuple[str, int]:
         """An address other nodes reach, and a free port on it, for the role's rendezvous."""
         return ray.util.get_node_ip_address(), free_port()
 
-    def build(self, worker: str, context: RankContext, kwargs: dict[str, Any]) -> None:
+    def build(self, worker: str, context: RankContext, kwargs: dict[str, Any], log_path: str) -> None:
         """Import and construct the worker; collective over the role's ranks."""
+        _redirect_output(Path(log_path))
         from rlhf_dist.cluster.hosting import build_worker
 
         self._worker = build_worker(worker, context, kwargs)
@@ -36,3 +32,18 @@ class RankHost:
     def run(self, method: str, *args: Any) -> Any:
         """Call a method of the worker."""
         return getattr(self._worker, method)(*args)
+
+    def release(self) -> None:
+        """Drop the worker; the process, with what it has imported, can host another."""
+        self._worker = None
+        gc.collect()  # an engine and its hooks refer to each other
+
+
+def _redirect_output(path: Path) -> None:
+    """The run's own log file, so that a dead rank's last words can be shown and outlive Ray's session folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.write(1, f"process {os.getpid()} on {ray.util.get_node_ip_address()}\n".encode())

@@ -23,7 +23,7 @@ class RayGroup:
         self.role = role
         self.num_ranks = len(hosts)
         self.hosts = list(hosts)
-        self._log_paths = list(log_paths)
+        self.log_paths = list(log_paths)
 
     def call(self, method: str, *args: Any) -> Future[list[Any]]:
         """See `WorkerGroup`."""
@@ -65,7 +65,7 @@ class RayGroup:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, RlhfDistError):
             return type(cause)(f"{where}: {cause}")
-        log = f"Last lines of {self._log_paths[rank]}:\n{tail(self._log_paths[rank])}"
+        log = f"Last lines of {self.log_paths[rank]}:\n{tail(self.log_paths[rank])}"
         if isinstance(error, ActorDiedError | ActorUnavailableError):
             return WorkerError(f"{where} died (out of memory, a signal, or a crash in native code). {log}")
         return WorkerError(f"{where} failed: {type(cause).__name__}: {cause}\n{error}\n{log}")

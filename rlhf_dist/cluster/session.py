@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -22,25 +23,38 @@ from rlhf_dist.config import RayConfig
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.errors import PlacementError
 
+Hosts = list[Any]
+"""Handles of `RankHost` actors, in rank order."""
+
 
 class RaySession:
-    """See `Session`. Connects lazily: a run that is refused before its placement never starts Ray."""
+    """See `Session`. Connects lazily: a run that is refused before its placement never starts Ray.
+
+    On GPUs, and on a cluster that others use too, ranks are placed in reserved bundles and their processes end with the
+    run. On a machine's own CPUs nothing can be reserved that matters (ranks take turns on the cores), so no bundles are
+    asked for, and processes are kept for the next stage: most of the seconds until a rank works go into imports.
+    """
 
     def __init__(self, config: RayConfig, device: str) -> None:
         self.config = config
         self._wanted_device = device
         self._private = config.address is None
         self._connected = False
+        self._idle: dict[int, list[Hosts]] = defaultdict(list)
+        """Number of ranks → process groups of that size that host nothing now."""
         if self._private:
             self.device = _device(device, torch.cuda.device_count(), "this machine")
+
+    @property
+    def _keeps_processes(self) -> bool:
+        return self._private and self.device == "cpu"
 
     def check(self, specs: Sequence[WorkerSpec]) -> None:
         """Compare the demand with what this machine has, or what the cluster says it has."""
         if not self._private:
-            self._connect(num_cpus=0)
+            self._connect()
         plan = plan_placement(specs, self.device)
         total = {"GPU": float(torch.cuda.device_count())} if self._private else ray.cluster_resources()
-        # CPUs of a private Ray are only a count that this session sets: on a laptop, ranks take turns on the cores.
         needed = {"GPU": plan.total_gpus} | ({} if self._private else {"CPU": plan.total_cpus})
         for resource, amount in needed.items():
             if amount > total.get(resource, 0.0):
@@ -51,16 +65,15 @@ class RaySession:
                     "add nodes"
                 )
 
-    def _connect(self, num_cpus: float) -> None:
+    def _connect(self) -> None:
         if self._connected:
             return
         # A dead actor is reported once, by its group, with the role's own log.
-        common = {"log_to_driver": False, "logging_level": "CRITICAL", "include_dashboard": False}
+        common = {"log_to_driver": False, "logging_level": "CRITICAL"}
         if self._private:
             # `local` never joins a cluster that happens to run here. Ray takes its own free ports and a fresh token.
-            ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)), **common)
+            ray.init("local", include_dashboard=False, **common)
         else:
-            common.pop("include_dashboard")
             ray.init(self.config.address, **common)
             gpus = int(ray.cluster_resources().get("GPU", 0))
             self.device = _device(self._wanted_device, gpus, f"the cluster at {self.config.address}")
@@ -68,29 +81,37 @@ class RaySession:
 
     @contextlib.contextmanager
     def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Path) -> Iterator[dict[str, WorkerGroup]]:
-        """Reserve, start all ranks of all roles at once, and load their models side by side."""
-        plan = plan_placement(specs, self.device) if self._private else None
-        self._connect(plan.total_cpus if plan else 0)
-        plan = plan or plan_placement(specs, self.device)
-        if self._private and ray.cluster_resources().get("CPU", 0) < plan.total_cpus:
-            # A later stage of a pipeline asks for more than the first: a private Ray is cheap to start again.
-            self.close()
-            self._connect(plan.total_cpus)
-        reserved = self._reserve(plan, specs)
-        groups: dict[str, RayGroup] = {}
+        """Start all ranks of all roles at once, and load their models side by side."""
+        self._connect()
+        with self._hosts(specs) as hosts:
+            groups = {spec.role: RayGroup(spec.role, hosts[spec.role], _log_paths(spec, logs_dir)) for spec in specs}
+            gathered([self._build(groups[spec.role], spec, seed) for spec in specs]).result()
+            yield dict(groups)
+
+    @contextlib.contextmanager
+    def _hosts(self, specs: Sequence[WorkerSpec]) -> Iterator[dict[str, Hosts]]:
+        """Role → its processes; after an error they are ended, whatever they were doing."""
+        reserved = None if self._keeps_processes else self._reserve(specs)
+        hosts: dict[str, Hosts] = {}
         try:
             for spec in specs:
-                groups[spec.role] = self._start(spec, plan, reserved, logs_dir)
-            builds = [self._build(groups[spec.role], spec, seed) for spec in specs]
-            gathered(builds).result()
-            yield dict(groups)
+                kept = self._idle[spec.placement.num_ranks] if self._keeps_processes else []
+                hosts[spec.role] = kept.pop() if kept else self._start(spec, reserved)
+            yield hosts
+            if self._keeps_processes:
+                ray.get([host.release.remote() for group in hosts.values() for host in group])
+                while hosts:
+                    group = hosts.popitem()[1]
+                    self._idle[len(group)].append(group)
         finally:
-            for group in groups.values():
-                for host in group.hosts:
+            for group in hosts.values():
+                for host in group:
                     ray.kill(host)
-            remove_placement_group(reserved)
+            if reserved is not None:
+                remove_placement_group(reserved[0])
 
-    def _reserve(self, plan: PlacementPlan, specs: Sequence[WorkerSpec]):
+    def _reserve(self, specs: Sequence[WorkerSpec]) -> tuple[Any, PlacementPlan]:
+        plan = plan_placement(specs, self.device)
         reserved = placement_group(plan.bundles, strategy="PACK")
         if not reserved.wait(self.config.placement_timeout_s):
             remove_placement_group(reserved)
@@ -100,36 +121,43 @@ class RaySession:
                 f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); wait for other jobs to end, ask "
                 "for less, or raise ray.placement_timeout_s"
             )
-        return reserved
+        return reserved, plan
 
-    def _start(self, spec: WorkerSpec, plan: PlacementPlan, reserved, logs_dir: Path) -> RayGroup:
-        hosts, log_paths = [], []
-        for rank, bundle in enumerate(plan.ranks[spec.role]):
-            log_paths.append(logs_dir.absolute() / f"{spec.role}_{rank}.log")
-            actor = ray.remote(RankHost).options(
+    def _start(self, spec: WorkerSpec, reserved: tuple[Any, PlacementPlan] | None) -> Hosts:
+        if reserved is None:
+            return [ray.remote(RankHost).options(num_cpus=0).remote() for _ in range(spec.placement.num_ranks)]
+        group, plan = reserved
+        return [
+            ray.remote(RankHost)
+            .options(
                 num_cpus=spec.placement.cpus_per_rank,
                 num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=bundle),
-                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             )
-            hosts.append(actor.remote(str(log_paths[-1])))
-        return RayGroup(spec.role, hosts, log_paths)
-
-    def _build(self, group: RayGroup, spec: WorkerSpec, seed: int):
-        address, port = ray.get(group.hosts[0].address.remote())
-        contexts = [
-            RankContext(rank, group.num_ranks, address, port, self.device, spec.placement.threads_per_rank, seed)
-            for rank in range(group.num_ranks)
+            .remote()
+            for bundle in plan.ranks[spec.role]
         ]
-        return group.collect(
-            [h.build.remote(spec.worker, c, spec.kwargs) for h, c in zip(group.hosts, contexts, strict=True)]
-        )
+
+    def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
+        address, port = ray.get(group.hosts[0].address.remote())
+        builds = []
+        for rank, host in enumerate(group.hosts):
+            context = RankContext(
+                rank, group.num_ranks, address, port, self.device, spec.placement.threads_per_rank, seed
+            )
+            builds.append(host.build.remote(spec.worker, context, spec.kwargs, str(group.log_paths[rank])))
+        return group.collect(builds)
 
     def close(self) -> None:
         """Stop a private Ray, or leave a cluster."""
         if self._connected:
+            self._idle.clear()
             ray.shutdown()
             self._connected = False
+
+
+def _log_paths(spec: WorkerSpec, logs_dir: Path) -> list[Path]:
+    return [logs_dir.absolute() / f"{spec.role}_{rank}.log" for rank in range(spec.placement.num_ranks)]
 
 
 def _device(wanted: str, num_gpus: int, where: str) -> str:

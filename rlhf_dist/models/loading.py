@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ def load_model_config(path: str) -> PretrainedConfig:
     Raises:
         ModelError: `path` is neither a model directory nor a hub name that can be reached.
     """
+    if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).is_dir():
+        raise ModelError(f"no model at {path!r}: there is no such directory; give one that holds config.json and weights")
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
