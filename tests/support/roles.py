@@ -1,0 +1,139 @@
+"""In place of the roles: they answer at once with numbers that can be checked, and record what is asked, in order."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_dist.batches import FINISHED, RolloutBatch, UpdateReport, length_mask, pad_rows
+from rlhf_dist.errors import RunFolderError
+
+Events = list[tuple[Any, ...]]
+
+
+class Answer(Future):
+    """A future that records when it is waited for."""
+
+    def __init__(self, events: Events, name: str, value: Any) -> None:
+        super().__init__()
+        self._events, self._name = events, name
+        self.set_result(value)
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._events.append(("wait", self._name))
+        return super().result(timeout)
+
+
+class FakeTrained:
+    """In place of a trained model: its state is a number that updates add to."""
+
+    def __init__(self, events: Events, name: str) -> None:
+        self.events, self.name, self.state = events, name, 0.0
+
+    def answer(self, call: str, value: Any, *details: Any) -> Answer:
+        self.events.append((f"{self.name}.{call}", *details))
+        return Answer(self.events, f"{self.name}.{call}", value)
+
+    def save_checkpoint(self, path: Path) -> Answer:
+        path.mkdir(parents=True)
+        (path / "state").write_text(repr(self.state), encoding="utf-8")
+        return self.answer("save", None)
+
+    def load_checkpoint(self, path: Path) -> Answer:
+        self.state = float((path / "state").read_text(encoding="utf-8"))
+        return self.answer("load", None)
+
+    def save_model(self, path: Path) -> Answer:
+        return self.answer("save_model", None)
+
+
+class FakePolicy(FakeTrained):
+    """In place of the policy: log-probs of −1, and a state that remembers every row and text it learned from."""
+
+    def logprobs(self, rollout: RolloutBatch) -> Answer:
+        return self.answer("logprobs", torch.where(rollout.response_mask, -1.0, 0.0))
+
+    def update(self, experience: Any, steps: Any, ptx: Any) -> Answer:
+        for rows in steps:
+            # Not linear, so that the order of rows and steps matters.
+            for row in rows.tolist():
+                self.state = (self.state * 1.1 + float(experience.advantages[row].sum()) + row) % 1000
+        for batch in ptx or []:
+            self.state = (self.state * 1.1 + float(batch.tokens.sum())) % 1000
+        details = [rows.tolist() for rows in steps], [len(b) for b in ptx] if ptx is not None else None
+        return self.answer("update", UpdateReport({"policy/loss": self.state}, len(steps)), *details)
+
+
+class FakeValue(FakeTrained):
+    """In place of the value function: values of one half."""
+
+    def values(self, rollout: RolloutBatch) -> Answer:
+        return self.answer("values", torch.where(rollout.response_mask, 0.5, 0.0))
+
+    def update(self, experience: Any, steps: Any) -> Answer:
+        self.state += 1
+        return self.answer("update", UpdateReport({"value/loss": self.state}, len(steps)))
+
+
+class FakeReference(FakeTrained):
+    """In place of the reference: log-probs of −1.5."""
+
+    def logprobs(self, rollout: RolloutBatch) -> Answer:
+        return self.answer("logprobs", torch.where(rollout.response_mask, -1.5, 0.0))
+
+
+class FakeReward(FakeTrained):
+    """In place of the reward model: a tenth of the last token."""
+
+    def score(self, sequences: Any) -> Answer:
+        return self.answer("score", sequences.tokens.gather(1, sequences.lengths[:, None] - 1)[:, 0].float() / 10)
+
+
+class FakeRollout(FakeTrained):
+    """In place of a rollout engine: two tokens a prompt, made of stream, iteration, sample and the policy's state."""
+
+    def __init__(self, events: Events, policy: FakePolicy) -> None:
+        super().__init__(events, "rollout")
+        self.policy, self.state, self.version = policy, 0.0, -1
+
+    def generate(self, prompts: Any, *, stream: str, iteration: int) -> Answer:
+        ids = prompts.sample_ids.tolist()
+        salt = len(stream) + iteration + int(self.state)
+        tokens = [
+            [*row[:n].tolist(), 100 + (i + salt) % 50, 200 + (7 * i + salt) % 50]
+            for row, n, i in zip(prompts.tokens, prompts.lengths.tolist(), ids, strict=True)
+        ]
+        lengths = torch.full((len(ids),), 2)
+        batch = RolloutBatch(
+            pad_rows(tokens),
+            prompts.lengths,
+            lengths,
+            torch.where(length_mask(lengths, 2), -1.0, 0.0),
+            torch.full((len(ids),), FINISHED),
+            self.version,
+        )
+        return self.answer("generate", batch, stream, iteration, ids, self.version)
+
+
+class FakeWeightSync:
+    """In place of the weight transfer."""
+
+    def __init__(self, events: Events, policy: FakePolicy, rollout: FakeRollout) -> None:
+        self.events, self.policy, self.rollout = events, policy, rollout
+
+    def push(self, version: int) -> Answer:
+        self.rollout.state, self.rollout.version = self.policy.state, version
+        self.events.append(("sync", version))
+        return Answer(self.events, "sync", None)
+
+
+class FailsToSave(FakeTrained):
+    """In place of a model whose disk is full."""
+
+    def save_checkpoint(self, path: Path) -> Answer:
+        path.mkdir(parents=True)
+        (path / "half").write_text("", encoding="utf-8")
+        raise RunFolderError("disk full")

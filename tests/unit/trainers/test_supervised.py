@@ -1,0 +1,169 @@
+"""The supervised loop and its metrics."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.roles import Answer, FakeTrained
+from trainers_support import metrics, open_run
+
+from rlhf_dist.batches import UpdateReport
+from rlhf_dist.config import SupervisedSettings
+from rlhf_dist.errors import ConfigError
+from rlhf_dist.trainers.checkpoint import Checkpoints
+from rlhf_dist.trainers.supervised import SupervisedTrainer, chunks, mean_nll, num_steps, pair_metrics
+
+
+class FakeTask:
+    """In place of SFT: the loss is the model's state, and the state remembers every record."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.model = FakeTrained(self.events, "model")
+        self.train = range(10)
+
+    def update(self, step: int, indices: torch.Tensor) -> Answer:
+        self.model.state = (self.model.state * 1.1 + float((indices * torch.arange(1, len(indices) + 1)).sum())) % 1000
+        report = UpdateReport({"sft/loss": self.model.state}, 1)
+        return self.model.answer("update", report, step, indices.tolist())
+
+    def evaluate(self) -> dict[str, float]:
+        self.events.append(("evaluate",))
+        return {"sft/eval_loss": self.model.state}
+
+
+SETTINGS = SupervisedSettings(batch_size=4, eval_every_steps=2)
+
+
+def trainer(run: Any, task: FakeTask) -> SupervisedTrainer:
+    checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
+    return SupervisedTrainer(run, task, SETTINGS, total_steps=5, every_steps=2, checkpoints=checkpoints)
+
+
+def whole_run(path: Path) -> tuple[FakeTask, dict[str, Any]]:
+    with open_run(path) as run:
+        task = FakeTask()
+        return task, trainer(run, task).run(resume=False)
+
+
+def test_the_order_of_a_run(tmp_path: Path):
+    task, summary = whole_run(tmp_path)
+    names = [event[0] for event in task.events if event[0] != "wait"]
+    step, evaluate, save = "model.update", "evaluate", "model.save"
+    assert names == [evaluate, step, step, evaluate, save, step, step, evaluate, save, step, evaluate]
+    logged = metrics(tmp_path)
+    assert [step for step in logged if "sft/eval_loss" in logged[step]] == [0, 2, 4, 5]
+    assert summary == {
+        "num_steps": 5,
+        "before": {"eval_loss": logged[0]["sft/eval_loss"]},
+        "after": {"eval_loss": logged[5]["sft/eval_loss"]},
+    }
+
+
+def test_records_are_drawn_epoch_by_epoch(tmp_path: Path):
+    task, _ = whole_run(tmp_path)
+    drawn = [index for event in task.events if event[0] == "model.update" for index in event[2]]
+    assert len(drawn) == 20
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+
+
+def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path: Path):
+    whole, summary = whole_run(tmp_path / "whole")
+    path, task = tmp_path / "cut", FakeTask()
+    healthy = task.update
+
+    def killed_in_the_fourth(step: int, indices: torch.Tensor) -> Answer:
+        if step == 3:
+            raise KeyboardInterrupt
+        return healthy(step, indices)
+
+    task.update = killed_in_the_fourth
+    with open_run(path) as run, pytest.raises(KeyboardInterrupt):
+        trainer(run, task).run(resume=False)
+    with open_run(path, resumed_step=2) as run:
+        resumed = FakeTask()
+        assert trainer(run, resumed).run(resume=True) == summary
+    assert resumed.model.state == whole.model.state
+    assert metrics(path) == metrics(tmp_path / "whole")
+    steps = [event[1] for event in resumed.events if event[0] == "model.update"]
+    assert steps == [2, 3, 4]
+    assert resumed.events[0] == ("model.load",)
+
+
+def test_a_run_resumed_after_its_last_step_has_the_same_summary(tmp_path: Path):
+    with open_run(tmp_path) as run:
+        task = FakeTask()
+        first = trainer(run, task)
+        first.every_steps = 5
+        summary = first.run(resume=False)
+    with open_run(tmp_path, resumed_step=5) as run:
+        assert trainer(run, FakeTask()).run(resume=True) == summary
+
+
+def test_resume_without_a_checkpoint_begins_anew(tmp_path: Path):
+    with open_run(tmp_path) as run:
+        task = FakeTask()
+        assert trainer(run, task).run(resume=True)["num_steps"] == 5
+    assert task.events[0] == ("evaluate",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "records", "expected"),
+    [
+        ({"batch_size": 4}, 10, 3),  # the last batch of an epoch is filled from the next
+        ({"batch_size": 5}, 10, 2),
+        ({"batch_size": 4, "num_epochs": 0.01}, 10, 1),
+        ({"batch_size": 4, "num_epochs": 2.5}, 10, 7),
+        ({"batch_size": 4, "num_steps": 100}, 10, 100),
+    ],
+)
+def test_num_steps(settings: dict[str, Any], records: int, expected: int):
+    assert num_steps(SupervisedSettings(**settings), records, "sft") == expected
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(ConfigError, match=r"sft\.batch_size is 11 but the training set has 10 records; lower it"):
+        num_steps(SupervisedSettings(batch_size=11), 10, "sft")
+
+
+class Numbered:
+    """A set whose batches are the indices themselves."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices
+
+
+def test_chunks_cover_a_set_once():
+    parts = list(chunks(1200))
+    assert [len(part) for part in parts] == [512, 512, 176]
+    assert torch.equal(torch.cat(parts), torch.arange(1200))
+
+
+def test_the_mean_loss_weighs_targets_and_not_chunks():
+    class Scorer:
+        def evaluate(self, batch: torch.Tensor) -> Answer:
+            # Record i has i targets of 2 nats each in the first chunk, of 4 nats in the second.
+            targets = float(batch.sum())
+            return Answer([], "", {"nll": targets * (2 if batch[0] == 0 else 4), "num_targets": targets})
+
+    first, second = sum(range(512)), sum(range(512, 700))
+    assert mean_nll(Scorer(), Numbered(700)) == pytest.approx((2 * first + 4 * second) / (first + second))
+
+
+def test_pair_metrics_by_hand():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [0.5, 0.0]])
+    found = pair_metrics(lambda batch: scores[batch], Numbered(4))
+    margins = [1.0, -2.0, 0.0, 0.5]
+    assert found["reward_model/eval_accuracy"] == 2.5 / 4  # a tie is a coin toss
+    assert found["reward_model/eval_margin"] == -0.125
+    assert found["reward_model/eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 4)
