@@ -127,14 +127,12 @@ def _existing_model(recipe: Recipe) -> Path | None:
 def _make_tiny_model(stages: Stages, files: Mapping[str, Path], seed: int) -> Path:
     """Tokenizer trained on the training texts, model with random weights."""
     from rlhf_dist.starter.tiny_model import save_tiny_model
-    from rlhf_dist.starter.tokenizer import VOCAB_SIZE, train_tokenizer
+    from rlhf_dist.starter.tokenizer import VOCAB_SIZE, train_tokenizer, training_texts
 
     rows = [*_read_jsonl(files["pretrain"]), *_read_jsonl(files["sft_train"])]
-    texts = [
-        row["text"] if "text" in row else f"{row['instruction']}\n\n{row['input']}\n\n{row['output']}" for row in rows
-    ]
-    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
-    tokenizer.chat_template = (resources.files("rlhf_dist.data") / "instruction_template.jinja").read_text("utf-8")
+    chat_template = (resources.files("rlhf_dist.data") / "instruction_template.jinja").read_text("utf-8")
+    tokenizer = train_tokenizer(training_texts(rows, chat_template), VOCAB_SIZE)
+    tokenizer.chat_template = chat_template
     num_parameters = save_tiny_model(stages.init, tokenizer, seed)
     logger.info("tiny model: %d parameters, %d tokens", num_parameters, len(tokenizer))
     return stages.init
@@ -244,10 +242,10 @@ def _numbers_table(summary: Summary) -> Table:
     table.add_row("Reward model: agrees with people (chance 50%)", *(f"{a:.1%}" for a in accuracies))
     table.add_section()
     sides = [ppo["before"], ppo["after"]]
-    table.add_row("PPO: learned reward", *(f"{s['score_mean']:.2f} ± {s['score_stderr']:.2f}" for s in sides))
+    table.add_row("PPO: learned reward", *(f"{s['score_mean']:.2f} ± {s['score_sem']:.2f}" for s in sides))
     gold = [ppo["gold"]["before"], ppo["gold"]["after"]]
     table.add_row("PPO: gold, human valence −4…4", *(f"{g['gold_mean']:.2f} ± {g['gold_stderr']:.2f}" for g in gold))
-    table.add_row("PPO: KL to the SFT model (nats/response)", *(f"{s['kl_mean']:.2f}" for s in sides))
+    table.add_row("PPO: KL to the SFT model (nats/response)", *(f"{s['kl_ref_mean']:.2f}" for s in sides))
     for key, label in (
         ("real_word_share", "PPO: real words"),
         ("distinct_word_share", "PPO: different words in an answer"),

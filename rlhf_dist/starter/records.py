@@ -20,6 +20,17 @@ from rlhf_dist.algo.random import permutation, uniforms
 from rlhf_dist.errors import DataError
 from rlhf_dist.starter.lexicon import RatedWord, by_initial, human_ratings
 
+RATED_TEXT_TEMPLATES = (
+    "With {letter}; {word} is {feeling}; {words}.",
+    "{word} is {feeling}. More words with {letter}; {words}.",
+    "{word}, which is {feeling}, is like these; {words}.",
+)
+UNRATED_TEXT_TEMPLATES = (
+    "Words that start with {letter}, like {word}; {words}.",
+    "{word} is like these; {words}.",
+)
+"""Several shapes of plain text, so that what a list has to do with its letter is learned at any distance. How a seed word
+of the held-out sets feels is never told."""
 LIST_TEMPLATES = (
     "Write {count} words that start with {letter}, like this.",
     "Name {count} words with {letter}, like this.",
@@ -104,12 +115,16 @@ class _Maker:
     eval_seeds: tuple[RatedWord, ...]
 
     def texts(self, stream: str, num: int) -> Iterator[Record]:
-        """Plain text: a letter, a word that starts with it and how that feels, then more words with the letter."""
+        """Plain text: a word, its letter and how it feels, then more words with the letter."""
+        held_out = {word.word for word in self.eval_seeds}
+        seeds = self.train_seeds + self.eval_seeds
         for row in _draws(self.seed, stream, num):
             draws = _Draws(row)
-            word = draws.choose(self.train_seeds)
+            word = draws.choose(seeds)
             words = [w.word for w in draws.sample(self.groups[word.word[0]], 6)]
-            yield {"text": f"With {word.word[0]}; {word.word} is {feeling(word)}; {', '.join(words)}."}
+            rated = () if word.word in held_out else RATED_TEXT_TEMPLATES
+            facts = {"letter": word.word[0], "word": word.word, "feeling": feeling(word), "words": ", ".join(words)}
+            yield {"text": draws.choose(rated + UNRATED_TEXT_TEMPLATES).format(**facts)}
 
     def instructions(self, stream: str, num: int, seeds: Sequence[RatedWord]) -> Iterator[Record]:
         """Instruction records: three of four ask for words, one for a feeling."""

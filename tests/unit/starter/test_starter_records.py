@@ -85,8 +85,15 @@ def test_held_out_sets_use_seed_words_of_no_training_prompt(files: dict[str, Pat
 
     assert seed_words("eval")
     assert not seed_words("train") & seed_words("eval")
-    pretrained_labels = {row["text"].split(" is ")[0] for row in rows(files["pretrain"])}
-    assert not pretrained_labels & seed_words("eval")
+
+
+def test_the_plain_text_does_not_tell_how_held_out_seed_words_feel(files: dict[str, Path]):
+    names = [name for _, name in FEELINGS]
+    held_out = {row["input"] for row in rows(files["sft_eval"])}
+    telling = [row["text"] for row in rows(files["pretrain"]) if any(f" is {name}" in row["text"] for name in names)]
+    telling = [text.split(" is ")[0].split()[-1].strip(",") for text in telling]
+    assert telling
+    assert not held_out & set(telling)
 
 
 def test_prompts_are_different(files: dict[str, Path]):
