@@ -25,7 +25,8 @@ from rlhf_dist.cluster.proxies import (
     RolloutRole,
     ValueRole,
 )
-from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig, TrainedModel
+from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -111,6 +112,7 @@ def prepare_reward(config: RewardConfig) -> Prepared:
 
 
 def _prepare_supervised(config: Any, data: Any, settings: Any, section: str, worker: str) -> Prepared:
+    check_ds_config(config.model)
     check_ranks(settings.batch_size, config.model.num_ranks, f"{section}.batch_size", "model")
     steps = num_steps(settings, len(data.train), section)
     spec = WorkerSpec(
@@ -134,6 +136,12 @@ def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def check_ds_config(model: TrainedModel) -> None:
+    """Refuse a DeepSpeed file that contradicts its role."""
+    if model.ds_config_path is not None:
+        read_ds_config(model.ds_config_path, model.zero_stage, model.precision)
+
+
 def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
     """Refuse a batch that leaves ranks without work at every step."""
     if batch_size < num_ranks:
@@ -150,6 +158,7 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
     for role, model in (("reference", reference), ("reward", reward), ("value", value)):
         check_same_vocabulary(policy_model, check_model(model.model_path, config.data.max_length_tokens, role), role)
     for role, model in (("policy", policy), ("value", value)):
+        check_ds_config(model)
         check_ranks(config.ppo.mini_batch_size, model.num_ranks, "ppo.mini_batch_size", role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
     limit = config.max_prompt_tokens
@@ -262,7 +271,7 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
         checkpoints=checkpoints(config, run.folder),
     )
     summary = trainer.run(resume=config.resume == "auto")
-    task.model.save_model(run.folder.model_dir).result()
+    run.save_model(task.model)
     return run.finish(summary)
 
 
@@ -289,7 +298,7 @@ def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
             config.checkpoint.every_steps,
         )
         summary = trainer.run(resume=config.resume == "auto")
-        policy.save_model(run.folder.model_dir).result()
+        run.save_model(policy)
         return run.finish(summary)
 
 

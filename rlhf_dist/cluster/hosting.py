@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from typing import Any
 
 import transformers
 
 from rlhf_dist.engine.distributed import RankContext, prepare_process
+
+
+def announce_accelerator(device: str) -> None:
+    """Tell DeepSpeed the device before a library imports it: else it looks for one, and warns that it found none."""
+    os.environ.setdefault("DS_ACCELERATOR", device)
 
 
 def build_worker(worker: str, context: RankContext, kwargs: dict[str, Any]) -> Any:

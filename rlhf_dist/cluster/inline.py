@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_dist.cluster.futures import completed
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec
-from rlhf_dist.cluster.hosting import build_worker
+from rlhf_dist.cluster.hosting import announce_accelerator, build_worker
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.errors import PlacementError
 
@@ -51,6 +51,7 @@ class InlineSession:
                 "device is cuda but torch finds no GPU in this process; use device: cpu or device: auto"
             )
         self.device = "cuda" if available and device != "cpu" else "cpu"
+        announce_accelerator(self.device)
 
     def check(self, specs: Sequence[WorkerSpec]) -> None:
         """Everything fits in one process."""

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.cluster.actor import RankHost
 from rlhf_dist.cluster.futures import gathered
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec, describe
+from rlhf_dist.cluster.hosting import announce_accelerator
 from rlhf_dist.cluster.placement import PlacementPlan, plan_placement
 from rlhf_dist.cluster.ray_group import RayGroup
 from rlhf_dist.config import RayConfig
@@ -44,6 +45,7 @@ class RaySession:
         """Number of ranks → process groups of that size that host nothing now."""
         if self._private:
             self.device = _device(device, torch.cuda.device_count(), "this machine")
+            announce_accelerator(self.device)
 
     @property
     def _keeps_processes(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from rlhf_dist.algo.losses import Sums
@@ -73,6 +74,7 @@ class TrainEngine:
             dist_init_required=False,
         )
         self._engine: Any = engine
+        _undo_trial_step(engine.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -156,6 +158,17 @@ def train_ds_config(config: TrainedModel) -> dict[str, Any]:
         max_grad_norm=config.optimizer.max_grad_norm,
         path=config.ds_config_path,
     )
+
+
+def _undo_trial_step(optimizer: Any) -> None:
+    """Without ZeRO and in bf16, DeepSpeed allocates optimiser state by a step on zero gradients, which counts as Adam's
+    first and decays the master weights once. Take both back."""
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.optimizer.state.clear()
+        with torch.no_grad():
+            for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+                for master, parameter in zip(masters, parameters, strict=True):
+                    master.copy_(parameter)
 
 
 def _grad_norm(module: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from typing_extensions import Self
 
 from rlhf_dist.config import RunConfig
+from rlhf_dist.roles import Trained
 from rlhf_dist.tracking.console import RunProgress
 from rlhf_dist.tracking.run_folder import RunFolder, write_atomically
 from rlhf_dist.tracking.trackers import Tracker
@@ -100,6 +102,14 @@ class Run:
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
         write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
+
+    def save_model(self, model: Trained) -> None:
+        """Write the model to model/: under a temporary name, renamed when whole."""
+        temporary, final = self.folder.path / ".writing_model", self.folder.model_dir
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_model(temporary).result()
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json; the wall time is the one number in it that a second run does not repeat."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-WORDS = "good bad happy sad joy anger calm storm light dark warm cold sweet bitter bright dull".split()
+WORDS = tuple("good bad happy sad joy anger calm storm light dark warm cold sweet bitter bright dull".split())  # noqa: SIM905
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> str:

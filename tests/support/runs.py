@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf_dist.tracking.metrics import is_clock
@@ -36,3 +37,9 @@ def metrics(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     """What a run measured, without what a clock says."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [(step, {name: value for name, value in line.items() if not is_clock(name)}) for step, line in lines]
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    """Write a configuration as a user would keep it."""
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path

@@ -1,0 +1,78 @@
+"""Killed with SIGKILL and resumed, a run ends with exactly the weights and metrics of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from support.runs import cli, metrics, weights, write_config
+
+pytestmark = pytest.mark.timeout(600)
+Make = Callable[..., dict[str, Any]]
+
+LENGTHS = {"sft": 60, "reward": 60, "ppo": 8}
+"""Steps or iterations: enough for a kill to land in the middle of the run."""
+
+
+def _config(make_config: Make, command: str, run_dir: Path, cluster: str) -> dict[str, Any]:
+    config = make_config(command, run_dir, ranks=2, zero_stage=2, cluster=cluster)
+    config["checkpoint"] = {"every_steps": 1 if command == "ppo" else 7}
+    config[command]["num_iterations" if command == "ppo" else "num_steps"] = LENGTHS[command]
+    return config
+
+
+def _wait_for_step(process: Any, run_dir: Path, step: int, timeout_s: float = 240) -> None:
+    """Until metrics.jsonl holds `step`; a run that ends before is an error of the test."""
+    deadline = time.monotonic() + timeout_s
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended before step {step}:\n{process.stdout.read()}")
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached within {timeout_s} s")
+
+
+def _gone(processes: list[psutil.Process], timeout_s: float = 60) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=timeout_s)[1]
+
+
+@pytest.mark.parametrize(("command", "cluster"), [("sft", "inline"), ("reward", "inline"), ("ppo", "ray")])
+def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
+    command: str, cluster: str, make_config: Make, tmp_path: Path
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    config = write_config(tmp_path / "killed.yaml", _config(make_config, command, killed, cluster))
+    process = cli(command, str(config))
+    _wait_for_step(process, killed, LENGTHS[command] // 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists(), "the kill came after the end; lengthen the run"
+    assert not _gone(children), "processes outlived their driver"
+
+    resumed = cli(command, str(config), "--resume", "auto")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    undisturbed = cli(
+        command, str(write_config(tmp_path / "whole.yaml", _config(make_config, command, whole, cluster)))
+    )
+    output, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, output
+
+    expected, found = weights(whole), weights(killed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert metrics(killed) == metrics(whole)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (killed, whole)]
+    for summary in summaries:
+        summary.pop("wall_time_s")
+    assert summaries[0] == summaries[1]
