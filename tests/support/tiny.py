@@ -60,6 +60,9 @@ def _save(model_class: Any, config: LlamaConfig, path: Path, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
+        # transformers starts the pad token's embedding at 0, which would hide what leaks from padding or idle batches.
+        with torch.no_grad():
+            model.get_input_embeddings().weight[config.pad_token_id].normal_(std=config.initializer_range)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
