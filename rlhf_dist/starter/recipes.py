@@ -109,7 +109,7 @@ TINY = Recipe(
         mini_batch_size=64,
         num_epochs=2,
         # Large, because the reward model is sure of itself: its scores spread over several units.
-        kl_coef=0.2,
+        kl_coef=0.4,
         ptx_coef=0.1,
         ptx_batch_size=16,
     ),

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.starter.tiny_model import create_tiny_model, save_tiny_model
-from rlhf_dist.starter.tokenizer import train_tokenizer
+from rlhf_dist.starter.tokenizer import train_tokenizer, training_texts
 
 TEXTS = ["calm is good; cool, calming, crime.", "Write three words that start like this.\n\ncalm"] * 20
 
@@ -52,3 +52,9 @@ def test_the_saved_model_is_loaded_by_transformers(tokenizer, tmp_path: Path):
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
     expected = create_tiny_model(tokenizer, 0).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_instructions_are_laid_out_by_the_chat_template(tokenizer):
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{{ eos_token }}"
+    rows = [{"text": "plain"}, {"instruction": "Name one.", "input": "calm", "output": "cool."}]
+    assert list(training_texts(rows, template)) == ["plain", "[user]Name one.\n\ncalm[assistant]cool."]
