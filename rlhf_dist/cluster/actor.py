@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from rlhf_dist.engine.distributed import RankContext, free_port
+from rlhf_dist.errors import RlhfDistError
 
 
 class RankHost:
@@ -25,18 +30,33 @@ class RankHost:
     def build(self, worker: str, context: RankContext, kwargs: dict[str, Any], log_path: str) -> None:
         """Import and construct the worker; collective over the role's ranks."""
         _redirect_output(Path(log_path))
-        from rlhf_dist.cluster.hosting import build_worker
+        with _traceback_in_log():
+            from rlhf_dist.cluster.hosting import build_worker
 
-        self._worker = build_worker(worker, context, kwargs)
+            self._worker = build_worker(worker, context, kwargs)
 
     def run(self, method: str, *args: Any) -> Any:
         """Call a method of the worker."""
-        return getattr(self._worker, method)(*args)
+        with _traceback_in_log():
+            return getattr(self._worker, method)(*args)
 
     def release(self) -> None:
         """Drop the worker; the process, with what it has imported, can host another."""
         self._worker = None
         gc.collect()  # an engine and its hooks refer to each other
+
+
+@contextlib.contextmanager
+def _traceback_in_log() -> Iterator[None]:
+    """An unexpected error leaves its traceback in the rank's log; what reaches the driver is its message."""
+    try:
+        yield
+    except RlhfDistError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise
 
 
 def _redirect_output(path: Path) -> None:

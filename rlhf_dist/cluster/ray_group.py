@@ -68,7 +68,9 @@ class RayGroup:
         log = f"Last lines of {self.log_paths[rank]}:\n{tail(self.log_paths[rank])}"
         if isinstance(error, ActorDiedError | ActorUnavailableError):
             return WorkerError(f"{where} died (out of memory, a signal, or a crash in native code). {log}")
-        return WorkerError(f"{where} failed: {type(cause).__name__}: {cause}\n{error}\n{log}")
+        return WorkerError(
+            f"{where} failed: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}. {log}"
+        )
 
 
 def tail(path: Path, num_lines: int = LOG_TAIL_LINES) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -73,6 +74,7 @@ class RaySession:
         # A dead actor is reported once, by its group, with the role's own log.
         common = {"log_to_driver": False, "logging_level": "CRITICAL"}
         if self._private:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run reports to nobody unasked
             # `local` never joins a cluster that happens to run here. Ray takes its own free ports and a fresh token.
             ray.init("local", include_dashboard=False, **common)
         else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
@@ -21,7 +22,9 @@ def load_model_config(path: str) -> PretrainedConfig:
         ModelError: `path` is neither a model directory nor a hub name that can be reached.
     """
     if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).is_dir():
-        raise ModelError(f"no model at {path!r}: there is no such directory; give one that holds config.json and weights")
+        raise ModelError(
+            f"no model at {path!r}: there is no such directory; give one that holds config.json and weights"
+        )
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -38,9 +41,11 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
     """A causal LM. Under ZeRO-3 (see `engine.zero.sharded_init`) it is built and loaded sharded."""
-    model = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)[0]
-    if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:
-        raise ModelError(f"{path!r} has no language-model head; give a causal language model")
+    model, info = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+    missing = sorted(info["missing_keys"])
+    if missing or any(key.startswith("score.") for key in info["unexpected_keys"]):
+        lacks = f"lacks {', '.join(missing[:3])}" if missing else "has a scalar head in place of a language-model head"
+        raise ModelError(f"{path!r} {lacks}, so it is no causal language model; give a policy, not a reward model")
     return model
 
 
@@ -55,6 +60,9 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
     Returns:
         The model, and whether its head is new (its weights are then arbitrary and the caller initialises them).
     """
+    num_labels = load_model_config(path).num_labels
+    if num_labels != 1 and _is_classifier(path):
+        raise ModelError(f"{path!r} is a classifier with {num_labels} outputs; a reward or value model has one")
     model, info = _from_pretrained(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ModelError(
@@ -66,10 +74,15 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
     return model, any(key.startswith("score.") for key in info["missing_keys"])
 
 
+def _is_classifier(path: str) -> bool:
+    architectures = load_model_config(path).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     try:
         return auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."

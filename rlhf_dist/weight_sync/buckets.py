@@ -68,7 +68,13 @@ class WeightTarget:
     def load_bucket(self, bucket: dict[str, Tensor]) -> None:
         """Copy a bucket into the model."""
         for name, tensor in bucket.items():
-            parameter = self._parameters[name]
+            parameter = self._parameters.get(name)
+            if parameter is None or parameter.shape != tensor.shape:
+                here = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+                raise TrainingError(
+                    f"the policy sent {name} of shape {tuple(tensor.shape)}, for which the rollout engine has {here}; "
+                    "policy and engine must be the same model"
+                )
             parameter.copy_(tensor.to(parameter.dtype))
             self._received.add(name)
             # Of what arrived, before any cast: it must equal what was sent.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_a_bad_run_is_refused_before_anything_starts(
 def small_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The address of a Ray cluster of two CPUs that this session did not start."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    command = ["ray", "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--block"]
+    options = ["--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--block", "--disable-usage-stats"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
     log = (tmp_path / "ray.log").open("w")
     head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     children: list[psutil.Process] = []

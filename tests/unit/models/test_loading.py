@@ -49,14 +49,12 @@ def test_a_folder_without_weights_is_refused(tiny_lm: Path, tmp_path: Path):
 
 
 def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path):
-    # Fails today: transformers' RuntimeError about mismatched sizes comes through, with a traceback.
     path = save_tiny_rm(tmp_path / "three", num_labels=3)
     with pytest.raises(ModelError):
         load_scalar_model(str(path), torch.float32, None)
 
 
 def test_a_reward_model_is_no_language_model(tiny_rm: Path):
-    # Fails today: its language-model head is drawn at random, and nothing but a warning of transformers says so.
     with pytest.raises(ModelError):
         load_causal_lm(str(tiny_rm), torch.float32)
 
