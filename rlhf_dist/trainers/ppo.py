@@ -153,6 +153,7 @@ class PPOTrainer:
                     with self.run_log.phase("evaluate"):
                         after = self.evaluate(iteration)
                     metrics |= {f"eval/{name}": value for name, value in after.items()}
+                    metrics["time/evaluate_s"] = self.run_log.take_times()["time/evaluate_s"]
                 self.run_log.log(iteration, metrics)
                 if self.every_iterations and iteration % self.every_iterations == 0:
                     self.checkpoints.save(iteration, {"before": before}, self._trained())
