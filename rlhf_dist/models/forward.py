@@ -21,18 +21,19 @@ class TargetLogprobs(nn.Module):
         self._can_slice = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor, target_mask: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies at the targets.
+        self, tokens: Tensor, lengths: Tensor, target_mask: Tensor, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs at the targets, and entropies if asked for.
 
         Args:
             tokens: [B, T] int64, padded on the right.
             lengths: [B] int64.
             target_mask: [B, T] bool; True at t asks for log p(token t | tokens < t). Column 0 is False; N ≥ 1 are True.
             temperature: divides the logits.
+            with_entropy: whether to compute entropies.
 
         Returns:
-            ([N] fp32, [N] fp32) in row-major order of `target_mask`.
+            ([N] fp32, [N] fp32 or None) in row-major order of `target_mask`.
         """
         first = int(target_mask.any(0).to(torch.uint8).argmax())
         # Only logits that some row needs are computed: a vocabulary of 150,000 makes prompts' logits the largest tensor.
@@ -47,7 +48,7 @@ class TargetLogprobs(nn.Module):
         if not self._can_slice:
             logits = logits[:, keep]
         mask = target_mask[:, first:]
-        return taken_logprobs(logits[mask], tokens[:, first:][mask], temperature)
+        return taken_logprobs(logits[mask], tokens[:, first:][mask], temperature, with_entropy=with_entropy)
 
 
 class ScalarHead(nn.Module):

@@ -17,7 +17,7 @@ class TinyShape:
     """Architecture of the tiny model."""
 
     hidden_size: int = 128
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     num_layers: int = 2
     num_heads: int = 4
     max_positions: int = 256

@@ -80,7 +80,7 @@ class PolicyWorker(LanguageModelWorker):
 
     def _ppo_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
         targets = response_target_mask(batch.prompt_lengths, batch.response_lengths, batch.tokens.shape[1])
-        logprobs, entropy = self.engine(batch.tokens, batch.lengths, targets, self.temperature)
+        logprobs, entropy = self.engine(batch.tokens, batch.lengths, targets, self.temperature, True)
         mask = batch.response_mask
         loss, sums = policy_loss(
             scatter_responses(logprobs, mask), batch.old_logprobs, batch.advantages, mask, self.clip_range

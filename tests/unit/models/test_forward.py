@@ -44,7 +44,7 @@ def naive(lm, tokens: torch.Tensor, targets: torch.Tensor, temperature: float) -
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_equals_a_whole_forward_pass_of_each_sequence_alone(lm, temperature: float):
     batch = token_batch(LENGTHS)
-    logprobs, entropy = TargetLogprobs(lm)(batch.tokens, batch.lengths, batch.loss_mask, temperature)
+    logprobs, entropy = TargetLogprobs(lm)(batch.tokens, batch.lengths, batch.loss_mask, temperature, with_entropy=True)
     expected = [naive(lm, batch.tokens[i, :n], batch.loss_mask[i, :n], temperature) for i, n in enumerate(LENGTHS)]
     assert torch.allclose(logprobs.double(), torch.cat(expected), atol=2e-5)
     assert len(entropy) == batch.num_targets
