@@ -32,6 +32,9 @@ from rlhf_dist.errors import ConfigError
 _CPUS_PER_RANK = 0.25
 """So that PPO's seven processes fit on two cores: they mostly take turns."""
 
+_DEVICE: Literal["cpu"] = "cpu"
+"""Also where there are GPUs: the quickstart's placement and its promised minutes are those of two CPU cores."""
+
 ClusterKind = Literal["ray", "inline"]
 
 
@@ -176,6 +179,7 @@ def pretrain_config(recipe: Recipe, stages: Stages, model_path: Path, seed: int,
         run_dir=stages.pretrain,
         seed=seed,
         cluster=cluster,
+        device=_DEVICE,
         model=TrainedModel(**_trained(recipe, "pretrain", model_path, "cosine")),
         data=SFTData(
             max_length_tokens=recipe.max_length_tokens,
@@ -192,6 +196,7 @@ def sft_config(recipe: Recipe, stages: Stages, model_path: Path, seed: int, clus
         run_dir=stages.sft,
         seed=seed,
         cluster=cluster,
+        device=_DEVICE,
         model=TrainedModel(**_trained(recipe, "sft", model_path, "cosine")),
         data=SFTData(
             max_length_tokens=recipe.max_length_tokens,
@@ -209,6 +214,7 @@ def reward_config(recipe: Recipe, stages: Stages, seed: int, cluster: ClusterKin
         run_dir=stages.reward,
         seed=seed,
         cluster=cluster,
+        device=_DEVICE,
         model=TrainedModel(**_trained(recipe, "reward", stages.sft / "model", "cosine")),
         data=RewardData(
             max_length_tokens=recipe.max_length_tokens,
@@ -231,6 +237,7 @@ def ppo_config(recipe: Recipe, stages: Stages, seed: int, cluster: ClusterKind) 
         run_dir=stages.ppo,
         seed=seed,
         cluster=cluster,
+        device=_DEVICE,
         policy=TrainedModel(**_trained(recipe, "policy", stages.sft / "model", "constant")),
         reward=FrozenModel(model_path=str(stages.reward / "model"), **frozen),
         value=InheritedTrainedModel(**{**value, "model_path": None}),

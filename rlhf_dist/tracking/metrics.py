@@ -23,24 +23,23 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "train/learning_rate": Metric("", "learning rate of the step's update"),
-    "train/epoch": Metric("epochs", "passes over the training set so far"),
     "train/grad_norm": Metric("", "global gradient norm before clipping"),
     # Supervised fine-tuning
     "sft/loss": Metric("nats/token", "mean negative log-likelihood of the step's target tokens, before its update"),
     "sft/eval_loss": Metric("nats/token", "mean negative log-likelihood of the held-out target tokens"),
-    "sft/num_targets": Metric("tokens", "tokens that entered the step's loss"),
     # Reward model
     "reward_model/loss": Metric("nats", "mean of -log sigmoid(score chosen - score rejected) of the step's pairs"),
     "reward_model/accuracy": Metric("fraction", "pairs of the step whose chosen response scores higher"),
     "reward_model/margin": Metric("score", "mean of score chosen - score rejected over the step's pairs"),
-    "reward_model/score_mean": Metric("score", "mean score of the step's responses"),
     "reward_model/eval_loss": Metric("nats", "pairwise loss on the held-out pairs"),
     "reward_model/eval_accuracy": Metric("fraction", "held-out pairs whose chosen response scores higher"),
     "reward_model/eval_margin": Metric("score", "mean of score chosen - score rejected over the held-out pairs"),
     # PPO: policy
     "policy/loss": Metric("", "clipped policy objective, negated; mean over response tokens and optimiser steps"),
     "policy/approx_kl": Metric("nats/token", "KL(old policy, new policy) during the update, estimated on its tokens"),
-    "policy/clip_fraction": Metric("fraction", "response tokens whose probability ratio left the clip range"),
+    "policy/clip_fraction": Metric(
+        "fraction", "response tokens outside the clip range for which the clipped branch is the larger loss"
+    ),
     "policy/ratio_mean": Metric("", "mean probability ratio new / old policy over response tokens"),
     "policy/entropy": Metric("nats/token", "entropy of the policy at the response tokens"),
     "policy/grad_norm": Metric("", "global gradient norm before clipping, mean over optimiser steps"),
@@ -48,36 +47,28 @@ METRICS: dict[str, Metric] = {
     "policy/learning_rate": Metric("", "learning rate of the policy's last optimiser step"),
     # PPO: value function
     "value/loss": Metric("score^2", "clipped squared error of the values; mean over response tokens and steps"),
-    "value/clip_fraction": Metric("fraction", "response tokens whose new value left the value clip range"),
+    "value/clip_fraction": Metric(
+        "fraction", "response tokens outside the value clip range for which the clipped branch is the larger loss"
+    ),
     "value/explained_variance": Metric("", "1 - Var(return - value) / Var(return) over response tokens; 1 is perfect"),
-    "value/mean": Metric("score", "mean value over response tokens, before the update"),
     "value/grad_norm": Metric("", "global gradient norm before clipping, mean over optimiser steps"),
     "value/learning_rate": Metric("", "learning rate of the value function's last optimiser step"),
-    # PPO: reward, KL, advantages
+    # PPO: reward, KL
     "reward/score_mean": Metric("score", "mean reward-model score of the iteration's responses"),
     "reward/score_std": Metric("score", "standard deviation of the scores over the iteration's responses"),
     "reward/total_mean": Metric("score", "mean sum of token rewards of a response: score and KL penalty"),
-    "advantage/mean": Metric("score", "mean advantage over response tokens, before whitening"),
-    "advantage/std": Metric("score", "standard deviation of the advantages over response tokens, before whitening"),
     "kl/ref_mean": Metric("nats/response", "mean over responses of log policy - log reference, summed over tokens"),
     "kl/ref_per_token": Metric("nats/token", "mean over response tokens of log policy - log reference"),
     "kl/coef": Metric("score/nat", "weight of the KL penalty in this iteration"),
     # PPO: rollouts
     "rollout/response_length_mean": Metric("tokens", "mean response length, EOS included"),
-    "rollout/prompt_length_mean": Metric("tokens", "mean prompt length"),
     "rollout/eos_fraction": Metric("fraction", "responses that end in EOS"),
     "rollout/truncated_fraction": Metric("fraction", "responses cut off at the length limit"),
     "rollout/behaviour_mismatch": Metric(
         "nats", "largest |log-prob at sampling - old log-prob| over response tokens; 0 but for rounding"
     ),
-    "rollout/policy_version": Metric("", "version of the weights that generated the responses"),
     # Evaluation
-    "eval/loss": Metric("nats/token", "mean negative log-likelihood of the held-out target tokens"),
-    "eval/perplexity": Metric("", "exp(eval/loss)"),
-    "eval/accuracy": Metric("fraction", "held-out pairs whose chosen response scores higher"),
-    "eval/margin": Metric("score", "mean of score chosen - score rejected over held-out pairs"),
     "eval/score_mean": Metric("score", "mean reward-model score of responses to held-out prompts"),
-    "eval/score_std": Metric("score", "standard deviation of the scores of responses to held-out prompts"),
     "eval/score_sem": Metric("score", "standard error of eval/score_mean over the held-out prompts"),
     "eval/kl_ref_mean": Metric("nats/response", "kl/ref_mean over responses to held-out prompts"),
     "eval/kl_ref_sem": Metric("nats/response", "standard error of eval/kl_ref_mean over the held-out prompts"),
@@ -87,16 +78,13 @@ METRICS: dict[str, Metric] = {
     "eval/eos_fraction": Metric("fraction", "responses to held-out prompts that end in EOS"),
     # Speed
     "throughput/response_tokens_per_s": Metric("tokens/s", "response tokens of an iteration / its wall time"),
-    "throughput/tokens_per_s": Metric("tokens/s", "training tokens of a step / its wall time"),
-    "throughput/samples_per_s": Metric("samples/s", "records of a step / its wall time"),
 }
 
 PATTERNS: dict[str, Metric] = {
     r"time/[a-z0-9_]+_s": Metric("s", "wall time of a phase of the step or iteration"),
-    r"memory/[a-z0-9_]+_bytes": Metric("bytes", "largest memory in use over the ranks of a role"),
 }
 
-_CLOCK = ("time/", "throughput/", "memory/")
+_CLOCK = ("time/", "throughput/")
 
 
 def describe(name: str) -> Metric:
@@ -121,7 +109,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def is_clock(name: str) -> bool:
-    """Whether a metric measures the machine (time, speed, memory) and so may differ between two equal runs."""
+    """Whether a metric measures the machine (time, speed) and so may differ between two equal runs."""
     return name.startswith(_CLOCK)
 
 
@@ -129,6 +117,5 @@ def metrics_table() -> str:
     """The table as Markdown, for the documentation."""
     rows = [(name, *metric) for name, metric in METRICS.items()]
     rows += [("time/<phase>_s", *PATTERNS[r"time/[a-z0-9_]+_s"])]
-    rows += [("memory/<role>_bytes", *PATTERNS[r"memory/[a-z0-9_]+_bytes"])]
     lines = ["| metric | unit | meaning |", "|---|---|---|"]
     return "\n".join(lines + [f"| `{n}` | {u} | {m.replace('|', chr(92) + '|')} |" for n, u, m in rows]) + "\n"

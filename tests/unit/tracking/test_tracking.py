@@ -131,9 +131,9 @@ def test_a_resumed_run_leaves_what_an_uninterrupted_one_leaves(tmp_path: Path, t
 def test_floats_are_exact_and_not_finite_ones_null(tmp_path: Path):
     folder = new_folder(tmp_path / "run")
     tracker = Tracker(folder, PLAIN)
-    tracker.log(1, {"policy/loss": 0.1 + 0.2, "value/loss": math.nan, "value/mean": math.inf})
+    tracker.log(1, {"policy/loss": 0.1 + 0.2, "value/loss": math.nan, "value/grad_norm": math.inf})
     line = json.loads(folder.metrics_path.read_text(encoding="utf-8"))
-    assert line == {"step": 1, "metrics": {"policy/loss": 0.1 + 0.2, "value/loss": None, "value/mean": None}}
+    assert line == {"step": 1, "metrics": {"policy/loss": 0.1 + 0.2, "value/loss": None, "value/grad_norm": None}}
     assert math.isnan(read_metrics(folder.metrics_path)[0][1]["value/loss"])
 
 
