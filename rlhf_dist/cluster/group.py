@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_dist.config import Placement
@@ -53,8 +54,9 @@ class Session(Protocol):
         """Raise PlacementError if the specs cannot all be hosted; starts nothing."""
         ...
 
-    def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Any) -> Any:
-        """A context manager that hosts the specs and yields role → WorkerGroup; on leaving, all of it is gone."""
+    def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Callable[[], Path]) -> Any:
+        """A context manager that hosts the specs and yields role → WorkerGroup; on leaving, all of it is gone.
+        `logs_dir` is called once, when the placement is granted."""
         ...
 
     def close(self) -> None:

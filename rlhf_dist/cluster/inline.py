@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ class InlineSession:
         """Everything fits in one process."""
 
     @contextlib.contextmanager
-    def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Path) -> Iterator[dict[str, WorkerGroup]]:
+    def place(
+        self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Callable[[], Path]
+    ) -> Iterator[dict[str, WorkerGroup]]:
         """Host the specs one after the other."""
+        logs_dir()
         groups: dict[str, WorkerGroup] = {}
         # The process group of one outlives this block: DeepSpeed keeps it for the life of the process.
         for spec in specs:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
-from rlhf_dist.cluster.futures import gathered, mapped
+from rlhf_dist.cluster.futures import gathered
 from rlhf_dist.errors import RlhfDistError, WorkerError
 
 LOG_TAIL_LINES = 15
@@ -24,6 +24,10 @@ class RayGroup:
         self.num_ranks = len(hosts)
         self.hosts = list(hosts)
         self.log_paths = list(log_paths)
+
+    def first_address(self) -> tuple[str, int]:
+        """Where the ranks meet: rank 0's node and a free port on it."""
+        return self.collect([self.hosts[0].address.remote()]).result()[0]
 
     def call(self, method: str, *args: Any) -> Future[list[Any]]:
         """See `WorkerGroup`."""
@@ -40,8 +44,19 @@ class RayGroup:
         """See `WorkerGroup`. The result is an object in Ray's store that the targets read directly."""
         sent = [host.run.remote(method, *args) for host in self.hosts]
         received = [host.run.remote(target_method, sent[0]) for host in target.hosts]
-        both = gathered([self.collect(sent[1:], first_rank=1), target.collect(received)])
-        return mapped(both, lambda _: None)
+        others = gathered([self.collect(sent[1:], first_rank=1), target.collect(received)])
+        result: Future[None] = Future()
+
+        def on_done(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                result.set_result(None)
+            else:
+                # Where rank 0 failed, the targets report its error as theirs: ask rank 0 itself first.
+                result.set_exception(self._error_of(sent[0], 0) or error)
+
+        others.add_done_callback(on_done)
+        return result
 
     def collect(self, refs: Sequence[Any], first_rank: int = 0) -> Future[list[Any]]:
         """The objects behind `refs` (rank order), with errors in this project's terms."""
@@ -59,6 +74,17 @@ class RayGroup:
 
         ref.future().add_done_callback(on_done)
         return result
+
+    def _error_of(self, ref: Any, rank: int) -> BaseException | None:
+        """What a finished call failed with; None if it did not, or goes on."""
+        try:
+            if ray.wait([ref], timeout=1, fetch_local=False)[0]:
+                ray.get(ref, timeout=10)
+        except GetTimeoutError:
+            return None
+        except Exception as error:
+            return self._in_our_terms(error, rank)
+        return None
 
     def _in_our_terms(self, error: BaseException, rank: int) -> BaseException:
         where = f"{self.role} rank {rank}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,16 @@ class RaySession:
         if not self._private:
             self._connect()
         plan = plan_placement(specs, self.device)
-        total = {"GPU": float(torch.cuda.device_count())} if self._private else ray.cluster_resources()
-        needed = {"GPU": plan.total_gpus} | ({} if self._private else {"CPU": plan.total_cpus})
+        here = {"GPU": float(torch.cuda.device_count()), "CPU": float(os.cpu_count() or 1)}
+        total = here if self._private else ray.cluster_resources()
+        needed = {"GPU": plan.total_gpus} | ({} if self._keeps_processes else {"CPU": plan.total_cpus})
         for resource, amount in needed.items():
             if amount > total.get(resource, 0.0):
                 where = "this machine" if self._private else "the cluster"
                 raise PlacementError(
                     f"the roles ask for {amount:g} {resource}s ({describe(specs, self.device)}) but {where} has "
-                    f"{total.get(resource, 0.0):g}; lower num_ranks, let roles share GPUs with gpus_per_rank below 1, or "
-                    "add nodes"
+                    f"{total.get(resource, 0.0):g}; lower num_ranks or cpus_per_rank, let roles share GPUs with "
+                    "gpus_per_rank below 1, or add nodes"
                 )
 
     def _connect(self) -> None:
@@ -78,17 +79,28 @@ class RaySession:
             # `local` never joins a cluster that happens to run here. Ray takes its own free ports and a fresh token.
             ray.init("local", include_dashboard=False, **common)
         else:
-            ray.init(self.config.address, **common)
+            try:
+                ray.init(self.config.address, **common)
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise PlacementError(
+                    f"no Ray cluster answers at ray.address {self.config.address!r} ({reason}); check the address, that the "
+                    "head is up, and the token (RAY_AUTH_MODE=token), or use ray.address: null for a private Ray"
+                ) from error
             gpus = int(ray.cluster_resources().get("GPU", 0))
             self.device = _device(self._wanted_device, gpus, f"the cluster at {self.config.address}")
         self._connected = True
 
     @contextlib.contextmanager
-    def place(self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Path) -> Iterator[dict[str, WorkerGroup]]:
-        """Start all ranks of all roles at once, and load their models side by side."""
+    def place(
+        self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Callable[[], Path]
+    ) -> Iterator[dict[str, WorkerGroup]]:
+        """Start all ranks of all roles at once, and load their models side by side. `logs_dir` is called when the
+        placement is granted: until then nothing needs a folder."""
         self._connect()
         with self._hosts(specs) as hosts:
-            groups = {spec.role: RayGroup(spec.role, hosts[spec.role], _log_paths(spec, logs_dir)) for spec in specs}
+            logs = logs_dir().absolute()
+            groups = {spec.role: RayGroup(spec.role, hosts[spec.role], _log_paths(spec, logs)) for spec in specs}
             gathered([self._build(groups[spec.role], spec, seed) for spec in specs]).result()
             yield dict(groups)
 
@@ -143,7 +155,7 @@ class RaySession:
         ]
 
     def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
-        address, port = ray.get(group.hosts[0].address.remote())
+        address, port = group.first_address()
         builds = []
         for rank, host in enumerate(group.hosts):
             context = RankContext(
@@ -161,7 +173,7 @@ class RaySession:
 
 
 def _log_paths(spec: WorkerSpec, logs_dir: Path) -> list[Path]:
-    return [logs_dir.absolute() / f"{spec.role}_{rank}.log" for rank in range(spec.placement.num_ranks)]
+    return [logs_dir / f"{spec.role}_{rank}.log" for rank in range(spec.placement.num_ranks)]
 
 
 def _device(wanted: str, num_gpus: int, where: str) -> str:

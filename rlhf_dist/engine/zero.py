@@ -43,7 +43,10 @@ def ds_config(
 
 @contextlib.contextmanager
 def sharded_init(config: dict[str, Any]) -> Iterator[None]:
-    """Inside, `from_pretrained` builds and loads a model sharded over the ranks if `config` asks for ZeRO-3."""
+    """Inside, `from_pretrained` builds and loads a model sharded over the ranks if `config` asks for ZeRO-3.
+
+    The model's buffers are then to be restored: `models.loading.restore_buffers`.
+    """
     if config["zero_optimization"]["stage"] == 3:
         from transformers.integrations import deepspeed as hf_deepspeed
 

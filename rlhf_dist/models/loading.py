@@ -39,6 +39,25 @@ def context_length(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_causal_lm(config: PretrainedConfig, role: str) -> None:
+    """Refuse, by its config, a model without a language-model head. Raises ModelError."""
+    if _is_classifier(config):
+        raise ModelError(
+            f"the {role} model at {config.name_or_path!r} is {_architecture(config)}, which has no language-model head; give a "
+            "causal language model"
+        )
+
+
+def check_scalar_model(config: PretrainedConfig, role: str) -> None:
+    """Refuse, by its config, a model without one trained scalar output. Raises ModelError."""
+    if not _is_classifier(config) or config.num_labels != 1:
+        raise ModelError(
+            f"the {role} model at {config.name_or_path!r} is {_architecture(config)} with {config.num_labels} outputs, not a "
+            "reward model; give the model/ folder of a `rlhf-dist reward` run or another sequence-classification model with "
+            "one label"
+        )
+
+
 def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
     """A causal LM. Under ZeRO-3 (see `engine.zero.sharded_init`) it is built and loaded sharded."""
     model, info = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
@@ -60,9 +79,9 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
     Returns:
         The model, and whether its head is new (its weights are then arbitrary and the caller initialises them).
     """
-    num_labels = load_model_config(path).num_labels
-    if num_labels != 1 and _is_classifier(path):
-        raise ModelError(f"{path!r} is a classifier with {num_labels} outputs; a reward or value model has one")
+    config = load_model_config(path)
+    if _is_classifier(config):
+        check_scalar_model(config, "scalar")
     model, info = _from_pretrained(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ModelError(
@@ -74,9 +93,12 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
     return model, any(key.startswith("score.") for key in info["missing_keys"])
 
 
-def _is_classifier(path: str) -> bool:
-    architectures = load_model_config(path).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+def _architecture(config: PretrainedConfig) -> str:
+    return (config.architectures or ["a model of unnamed architecture"])[0]
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return _architecture(config).endswith("ForSequenceClassification")
 
 
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -87,6 +109,21 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, di
             f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."
         ) from error
+
+
+def restore_buffers(model: Any) -> None:
+    """Give non-persistent buffers (RoPE frequencies) the values and precision that a plain load gives them.
+
+    DeepSpeed's `zero.Init` casts every tensor that is made while a model is built, buffers too, to the compute precision:
+    in bf16 the angle of position 1,000 would be off by more than a radian, and the model trained would not be the one that
+    generates. Call it outside of that context.
+    """
+    for module in model.modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers[name].is_floating_point()]
+        if names and not list(module.parameters(recurse=False)):
+            for name in names:
+                module._buffers[name] = module._buffers[name].float()
+            model._init_weights(module)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

@@ -63,7 +63,7 @@ class RunFolder:
                 f"run_dir {path} is not empty and holds no run (there is no config.yaml in it), so it is neither "
                 "removed nor written to. Choose another run_dir, or empty the folder yourself."
             )
-        if not (resume or overwrite):
+        if not (resume or overwrite) and cls(path)._has_results():
             raise RunFolderError(
                 f"run_dir {path} holds an earlier run, and a new run never replaces one unasked. Pass --resume auto to "
                 "continue it, --overwrite true to remove it first, or choose another run_dir."
@@ -86,6 +86,16 @@ class RunFolder:
         for directory in (folder.samples_dir, folder.checkpoints_dir, folder.logs_dir):
             directory.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _has_results(self) -> bool:
+        """Whether the run ever got as far as measuring: one that was refused or failed while starting did not."""
+        measured = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+        return (
+            measured
+            or self.summary_path.exists()
+            or self.model_dir.exists()
+            or any(self.checkpoints_dir.glob("step_*"))
+        )
 
     @property
     def config_path(self) -> Path:

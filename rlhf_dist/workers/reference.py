@@ -9,7 +9,7 @@ from rlhf_dist.config import FrozenModel
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.frozen import FrozenEngine, frozen_init
 from rlhf_dist.models.forward import TargetLogprobs
-from rlhf_dist.models.loading import DTYPES, load_causal_lm
+from rlhf_dist.models.loading import DTYPES, load_causal_lm, restore_buffers
 from rlhf_dist.workers.passes import MicroBatches, evaluate_nll, pick, response_logprobs
 
 
@@ -19,6 +19,7 @@ class ReferenceWorker:
     def __init__(self, config: FrozenModel, context: RankContext, *, temperature: float = 1.0) -> None:
         with frozen_init(config, context):
             model = load_causal_lm(config.model_path, DTYPES[config.precision])
+        restore_buffers(model)
         self.engine = FrozenEngine(TargetLogprobs(model), config, context)
         self.temperature = temperature
 

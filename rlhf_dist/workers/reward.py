@@ -10,7 +10,7 @@ from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.frozen import FrozenEngine, frozen_init
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.forward import ScalarHead
-from rlhf_dist.models.loading import DTYPES, load_scalar_model
+from rlhf_dist.models.loading import DTYPES, load_scalar_model, restore_buffers
 from rlhf_dist.workers.passes import MicroBatches, sequence_scores
 
 
@@ -20,6 +20,7 @@ class RewardWorker:
     def __init__(self, config: FrozenModel, context: RankContext) -> None:
         with frozen_init(config, context):
             model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id=None)
+        restore_buffers(model)
         if head_is_new:
             raise ModelError(
                 f"{config.model_path!r} has no trained scalar head, so its scores would be noise; give the model/ folder of "

@@ -136,7 +136,7 @@ def test_a_placement_that_cannot_be_had_is_refused_within_the_limit(small_cluste
             refusal = pytest.raises(
                 PlacementError, match=r"did not grant reward 2 x 1 CPU within 3 s \(free now: 1 CPUs"
             )
-            with refusal, session.place([spec("reward", 2)], seed=0, logs_dir=tmp_path):
+            with refusal, session.place([spec("reward", 2)], seed=0, logs_dir=lambda: tmp_path):
                 pass
             assert time.monotonic() - started < 60
     finally:

@@ -139,7 +139,7 @@ def trained(path: Path, **changes: Any) -> TrainedModel:
 def hosted(worker: str, seed: int = 0, **kwargs: Any) -> Iterator[WorkerGroup]:
     """A worker (`module:Class` under `rlhf_dist.workers`) hosted in this process."""
     spec = WorkerSpec("role", f"rlhf_dist.workers.{worker}", Placement(), kwargs)
-    with InlineSession("cpu").place([spec], seed=seed, logs_dir=Path()) as groups:
+    with InlineSession("cpu").place([spec], seed=seed, logs_dir=Path) as groups:
         yield groups["role"]
 
 

@@ -40,7 +40,7 @@ def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float
     batch = TokenBatch(tokens, torch.full((4,), 8), mask)
     worker = "rlhf_dist.workers.language_model:LanguageModelWorker"
     spec = WorkerSpec("model", worker, role, {"config": role, "num_steps": num_steps})
-    with InlineSession("cpu").place([spec], seed=0, logs_dir=tmp_path) as groups:
+    with InlineSession("cpu").place([spec], seed=0, logs_dir=lambda: tmp_path) as groups:
         model = LanguageModelRole(groups["model"], role.micro_batch_size)
         return [model.update(batch, step).result().metrics["sft/loss"] for step in range(num_steps)]
 

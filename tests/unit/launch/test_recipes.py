@@ -9,6 +9,7 @@ import pytest
 from support.tiny import save_tiny_lm, save_tiny_rm
 
 from rlhf_dist.cli import wiring
+from rlhf_dist.cli.prepare import ppo_specs
 from rlhf_dist.cli.main import CONFIG_COMMANDS, schema_of
 from rlhf_dist.cluster.placement import plan_placement
 from rlhf_dist.config.load import load_config
@@ -88,7 +89,7 @@ def test_movie_prompts_held_out_are_other_movies():
 
 def test_the_8_gpu_example_takes_eight_gpus():
     config = load("ppo_8b_8gpu")
-    plan = plan_placement(wiring._ppo_specs(config), "cuda")  # pyright: ignore[reportArgumentType]
+    plan = plan_placement(ppo_specs(config), "cuda")  # pyright: ignore[reportArgumentType]
     assert plan.total_gpus == 8
     assert plan.ranks["policy"] == [0, 1, 2, 3]
     assert not set(plan.ranks["policy"]) & {b for role in ("value", "rollout", "reward") for b in plan.ranks[role]}
@@ -98,4 +99,4 @@ def test_the_8_gpu_example_takes_eight_gpus():
 
 def test_the_8_gpu_example_has_no_share_to_give_away():
     with pytest.raises(ConfigError, match="shared GPU 0"):
-        plan_placement(wiring._ppo_specs(load("ppo_8b_8gpu", "--reward.gpus_per_rank", "0.2")), "cuda")  # pyright: ignore
+        plan_placement(ppo_specs(load("ppo_8b_8gpu", "--reward.gpus_per_rank", "0.2")), "cuda")  # pyright: ignore

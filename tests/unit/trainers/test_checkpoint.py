@@ -24,7 +24,11 @@ def test_what_was_saved_is_loaded(tmp_path: Path):
     assert checkpoints.latest() == path
     assert step_of(path) == 10
     policy, value = model(), model()
-    assert checkpoints.load(path, {"policy": policy, "value": value}) == {"step": 10, "before": {"loss": 0.1 + 0.2}}
+    assert checkpoints.load(path, {"policy": policy, "value": value}) == {
+        "step": 10,
+        "before": {"loss": 0.1 + 0.2},
+        "identity": {},
+    }
     assert (policy.state, value.state) == (1.5, 2.5)
 
 
@@ -93,3 +97,20 @@ def test_all_models_write_at_the_same_time(tmp_path: Path):
     models = {name: FakeTrained(events, name) for name in ("policy", "value")}
     Checkpoints(tmp_path, keep_last=1).save(1, {}, models)
     assert [event[0] for event in events] == ["policy.save", "value.save", "wait", "wait"]
+
+
+def test_another_runs_checkpoint_is_refused_by_name_of_what_differs(tmp_path: Path):
+    path = Checkpoints(tmp_path, 2, {"seed": 1, "sft.batch_size": 8}).save(3, {}, {"model": model()})
+    Checkpoints(tmp_path, 2, {"sft.batch_size": 8, "seed": 1}).check(path)
+    with pytest.raises(RunFolderError, match=r"sft.batch_size was 8 and is 4. Undo the change, or start a new run"):
+        Checkpoints(tmp_path, 2, {"seed": 1, "sft.batch_size": 4}).check(path)
+
+
+def test_ranks_that_write_elsewhere_do_not_make_a_checkpoint(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    good = checkpoints.save(1, {}, {"model": model()})
+    lost = model()
+    lost.save_checkpoint = lambda path: model().save_checkpoint(tmp_path.parent / "another node" / path.name)
+    with pytest.raises(RunFolderError, match="wrote nothing to .* storage that all nodes share"):
+        checkpoints.save(2, {}, {"model": lost})
+    assert checkpoints.latest() == good

@@ -1,0 +1,251 @@
+"""Everything of a run that can be refused without starting a process: models, data, roles, numbers that must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_dist.cluster.group import WorkerSpec
+from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig, TrainedModel
+from rlhf_dist.config.deepspeed import read_ds_config
+from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
+from rlhf_dist.trainers.ppo import PPOData
+from rlhf_dist.trainers.supervised import num_steps
+
+WORKERS = "rlhf_dist.workers"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check and has started nothing."""
+
+    specs: list[WorkerSpec]
+    data: Any
+    facts: dict[str, Any]
+    """Derived numbers, for the start of the run and for `validate`."""
+
+
+def check_model(path: str, max_length_tokens: int, role: str) -> Any:
+    """The model's config, if it can hold the run's sequences.
+
+    Raises:
+        ModelError: no model at `path`, or its context is shorter than `max_length_tokens`.
+    """
+    config = load_model_config(path)
+    limit = context_length(config)
+    if limit is not None and max_length_tokens > limit:
+        raise ModelError(
+            f"data.max_length_tokens is {max_length_tokens} but the {role} model at {path!r} has a context of {limit} tokens; "
+            f"lower data.max_length_tokens to at most {limit}"
+        )
+    return config
+
+
+def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -> None:
+    """Roles exchange token ids: their tokenizers must be one, and every id must have an embedding."""
+    other = load_tokenizer(path)
+    if other.get_vocab() != policy.get_vocab():
+        raise ModelError(
+            f"the tokenizer of the {role} model at {path!r} ({len(other)} tokens) is not the policy's ({len(policy)} tokens); "
+            "all models of a run must share one: train the reward model from the policy's base model"
+        )
+    if model_config.get_text_config().vocab_size < len(policy):
+        raise ModelError(
+            f"the {role} model at {path!r} has embeddings for {model_config.get_text_config().vocab_size} tokens but the "
+            f"tokenizer has {len(policy)}; resize its embeddings"
+        )
+
+
+def describe_data(**datasets: Any) -> dict[str, Any]:
+    """Sizes of data sets, and what was left out or cut of them, with the first places."""
+    facts: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        label = name.replace("held_out", "held-out").replace("_", " ")
+        facts[label] = len(dataset) if dataset is not None else 0
+        if dataset is None:
+            continue
+        report = dataset.report
+        if report.num_skipped:
+            facts[f"{label}: left out"] = (
+                f"{report.num_skipped} of {report.num_records} ({', '.join(report.skipped[:3])}, ...)"
+            )
+        if report.num_truncated:
+            facts[f"{label}: response cut"] = f"{report.num_truncated} of {report.num_records}"
+    return facts
+
+
+def prepare_sft(config: SFTConfig) -> Prepared:
+    """Checks and tokenised data of an SFT run."""
+    check_causal_lm(check_model(config.model.model_path, config.data.max_length_tokens, "trained"), "trained")
+    tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
+    data = load_sft(config.data, tokenizer, config.seed)
+    return _prepare_supervised(config, data, config.sft, "sft", f"{WORKERS}.language_model:LanguageModelWorker")
+
+
+def prepare_reward(config: RewardConfig) -> Prepared:
+    """Checks and tokenised data of a reward-model run."""
+    check_model(config.model.model_path, config.data.max_length_tokens, "trained")
+    tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
+    data = load_preferences(config.data, tokenizer, config.seed)
+    return _prepare_supervised(
+        config, data, config.reward, "reward", f"{WORKERS}.preference_model:PreferenceModelWorker"
+    )
+
+
+def _prepare_supervised(config: Any, data: Any, settings: Any, section: str, worker: str) -> Prepared:
+    check_ds_config(config.model)
+    check_ranks(settings.batch_size, config.model.num_ranks, f"{section}.batch_size", "model")
+    steps = num_steps(settings, len(data.train), section)
+    spec = WorkerSpec(
+        "model",
+        worker,
+        config.model,
+        {"config": config.model, "num_steps": steps, "template_path": config.data.template_path},
+    )
+    facts = {
+        **describe_data(training_records=data.train, held_out_records=data.eval),
+        "optimiser steps": steps,
+        "records a step": settings.batch_size,
+        "epochs": round(steps * settings.batch_size / len(data.train), 3),
+    }
+    return Prepared([spec], data, facts)
+
+
+def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
+    """[n] token ids → text, without special tokens."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def check_ds_config(model: TrainedModel) -> None:
+    """Refuse a DeepSpeed file that contradicts its role."""
+    if model.ds_config_path is not None:
+        read_ds_config(model.ds_config_path, model.zero_stage, model.precision)
+
+
+def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
+    """Refuse a batch that leaves ranks without work at every step."""
+    if batch_size < num_ranks:
+        raise ConfigError(
+            f"{name} is {batch_size} but {role}.num_ranks is {num_ranks}: some ranks would never have work; raise the first "
+            "or lower the second"
+        )
+
+
+def prepare_ppo(config: PPOConfig) -> Prepared:
+    """Checks, tokenised data and roles of a PPO run."""
+    policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
+    check_causal_lm(check_model(policy.model_path, config.data.max_length_tokens, "policy"), "policy")
+    for role, model in (("reference", reference), ("reward", reward), ("value", value)):
+        model_config = check_model(model.model_path, config.data.max_length_tokens, role)
+        if role == "reference":
+            check_causal_lm(model_config, role)
+        if role == "reward":
+            check_scalar_model(model_config, role)
+        check_same_tokenizer(tokenizer, model.model_path, model_config, role)
+    for role, model in (("policy", policy), ("value", value)):
+        check_ds_config(model)
+        check_ranks(config.ppo.mini_batch_size, model.num_ranks, "ppo.mini_batch_size", role)
+    limit = config.max_prompt_tokens
+    data = PPOData(
+        prompts=load_prompts(config.data.prompts, tokenizer, limit, config.data.on_too_long),
+        eval_prompts=load_prompts(config.data.eval_prompts, tokenizer, limit, config.data.on_too_long)
+        if config.data.eval_prompts
+        else None,
+        ptx=load_sequences(config.data.ptx, config.data, tokenizer) if config.data.ptx else None,
+        decode=decoder(tokenizer),
+    )
+    settings = config.ppo
+    facts = {
+        **describe_data(prompts=data.prompts, held_out_prompts=data.eval_prompts, ptx_sequences=data.ptx),
+        "iterations": settings.num_iterations,
+        "responses an iteration": settings.responses_per_iteration,
+        "optimiser steps an iteration": settings.updates_per_iteration,
+        "longest prompt (tokens)": limit,
+    }
+    return Prepared(ppo_specs(config), data, facts)
+
+
+def ppo_specs(config: PPOConfig) -> list[WorkerSpec]:
+    settings, template = config.ppo, {"template_path": config.data.template_path}
+    temperature = config.rollout.temperature
+    rollout = {
+        "config": config.rollout,
+        "model_path": config.policy.model_path,
+        "precision": config.rollout.precision or config.policy.precision,
+    }
+    policy = {
+        "config": config.policy,
+        "num_steps": settings.num_updates,
+        "temperature": temperature,
+        "clip_range": settings.clip_range,
+        "ptx_coef": settings.ptx_coef,
+    }
+    value = {
+        "config": config.value_model,
+        "num_steps": settings.num_updates,
+        "clip_range": settings.value_clip_range,
+        "tokenizer_path": config.policy.model_path,
+    }
+    reference = {"config": config.reference_model, "temperature": temperature}
+    return [
+        WorkerSpec("policy", f"{WORKERS}.policy:PolicyWorker", config.policy, policy | template),
+        WorkerSpec("value", f"{WORKERS}.value:ValueWorker", config.value_model, value | template),
+        WorkerSpec("reference", f"{WORKERS}.reference:ReferenceWorker", config.reference_model, reference),
+        WorkerSpec("reward", f"{WORKERS}.reward:RewardWorker", config.reward, {"config": config.reward}),
+        WorkerSpec("rollout", f"{WORKERS}.rollout:RolloutWorker", config.rollout, rollout | template),
+    ]
+
+
+def prepare_eval(config: EvalConfig) -> Prepared:
+    """Checks, tokenised data and roles of an evaluation."""
+    models = {name: getattr(config, name) for name in ("policy", "reference", "reward") if getattr(config, name)}
+    first = next(iter(models))
+    tokenizer = load_tokenizer(models[first].model_path, config.data.template_path)
+    for name, model in models.items():
+        model_config = check_model(model.model_path, config.data.max_length_tokens, name)
+        (check_scalar_model if name == "reward" else check_causal_lm)(model_config, name)
+        check_same_tokenizer(tokenizer, model.model_path, model_config, name)
+    limit = config.data.max_length_tokens - config.rollout.max_response_tokens
+    data = {
+        "instructions": load_sequences(config.data.instructions, config.data, tokenizer)
+        if config.data.instructions
+        else None,
+        "preferences": load_pairs(config.data.preferences, config.data, tokenizer, config.seed)
+        if config.data.preferences
+        else None,
+        "prompts": load_prompts(config.data.prompts, tokenizer, limit, config.data.on_too_long)
+        if config.data.prompts
+        else None,
+    }
+    facts = describe_data(**{name: dataset for name, dataset in data.items() if dataset})
+    data["decode"] = decoder(tokenizer)
+    return Prepared(_eval_specs(config, data), data, facts)
+
+
+def _eval_specs(config: EvalConfig, data: dict[str, Any]) -> list[WorkerSpec]:
+    specs = []
+    if config.policy and data["instructions"]:
+        specs.append(
+            WorkerSpec("policy", f"{WORKERS}.reference:ReferenceWorker", config.policy, {"config": config.policy})
+        )
+    if config.reward:
+        specs.append(WorkerSpec("reward", f"{WORKERS}.reward:RewardWorker", config.reward, {"config": config.reward}))
+    if config.policy and data["prompts"]:
+        rollout = {
+            "config": config.rollout,
+            "model_path": config.policy.model_path,
+            "precision": config.rollout.precision or config.policy.precision,
+            "template_path": config.data.template_path,
+        }
+        specs.append(WorkerSpec("rollout", f"{WORKERS}.rollout:RolloutWorker", config.rollout, rollout))
+        if config.reference:
+            reference = {"config": config.reference, "temperature": config.rollout.temperature}
+            specs.append(WorkerSpec("reference", f"{WORKERS}.reference:ReferenceWorker", config.reference, reference))
+    return specs
