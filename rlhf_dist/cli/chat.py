@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from rlhf_dist.data.encoding import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.errors import ConfigError
+from rlhf_dist.models.loading import load_causal_lm, load_model_config
 
 
 class Chat:
@@ -62,7 +63,8 @@ class Chat:
                 attention_mask=torch.ones_like(ids).to(self.model.device),
                 max_new_tokens=self.max_response_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
+                # As PPO's rollouts stop: also where the chat template ends turns with another token than EOS.
+                eos_token_id=stop_token_ids(self.tokenizer),
                 streamer=self.streamer,
                 **sampling,
             )
@@ -129,13 +131,8 @@ def _load(model_dir: str, device: str) -> Any:
         raise ConfigError("--device is cuda, but torch finds no GPU here. Use --device cpu or auto.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        # A saved run holds fp32 master weights; bf16 halves memory on a GPU, where it is also fast.
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto" if device == "cpu" else torch.bfloat16)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{Path(model_dir)} does not load as a language model ({reason}). Give a directory in Hugging Face format, "
-            "such as RUN_DIR/model."
-        ) from error
-    return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    dtype = torch.bfloat16  # A saved run holds fp32 master weights; bf16 halves memory on a GPU, where it is also fast.
+    if device == "cpu":
+        saved = getattr(load_model_config(model_dir), "dtype", None)
+        dtype = saved if isinstance(saved, torch.dtype) else torch.float32
+    return load_causal_lm(model_dir, dtype).to(device).eval()

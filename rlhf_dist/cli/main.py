@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ CONFIG_COMMANDS = {
     "eval": "measure a policy and/or a reward model on held-out records",
 }
 OTHER_COMMANDS = {
-    "quickstart": "the whole job on embedded data and a small model: pretraining, SFT, reward model, PPO",
+    "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
     "validate": "check a configuration, its files and models without starting anything",
     "schema": "print a command's configuration as a JSON schema, for editors",
@@ -136,7 +136,22 @@ def _run_config_command(command: str, arguments: list[str]) -> None:
         from rlhf_dist.cli import wiring
 
         run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
-        run(config)
+        summary = run(config)
+        if command == "eval":
+            _show_eval(summary)
+
+
+def _show_eval(summary: Mapping[str, Any]) -> None:
+    """The result on the terminal; it stands in summary.json as well."""
+    from rlhf_dist.tracking.console import format_number, print_table
+
+    rows = [
+        (part, name, format_number(value))
+        for part, numbers in summary.items()
+        if isinstance(numbers, Mapping)
+        for name, value in numbers.items()
+    ]
+    print_table("eval: on held-out records", rows, header=("", "measure", "value"))
 
 
 def _validate(arguments: list[str]) -> None:
@@ -169,7 +184,7 @@ def _kind(prog: str, description: str, arguments: list[str]) -> tuple[str, list[
 def _quickstart(arguments: list[str]) -> None:
     parser = _Parser(
         prog=f"{PROG} quickstart",
-        description=OTHER_COMMANDS["quickstart"],
+        description=f"{OTHER_COMMANDS['quickstart']}. It is the CPU demonstration: GPUs are left alone.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf_dist.cli.chat import Chat
 from rlhf_dist.cli.main import main
@@ -89,8 +90,36 @@ def test_wrong_options(
     assert expected in capsys.readouterr().err
 
 
+def test_a_reply_ends_at_the_end_of_turn_token(model_dir: Path):
+    tokenizer = load_tokenizer(str(model_dir))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["good"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ 'good' }}{% endfor %}"
+    model: Any = LlamaForCausalLM.from_pretrained(model_dir)
+    end_of_turn = tokenizer.convert_tokens_to_ids("good")
+    with torch.no_grad():
+        # Greedy decoding then says "good" at once, and again and again.
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(
+            torch.nn.functional.one_hot(torch.tensor(end_of_turn), len(WORDS)).float()
+        )
+    asked: list[torch.Tensor] = []
+    generate = model.generate
+    model.generate = lambda *args, **kwargs: asked.append(generate(*args, **kwargs)) or asked[-1]
+    Chat(model, tokenizer, temperature=0.0, max_response_tokens=5).say("hello")
+    assert asked[0][0].tolist().count(end_of_turn) == 2, "the user's turn and the reply's: nothing is said after it"
+
+
+def test_a_reward_model_is_refused(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    load_tokenizer(str(model_dir)).save_pretrained(tmp_path)
+    config = LlamaConfig.from_pretrained(model_dir, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    assert main(["chat", str(tmp_path), "--device", "cpu"]) == 4
+    assert "is no causal language model" in capsys.readouterr().err
+
+
 def test_a_directory_without_a_model(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]):
     for file in model_dir.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert main(["chat", str(tmp_path)]) == 4
-    assert "does not load as a language model" in capsys.readouterr().err
+    assert "no model at" in capsys.readouterr().err

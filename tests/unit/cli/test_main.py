@@ -162,3 +162,15 @@ def test_quickstart_flags(monkeypatch: pytest.MonkeyPatch):
         default,
         {"run_dir": Path("x"), "model": "tiny", "seed": 3, "cluster": "inline", "overwrite": True},
     ]
+
+
+def test_eval_shows_its_result(
+    monkeypatch: pytest.MonkeyPatch, wiring: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+):
+    summary = {"policy": {"eval_loss": 1.25, "perplexity": 3.4903}, "reward": {"accuracy": 0.875}, "seed": 0}
+    monkeypatch.setattr(sys.modules["rlhf_dist.cli.wiring"], "run_eval", lambda config: summary)
+    monkeypatch.setattr("rlhf_dist.cli.main._load", lambda *_: object())
+    assert main(["eval", "unused.yaml"]) == 0
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    for row in (["policy", "eval_loss", "1.25"], ["policy", "perplexity", "3.49"], ["reward", "accuracy", "0.875"]):
+        assert row in cells

@@ -44,6 +44,15 @@ def test_seven_processes_fit_on_two_cores(tmp_path: Path):
     assert sum(role.num_ranks * role.cpus_per_rank for role in roles) <= 2
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_gpus_are_left_alone(recipe, tmp_path: Path):
+    stages, base = Stages(tmp_path), tmp_path / "base"
+    configs = [sft_config(recipe, stages, base, 0, "ray"), reward_config(recipe, stages, 0, "ray")]
+    configs += [ppo_config(recipe, stages, 0, "ray")]
+    configs += [pretrain_config(recipe, stages, base, 0, "ray")] if recipe.pretrain else []
+    assert {config.device for config in configs} == {"cpu"}
+
+
 def test_the_tiny_model_is_pretrained_first(tmp_path: Path):
     config = pretrain_config(TINY, Stages(tmp_path), tmp_path / "init", 0, "inline")
     assert config.run_dir == tmp_path / "01_pretrain"
