@@ -15,7 +15,7 @@ from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.saving import save_pretrained
 from rlhf_dist.engine.train import TrainEngine, train_ds_config
 from rlhf_dist.models.forward import ScalarHead, TargetLogprobs
-from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model
+from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
 
 
 class TrainedWorker:
@@ -58,8 +58,10 @@ def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprob
     """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
     distributed.join_process_group(context)
     with zero.sharded_init(train_ds_config(config)):
-        # fp32: DeepSpeed casts to the compute precision itself and keeps its master weights from these.
-        return TargetLogprobs(load_causal_lm(config.model_path, DTYPES["fp32"]))
+        # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
+        model = load_causal_lm(config.model_path, DTYPES[config.precision])
+    restore_buffers(model)
+    return TargetLogprobs(model)
 
 
 def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id: int | None) -> ScalarHead:
@@ -70,7 +72,8 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
     """
     distributed.join_process_group(context)
     with zero.sharded_init(train_ds_config(config)):
-        model, head_is_new = load_scalar_model(config.model_path, DTYPES["fp32"], pad_token_id)
+        model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id)
+    restore_buffers(model)
     if head_is_new:
         head = model.score
         generator = torch.Generator().manual_seed(derived_seed(context.seed, "scalar head", 0))

@@ -16,7 +16,7 @@ from rlhf_dist.cli import wiring
 from rlhf_dist.cluster.session import RaySession
 from rlhf_dist.config import PPOConfig, RayConfig, RewardConfig, SFTConfig
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 COMMANDS = {
     "sft": (SFTConfig, wiring.run_sft),
     "reward": (RewardConfig, wiring.run_reward),

@@ -20,7 +20,7 @@ from rlhf_dist.cluster.session import RaySession
 from rlhf_dist.config import Placement, RayConfig
 from rlhf_dist.errors import PlacementError
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 
 

@@ -16,7 +16,7 @@ from rlhf_dist.cluster.inline import InlineSession
 from rlhf_dist.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.config.load import load_config
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 SMALL = ["--cluster", "inline", "--device", "cpu"]
 

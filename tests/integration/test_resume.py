@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.runs import cli, metrics, weights, write_config
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 
 LENGTHS = {"sft": 60, "reward": 60, "ppo": 8}
