@@ -29,9 +29,13 @@ def read_ds_config(path: Path, zero_stage: int, precision: str) -> dict[str, Any
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"ds_config_path {path} cannot be read ({error.strerror}); give an existing JSON file") from error
+        raise ConfigError(
+            f"ds_config_path {path} cannot be read ({error.strerror}); give an existing JSON file"
+        ) from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"ds_config_path {path} is not JSON: line {error.lineno}: {error.msg}; mend that line") from error
+        raise ConfigError(
+            f"ds_config_path {path} is not JSON: line {error.lineno}: {error.msg}; mend that line"
+        ) from error
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config_path {path} holds a {type(config).__name__}; it must hold a JSON object")
     owned = sorted(OWNED_KEYS.keys() & config.keys())

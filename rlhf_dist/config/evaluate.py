@@ -33,7 +33,9 @@ class EvalConfig(RunConfig):
     def _models_for_the_data(self) -> EvalConfig:
         data = self.data
         if not (data.instructions or data.preferences or data.prompts):
-            raise ValueError("data names nothing to evaluate on; set data.instructions, data.preferences or data.prompts")
+            raise ValueError(
+                "data names nothing to evaluate on; set data.instructions, data.preferences or data.prompts"
+            )
         for name, wanted, model in (
             ("data.instructions", data.instructions, "policy"),
             ("data.prompts", data.prompts, "policy"),

@@ -30,6 +30,10 @@ def ds_config(
         "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
         "bf16": {"enabled": precision == "bf16"},
     }
+    if precision == "bf16" and zero_stage > 0:
+        # DeepSpeed would add up micro-batches' gradients in bf16, and the result would depend on how many there are. (Without
+        # ZeRO it knows no other way.)
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if path is not None:
         config |= read_ds_config(path, zero_stage, precision)
     return config | {

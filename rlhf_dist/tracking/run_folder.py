@@ -90,12 +90,9 @@ class RunFolder:
     def _has_results(self) -> bool:
         """Whether the run ever got as far as measuring: one that was refused or failed while starting did not."""
         measured = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
-        return (
-            measured
-            or self.summary_path.exists()
-            or self.model_dir.exists()
-            or any(self.checkpoints_dir.glob("step_*"))
-        )
+        start = {self.config_path, self.metrics_path, self.samples_dir, self.checkpoints_dir, self.logs_dir}
+        more = any(child not in start for child in self.path.iterdir())
+        return measured or more or any(self.checkpoints_dir.glob("step_*"))
 
     @property
     def config_path(self) -> Path:

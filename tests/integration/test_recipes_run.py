@@ -33,7 +33,12 @@ def test_sft_reward_and_ppo_run_from_yaml_on_real_data(
         pairs = [("run_dir", tmp_path / stage), *((name.replace("__", "."), value) for name, value in keys.items())]
         return [*SMALL, *(word for name, value in pairs for word in (f"--{name}", str(value)))]
 
-    model = {"model__model_path": tiny_lm, "model__precision": "fp32", "model__num_ranks": 1, "data__on_too_long": "skip"}
+    model = {
+        "model__model_path": tiny_lm,
+        "model__precision": "fp32",
+        "model__num_ranks": 1,
+        "data__on_too_long": "skip",
+    }
     short = {"data__max_length_tokens": 512}
     sft = load_config(
         SFTConfig, RECIPES / "gsm8k_sft.yaml", overrides("sft", **model, **short, sft__num_steps=2, sft__batch_size=4)

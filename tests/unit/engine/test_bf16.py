@@ -34,3 +34,17 @@ def test_stages_agree_from_the_first_step(tiny_lm: Path) -> None:
         for name in expected:
             # bf16 keeps 8 bits of a parameter; a step of 1e-3 that is a quarter too short would show in the mean.
             assert (found[name] - expected[name]).abs().mean() < 1e-4, (stage, name)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_many_micro_batches_add_up_in_fp32(tiny_lm: Path, stage: int) -> None:
+    """Hundreds of gradients added in bf16 would lose the small ones."""
+    batch = token_batch([5 + i % 9 for i in range(192)], seed=9)
+    norms = []
+    for micro_batch_size in (192, 1):
+        config = trained(tiny_lm, zero_stage=stage, precision="bf16")
+        with hosted(LM, config=config, num_steps=1) as group:
+            norms.append(
+                LanguageModelRole(group, micro_batch_size).update(batch, 0).result().metrics["train/grad_norm"]
+            )
+    assert norms[1] == pytest.approx(norms[0], rel=2e-3)

@@ -127,7 +127,9 @@ def test_a_loss_that_is_not_finite_touches_no_weight(tiny_lm: Path, stage: int):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
 def test_a_loaded_checkpoint_continues_bit_for_bit(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
     config = trained(tiny_lm, zero_stage=stage, precision=precision)
     with hosted(LM, config=config, num_steps=3) as group:

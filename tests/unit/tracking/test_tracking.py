@@ -58,12 +58,24 @@ def test_a_new_folder_is_made_whole(tmp_path: Path):
 
 def test_an_earlier_run_is_refused_untouched(tmp_path: Path):
     folder = new_folder(tmp_path / "run")
+    (folder.path / "metrics.jsonl").write_text('{"step": 0, "metrics": {}}\n', encoding="utf-8")
     before = snapshot(folder.path)
     with pytest.raises(RunFolderError, match=r"--resume auto .* --overwrite true"):
         RunFolder.open(folder.path, resume=False, overwrite=False)
     assert snapshot(folder.path) == before
     RunFolder.open(folder.path, resume=True, overwrite=False)
     assert snapshot(folder.path) == before
+
+
+def test_a_run_that_failed_while_starting_does_not_hold_its_folder(tmp_path: Path):
+    folder = new_folder(tmp_path / "run")
+    (folder.logs_dir / "policy_0.log").write_text("last words", encoding="utf-8")
+    RunFolder.open(folder.path, resume=False, overwrite=False)
+    for left in ("metrics.jsonl", "04_ppo"):
+        (folder.path / left).write_text("x", encoding="utf-8")
+        with pytest.raises(RunFolderError):
+            RunFolder.check(folder.path, resume=False, overwrite=False)
+        (folder.path / left).unlink()
 
 
 def test_overwrite_removes_the_run_but_not_what_links_point_to(tmp_path: Path):
