@@ -111,6 +111,6 @@ def test_ranks_that_write_elsewhere_do_not_make_a_checkpoint(tmp_path: Path):
     good = checkpoints.save(1, {}, {"model": model()})
     lost = model()
     lost.save_checkpoint = lambda path: model().save_checkpoint(tmp_path.parent / "another node" / path.name)
-    with pytest.raises(RunFolderError, match="wrote nothing to .* storage that all nodes share"):
+    with pytest.raises(RunFolderError, match=r"wrote nothing to .* storage that all nodes share"):
         checkpoints.save(2, {}, {"model": lost})
     assert checkpoints.latest() == good
