@@ -1,6 +1,6 @@
 """Configuration schemas. Nothing here imports torch."""
 
-from rlhf_dist.config.data import DataSettings, DataSource, PPOData, RecordKind, RewardData, SFTData
+from rlhf_dist.config.data import DataSettings, DataSource, PPOData, RecordKind, RewardData, SFTData, TrainingData
 from rlhf_dist.config.evaluate import EvalConfig, EvalData
 from rlhf_dist.config.hosting import (
     CheckpointConfig,
@@ -42,4 +42,5 @@ __all__ = [
     "SupervisedSettings",
     "TrackingConfig",
     "TrainedModel",
+    "TrainingData",
 ]

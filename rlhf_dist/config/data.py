@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from rlhf_dist.config.base import Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
 
 RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
 
@@ -43,13 +42,18 @@ class DataSettings(Schema):
     on_too_long: Literal["error", "skip", "truncate"] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
     cut), `skip` leaves it out, `error` stops before anything is started. What was cut or left out is counted."""
-    template_path: Path | None = None
+    template_path: AbsolutePath | None = None
     """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
+
+
+class TrainingData(DataSettings):
+    """What the supervised trainers' data sections share."""
+
     eval_fraction: Fraction = 0.0
     """Share of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed."""
 
 
-class SFTData(DataSettings):
+class SFTData(TrainingData):
     """Data of an SFT run."""
 
     train: tuple[DataSource, ...] = Field(min_length=1)
@@ -58,7 +62,7 @@ class SFTData(DataSettings):
     """Held-out sets of the same kinds."""
 
 
-class RewardData(DataSettings):
+class RewardData(TrainingData):
     """Data of a reward-model run."""
 
     train: tuple[DataSource, ...] = Field(min_length=1)

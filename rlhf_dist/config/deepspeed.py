@@ -15,6 +15,9 @@ OWNED_KEYS = {
     "gradient_clipping": "optimizer.max_grad_norm of the role",
     "optimizer": "optimizer of the role",
     "scheduler": "optimizer.schedule of the role",
+    "fp16": "precision of the role (fp32 or bf16)",
+    "amp": "precision of the role (fp32 or bf16)",
+    "data_types": "precision of the role: bf16 gradients are added up in fp32",
 }
 """DeepSpeed keys that a run's own configuration decides, and where."""
 
@@ -32,6 +35,8 @@ def read_ds_config(path: Path, zero_stage: int, precision: str) -> dict[str, Any
         raise ConfigError(
             f"ds_config_path {path} cannot be read ({error.strerror}); give an existing JSON file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"ds_config_path {path} is not UTF-8 text ({error.reason}); give a JSON file") from error
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"ds_config_path {path} is not JSON: line {error.lineno}: {error.msg}; mend that line"
@@ -42,6 +47,12 @@ def read_ds_config(path: Path, zero_stage: int, precision: str) -> dict[str, Any
     if owned:
         where = "; ".join(f"{key} is set by {OWNED_KEYS[key]}" for key in owned)
         raise ConfigError(f"ds_config_path {path} sets {', '.join(owned)}; remove it: {where}")
+    for section in ("zero_optimization", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ConfigError(
+                f"ds_config_path {path} has {section}: {config[section]!r}; it must be an object such as "
+                + ('{"stage": 2}' if section == "zero_optimization" else '{"enabled": true}')
+            )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != zero_stage:
         raise ConfigError(

@@ -30,6 +30,15 @@ class EvalConfig(RunConfig):
     data: EvalData
 
     @model_validator(mode="after")
+    def _response_fits(self) -> EvalConfig:
+        if self.data.prompts and self.rollout.max_response_tokens >= self.data.max_length_tokens:
+            raise ValueError(
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room for a prompt in "
+                f"data.max_length_tokens {self.data.max_length_tokens}; lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _models_for_the_data(self) -> EvalConfig:
         data = self.data
         if not (data.instructions or data.preferences or data.prompts):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Schema
+from rlhf_dist.config.base import (
+    AbsolutePath,
+    Count,
+    Fraction,
+    ModelPath,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Schema,
+)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -56,7 +64,7 @@ class OptimizerConfig(Schema):
 class ModelHost(Placement):
     """A hosted model."""
 
-    model_path: str
+    model_path: ModelPath
     """A directory in Hugging Face format or a hub name."""
     precision: Precision = "bf16"
     """Compute precision. Trained models keep fp32 master weights in either case."""
@@ -76,7 +84,7 @@ class TrainedModel(ModelHost):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards over this role's ranks: 1 optimiser states, 2 and gradients, 3 and parameters."""
-    ds_config_path: Path | None = None
+    ds_config_path: AbsolutePath | None = None
     """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
@@ -86,14 +94,14 @@ class TrainedModel(ModelHost):
 class InheritedTrainedModel(TrainedModel):
     """A trained model whose starting weights may be another role's."""
 
-    model_path: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """A directory in Hugging Face format or a hub name; null takes the reward model's."""
 
 
 class InheritedFrozenModel(FrozenModel):
     """A frozen model whose weights may be another role's."""
 
-    model_path: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """A directory in Hugging Face format or a hub name; null takes the policy's."""
 
 
@@ -124,7 +132,7 @@ class TrackingConfig(Schema):
 class RunConfig(Schema):
     """What the runs of all commands share."""
 
-    run_dir: Path
+    run_dir: AbsolutePath
     """Folder of this run. An existing run is never overwritten unless `overwrite` or `resume` says so."""
     seed: Count = 0
     """Seed of every random draw of the run."""

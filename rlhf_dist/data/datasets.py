@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.algo.random import permutation
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
-from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData
+from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.fitting import Encoded, all_targets, fit, fit_text
 from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
@@ -173,7 +173,7 @@ def load_prompts(
 
 
 def _split(
-    settings: DataSettings,
+    settings: TrainingData,
     train: Iterable[DataSource],
     held_out: Sequence[DataSource],
     read: Callable[[DataSource], Sequence[R]],

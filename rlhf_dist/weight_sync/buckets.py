@@ -15,6 +15,7 @@ from rlhf_dist.engine import zero
 from rlhf_dist.errors import TrainingError
 
 BUCKET_BYTES = 256 * 2**20
+_CHECKSUM_ELEMENTS = 2**20
 _INT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -24,9 +25,14 @@ def checksum(name: str, tensor: Tensor) -> int:
     Positions and names are weighted so that swapped elements and swapped parameters are seen; weights are odd, so that
     no bit is multiplied away; int64 wraps around, which is deterministic.
     """
-    bits = tensor.detach().reshape(-1).view(_INT_VIEWS[tensor.element_size()]).to(torch.int64)
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
-    return int((bits * (2 * (weights + zlib.crc32(name.encode())) + 1)).sum())
+    bits = tensor.detach().reshape(-1).view(_INT_VIEWS[tensor.element_size()])
+    total, first = 0, 1 + zlib.crc32(name.encode())
+    # A part at a time: widened to int64 with its weights, a part takes many times the memory of its elements.
+    for part in bits.split(_CHECKSUM_ELEMENTS):
+        weights = torch.arange(first, first + len(part), device=part.device, dtype=torch.int64)
+        total += int((part.to(torch.int64) * (2 * weights + 1)).sum())
+        first += len(part)
+    return total % 2**64
 
 
 class WeightSource:
@@ -41,13 +47,13 @@ class WeightSource:
         """How many buckets hold the model."""
         return len(self._buckets)
 
-    def bucket(self, index: int) -> dict[str, Tensor]:
-        """Name → whole parameter, copied to host memory. Collective under ZeRO-3."""
+    def bucket(self, index: int, wanted: bool = True) -> dict[str, Tensor]:
+        """Name → whole parameter, copied to host memory; empty where it is not wanted. Collective under ZeRO-3."""
         if index == 0:
             self._checksum = 0
         bucket = self._buckets[index]
         with zero.whole([parameter for _, parameter in bucket]):
-            copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in bucket}
+            copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in bucket if wanted}
         self._checksum += sum(checksum(name, tensor) for name, tensor in copies.items())
         return copies
 

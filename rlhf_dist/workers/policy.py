@@ -71,8 +71,9 @@ class PolicyWorker(LanguageModelWorker):
 
     def export_bucket(self, index: int) -> dict[str, Tensor] | None:
         """A bucket of whole parameters on rank 0, None elsewhere; in order from 0."""
-        bucket = self.weights.bucket(index)
-        return bucket if self.context.rank == 0 else None
+        is_sender = self.context.rank == 0
+        bucket = self.weights.bucket(index, wanted=is_sender)
+        return bucket if is_sender else None
 
     def export_checksum(self) -> int:
         """Checksum of what was sent since bucket 0."""

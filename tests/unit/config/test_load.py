@@ -72,7 +72,7 @@ def test_without_a_file():
     config = load_config(
         SFTConfig, None, ["--run_dir=r", "--model.model_path=m", "--data.train", "[{path: a, kind: text}]"]
     )
-    assert config.run_dir == Path("r")
+    assert config.run_dir == Path("r").absolute()
 
 
 @pytest.mark.parametrize("source", ["file", "overrides"])
