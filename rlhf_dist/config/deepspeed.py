@@ -16,6 +16,7 @@ OWNED_KEYS = {
     "optimizer": "optimizer of the role",
     "scheduler": "optimizer.schedule of the role",
     "fp16": "precision of the role (fp32 or bf16)",
+    "bfloat16": "precision of the role; DeepSpeed's present name of that section is bf16",
     "amp": "precision of the role (fp32 or bf16)",
     "data_types": "precision of the role: bf16 gradients are added up in fp32",
 }

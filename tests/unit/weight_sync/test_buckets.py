@@ -129,3 +129,10 @@ def test_the_checksum_does_not_depend_on_the_parts_it_is_taken_in(monkeypatch: p
     whole = buckets.checksum("w", tensor)
     monkeypatch.setattr(buckets, "_CHECKSUM_ELEMENTS", 7)
     assert buckets.checksum("w", tensor) == whole
+
+
+def test_a_rank_that_does_not_send_copies_and_sums_nothing(monkeypatch: pytest.MonkeyPatch):
+    source = WeightSource(nn.Linear(3, 3))
+    monkeypatch.setattr(buckets, "checksum", lambda *_: pytest.fail("summed"))
+    assert not source.bucket(0, wanted=False)
+    assert source.checksum() == 0
