@@ -26,7 +26,7 @@ from rlhf_dist.cluster.proxies import (
     RolloutRole,
     ValueRole,
 )
-from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_dist.config import EvalConfig, HostedRun, PPOConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.errors import RunFolderError
 from rlhf_dist.tracking.console import print_table
@@ -40,7 +40,7 @@ from rlhf_dist.trainers.supervised import RewardTask, SFTTask, SupervisedTrainer
 Summary = dict[str, Any]
 
 
-def open_session(config: RunConfig) -> Session:
+def open_session(config: HostedRun) -> Session:
     """A session of the run's hosting; connects to nothing yet."""
     if config.cluster == "inline":
         return InlineSession(config.device)
@@ -49,7 +49,7 @@ def open_session(config: RunConfig) -> Session:
     return RaySession(config.ray, config.device)
 
 
-def check_run_folder(config: RunConfig) -> None:
+def check_run_folder(config: RunConfig | EvalConfig) -> None:
     """Refuse a run folder that may not be used; touches nothing."""
     RunFolder.check(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
 
@@ -203,7 +203,7 @@ def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:
         return run.finish(evaluate_all(run, roles, prepared.data))
 
 
-def validate(config: RunConfig) -> dict[str, Any]:
+def validate(config: RunConfig | EvalConfig) -> dict[str, Any]:
     """Everything that can be checked without starting an actor; returns the run's derived numbers.
 
     Raises:

@@ -5,6 +5,7 @@ from rlhf_dist.config.evaluate import EvalConfig, EvalData
 from rlhf_dist.config.hosting import (
     CheckpointConfig,
     FrozenModel,
+    HostedRun,
     ModelHost,
     OptimizerConfig,
     Placement,
@@ -24,6 +25,7 @@ __all__ = [
     "EvalConfig",
     "EvalData",
     "FrozenModel",
+    "HostedRun",
     "ModelHost",
     "OptimizerConfig",
     "PPOConfig",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from rlhf_dist.config.data import DataSettings, DataSource
-from rlhf_dist.config.hosting import FrozenModel, RunConfig
+from rlhf_dist.config.hosting import FrozenModel, HostedRun
 from rlhf_dist.config.ppo import RolloutConfig
 
 
@@ -20,7 +22,7 @@ class EvalData(DataSettings):
     """The policy generates from these; the reward model, where given, scores the responses."""
 
 
-class EvalConfig(RunConfig):
+class EvalConfig(HostedRun):
     """Measures a policy and/or a reward model on held-out records."""
 
     policy: FrozenModel | None = None
@@ -53,3 +55,8 @@ class EvalConfig(RunConfig):
             if wanted and getattr(self, model) is None:
                 raise ValueError(f"{name} needs a model; set {model}.model_path")
         return self
+
+    @property
+    def resume(self) -> Literal["no"]:
+        """An evaluation has no checkpoints: it is always run whole."""
+        return "no"

@@ -129,15 +129,13 @@ class TrackingConfig(Schema):
     """Generated samples written to `samples/` at each evaluation or iteration."""
 
 
-class RunConfig(Schema):
+class HostedRun(Schema):
     """What the runs of all commands share."""
 
     run_dir: AbsolutePath
-    """Folder of this run. An existing run is never overwritten unless `overwrite` or `resume` says so."""
+    """Folder of this run, on storage that every node sees. An existing run is never overwritten unless told so."""
     seed: Count = 0
     """Seed of every random draw of the run."""
-    resume: Literal["no", "auto"] = "no"
-    """`auto` continues from the newest whole checkpoint in `run_dir`, or starts anew when there is none."""
     overwrite: bool = False
     """Remove what an earlier run left in `run_dir`."""
     cluster: Literal["ray", "inline"] = "ray"
@@ -145,8 +143,15 @@ class RunConfig(Schema):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` uses GPUs where there are any."""
     ray: RayConfig = RayConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+
+class RunConfig(HostedRun):
+    """A run that trains: it has checkpoints, and can be resumed from them."""
+
+    resume: Literal["no", "auto"] = "no"
+    """`auto` continues from the newest whole checkpoint in `run_dir`, or starts anew when there is none."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _one_way_to_treat_an_old_run(self) -> RunConfig:

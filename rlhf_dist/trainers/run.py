@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from rlhf_dist.config import RunConfig
+from rlhf_dist.config import HostedRun
 from rlhf_dist.roles import Trained
 from rlhf_dist.tracking.console import RunProgress
 from rlhf_dist.tracking.run_folder import RunFolder, write_atomically
@@ -39,7 +39,7 @@ LINE_METRICS = (
 class Run:
     """Facade over run folder, trackers and console."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, tracker: Tracker) -> None:
+    def __init__(self, config: HostedRun, folder: RunFolder, tracker: Tracker) -> None:
         self.seed = config.seed
         self.num_samples = config.tracking.num_samples
         self.folder = folder
@@ -51,7 +51,7 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: RunConfig, folder: RunFolder, resumed_step: int | None) -> Iterator[Self]:
+    def open(cls, config: HostedRun, folder: RunFolder, resumed_step: int | None) -> Iterator[Self]:
         """A run whose trackers are closed on leaving, however that happens."""
         tracker = Tracker(
             folder, config.tracking, resumed_step=resumed_step, config=config.model_dump(mode="json", exclude_none=True)

@@ -31,6 +31,13 @@ def test_only_training_sets_are_split():
         evaluation(data={"prompts": PROMPTS, "eval_fraction": 0.5})
 
 
+@pytest.mark.parametrize("changes", [{"resume": "auto"}, {"checkpoint": {"every_steps": 1}}])
+def test_an_evaluation_has_no_checkpoints(changes: dict[str, Any]):
+    assert evaluation().resume == "no"
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        evaluation(**changes)
+
+
 def test_an_evaluation_that_generates_leaves_room_for_prompts():
     with pytest.raises(ValidationError, match="max_response_tokens 64 leaves no room for a prompt"):
         evaluation(rollout={"max_response_tokens": 64})
