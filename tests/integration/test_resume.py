@@ -42,7 +42,7 @@ def _wait_for_step(process: Any, run_dir: Path, step: int, timeout_s: float = 24
     pytest.fail(f"step {step} was not reached within {timeout_s} s")
 
 
-def _gone(processes: list[psutil.Process], timeout_s: float = 60) -> list[psutil.Process]:
+def _gone(processes: list[psutil.Process], timeout_s: float = 20) -> list[psutil.Process]:
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
 
 
@@ -58,7 +58,12 @@ def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "summary.json").exists(), "the kill came after the end; lengthen the run"
-    assert not _gone(children), "processes outlived their driver"
+    late = _gone(children)
+    # Ray's own two agents find out only after minutes that their raylet is gone; they hold no model.
+    agents = [p for p in late if p.name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
+    assert set(late) <= set(agents), "processes outlived their driver"
+    for agent in agents:
+        agent.kill()
 
     resumed = cli(command, str(config), "--resume", "auto")
     output, _ = resumed.communicate(timeout=300)

@@ -54,8 +54,8 @@ def test_equals_a_whole_forward_pass_of_each_sequence_alone(lm, temperature: flo
 def test_batch_and_row_alone_agree_in_fp32(tiny_lm: Path):
     forward = TargetLogprobs(AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval())
     batch = token_batch(LENGTHS, seed=3)
-    together = forward(batch.tokens, batch.lengths, batch.loss_mask)
-    alone = [forward(r.tokens, r.lengths, r.loss_mask) for r in (batch.rows([i]) for i in range(len(batch)))]
+    together = forward(batch.tokens, batch.lengths, batch.loss_mask, 1.0, True)
+    alone = [forward(r.tokens, r.lengths, r.loss_mask, 1.0, True) for r in (batch.rows([i]) for i in range(len(batch)))]
     for k in range(2):
         assert torch.allclose(together[k], torch.cat([pair[k] for pair in alone]), atol=1e-4)
 
