@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_dist.algo.kl import KL_ESTIMATORS, kl_k3
 from rlhf_dist.algo.masking import masked_sum
-from rlhf_dist.algo.rewards import kl_k3
 
 Sums = dict[str, Tensor]
 
@@ -26,44 +26,135 @@ def nll_loss(logprobs: Tensor) -> tuple[Tensor, Sums]:
     return loss, {"loss": loss.detach()}
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Sums]:
-    """−Σ log σ(r_chosen − r_rejected) (InstructGPT eq. 1 with K = 2; Bradley–Terry).
+def ranking_loss(
+    scores: Tensor, present: Tensor, ratings: Tensor | None = None, centering_coef: float = 0.0
+) -> tuple[Tensor, Sums]:
+    """−Σ_prompts 1/C(K,2) Σ_{i<j} log σ(r_i − r_j − m_ij), plus λ (r_i + r_j)² in the inner sum.
+
+    All C(K,2) pairs of a prompt weigh as much as one pair of another prompt: they share K forward passes and are correlated.
+
+    Source: InstructGPT, eq. 1; the margin m: Llama 2 (Touvron et al. 2023), eq. 2; the centering term, which fixes the scores'
+    free constant: Eisenstein et al. 2023, "Helping or herding?".
+
+    Args:
+        scores: [P, K], the best response first.
+        present: [P, K] bool, a prefix of each row: prompts may have fewer than K responses.
+        ratings: [P, K], in whose differences m_ij = ratings_i − ratings_j margins are given; None: no margins.
+        centering_coef: λ.
+
+    Returns:
+        (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`).
+    """
+    num = scores.shape[1]
+    better, worse = torch.triu_indices(num, num, offset=1, device=scores.device)
+    pairs = present[:, better] & present[:, worse]
+    # Absent scores are replaced first: a NaN there would reach the gradients even when masked after.
+    scores = torch.where(present, scores, 0.0)
+    margin = scores[:, better] - scores[:, worse]
+    required = 0.0 if ratings is None else (ratings[:, better] - ratings[:, worse]).to(margin.dtype)
+    losses = -logsigmoid(margin - required)
+    if centering_coef:
+        losses = losses + centering_coef * (scores[:, better] + scores[:, worse]).square()
+    weights = pairs / pairs.sum(1, keepdim=True).clamp(min=1)
+    # Where, not a product alone: a margin that a wrong rating made infinite must not meet a weight of 0.
+    loss = torch.where(pairs, losses * weights, 0.0).sum()
+    with torch.no_grad():
+        sums = {
+            "loss": loss.detach(),
+            "accuracy": ((margin > 0) * weights).sum(),
+            "margin": (margin * weights).sum(),
+        }
+    return loss, sums
+
+
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, centering_coef: float = 0.0
+) -> tuple[Tensor, Sums]:
+    """`ranking_loss` with K = 2: −Σ log σ(r_chosen − r_rejected − m) (Bradley and Terry 1952).
 
     Args:
         chosen, rejected: [P] scores.
+        margins: [P], m; None: 0.
+        centering_coef: λ.
     """
-    margin = chosen - rejected
-    loss = -logsigmoid(margin).sum()
-    return loss, {
-        "loss": loss.detach(),
-        "accuracy": (margin > 0).sum().detach(),
-        "margin": margin.sum().detach(),
-    }
+    scores = torch.stack([chosen, rejected], dim=1)
+    ratings = None if margins is None else torch.stack([margins, torch.zeros_like(margins)], dim=1)
+    return ranking_loss(scores, torch.ones_like(scores, dtype=torch.bool), ratings, centering_coef)
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Sums]:
-    """Clipped surrogate: Σ max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε)), ρ = π/π_old (Schulman et al. 2017, eq. 7).
+    """Clipped surrogate: Σ max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε_high)), ρ = π/π_old (Schulman et al. 2017, eq. 7).
+
+    With `dual_clip` = c, a token with A < 0 loses at most −c·A, whatever its ratio (Ye et al. 2020, eq. 5).
 
     Args:
         logprobs, old_logprobs, advantages: [B, R]; only `logprobs` carries a gradient.
         response_mask: [B, R] bool.
         clip_range: ε.
+        clip_range_high: ε_high (DAPO's "clip-higher", Yu et al. 2025, eq. 10); None: ε.
+        dual_clip: c > 1; None switches it off.
+
+    Returns:
+        (sum over tokens, sums over tokens: `loss`, `clip_fraction`, `dual_clip_fraction`, `approx_kl` (k3 of old against
+        new), `ratio`, `ratio_deviation` (|ρ − 1|)).
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     # Padding is replaced before the exponential: an overflow there would give NaN gradients even when masked after.
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = masked_sum(torch.maximum(unclipped, clipped), response_mask)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + high)
+    losses = torch.maximum(unclipped, clipped)
+    bounded = torch.zeros_like(response_mask)
+    if dual_clip is not None:
+        bounded = (advantages < 0) & (losses > -dual_clip * advantages)
+        losses = torch.where(bounded, -dual_clip * advantages, losses)
+    loss = masked_sum(losses, response_mask)
     with torch.no_grad():
         sums = {
             "loss": loss.detach(),
             "clip_fraction": masked_sum((clipped > unclipped).to(ratio.dtype), response_mask),
+            "dual_clip_fraction": masked_sum(bounded.to(ratio.dtype), response_mask),
             "approx_kl": masked_sum(kl_k3(old_logprobs, logprobs), response_mask),
             "ratio": masked_sum(ratio, response_mask),
+            "ratio_deviation": masked_sum((ratio - 1).abs(), response_mask),
         }
     return loss, sums
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, estimator: str) -> tuple[Tensor, Sums]:
+    """Σ kl_t, for the KL to the reference as a term of the loss rather than of the reward.
+
+    Args:
+        logprobs, ref_logprobs: [B, R]; only `logprobs` carries a gradient.
+        response_mask: [B, R] bool.
+        estimator: `k2` (on policy, its gradient is that of KL(π ‖ π_ref)) or `k3` (as in GRPO, Shao et al. 2024, eq. 4). Not
+            `k1`: the expectation of its gradient, E[∇ log π], is 0.
+    """
+    if estimator == "k1":
+        raise ValueError("the gradient of k1 as a loss is 0 in expectation; use k2 or k3")
+    # As in `policy_loss`: replaced before the exponential of k3.
+    pair = (torch.where(response_mask, x, 0.0) for x in (logprobs, ref_logprobs))
+    loss = masked_sum(KL_ESTIMATORS[estimator](*pair), response_mask)
+    return loss, {"loss": loss.detach()}
+
+
+def entropy_loss(entropies: Tensor, response_mask: Tensor) -> tuple[Tensor, Sums]:
+    """−Σ H: minimising it is the entropy bonus (Williams and Peng 1991; Schulman et al. 2017, eq. 9).
+
+    Args:
+        entropies: [B, R] nats, with a gradient.
+        response_mask: [B, R] bool.
+    """
+    loss = -masked_sum(entropies, response_mask)
+    return loss, {"entropy": -loss.detach()}
 
 
 def value_loss(

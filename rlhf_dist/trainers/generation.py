@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.rewards import kl_k1
+from rlhf_dist.algo.kl import kl_k1
 from rlhf_dist.batches import TRUNCATED, RolloutBatch
 from rlhf_dist.roles import Reference, RewardScorer, RolloutEngine
 from rlhf_dist.trainers.supervised import chunks

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.advantages import gae
+from rlhf_dist.algo.kl import kl_k1
 from rlhf_dist.algo.losses import explained_variance
 from rlhf_dist.algo.masking import masked_mean, masked_whiten
 from rlhf_dist.algo.random import permutation
-from rlhf_dist.algo.rewards import kl_k1, shape_scores, token_rewards
+from rlhf_dist.algo.rewards import shape_scores, token_rewards
 from rlhf_dist.batches import TRUNCATED, Experience, PromptBatch, RolloutBatch, TokenBatch
 from rlhf_dist.config import PPOSettings
 from rlhf_dist.data.sampler import EpochSampler

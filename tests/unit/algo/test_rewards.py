@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rlhf_dist.algo.rewards import kl_k1, kl_k3, shape_scores, token_rewards
+from rlhf_dist.algo.kl import kl_k1, kl_k3
+from rlhf_dist.algo.rewards import shape_scores, token_rewards
 
 
 def test_kl_estimators_average_to_the_kl_divergence():

@@ -1,0 +1,61 @@
+"""The KL divergence from the reference: estimators of it, and the controller of its coefficient β."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = log π − log π_ref of the taken token: unbiased for KL(π ‖ π_ref), can be negative.
+
+    Source: Schulman, "Approximating KL divergence" (2020).
+
+    Args:
+        logprobs, ref_logprobs: one shape, usually [B, R] fp32.
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = ½ (log π − log π_ref)²: biased, never negative; its gradient on policy is the exact gradient of KL(π ‖ π_ref).
+
+    Source as `kl_k1`.
+    """
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = exp(−k1) − 1 + k1: unbiased, never negative, lower variance than k1 where π is close to π_ref. Source as `kl_k1`.
+
+    As a *loss* its gradient is (1 − π_ref/π)·∇log π, which is not that of KL(π ‖ π_ref) but close to it near π = π_ref.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+"""By the name that a configuration gives."""
+
+MAX_PROPORTIONAL_ERROR = 0.2
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, num_responses: int) -> float:
+    """β of the next iteration, moved towards a target KL in log space.
+
+        e = clip(KL / KL_target − 1, ±0.2)
+        β ← β · (1 + e · n / horizon)
+
+    Source: Ziegler et al. 2019, section 2.2, with the horizon of their code (K_β = n / horizon; 0.1 in the paper).
+
+    Args:
+        kl_coef: β of the iteration.
+        kl: its mean KL, nats a response.
+        target: KL_target, nats a response, > 0.
+        horizon: responses over which β can change by a factor of about e^±0.2.
+        num_responses: n, responses of the iteration.
+    """
+    error = min(max(kl / target - 1, -MAX_PROPORTIONAL_ERROR), MAX_PROPORTIONAL_ERROR)
+    return kl_coef * (1 + error * num_responses / horizon)
