@@ -10,14 +10,39 @@ from torch import Tensor, nn
 
 from rlhf_dist.algo.logprobs import taken_logprobs
 from rlhf_dist.batches import length_mask
+from rlhf_dist.models.packing import check_packing, model_inputs, unpack
 
 
-class TargetLogprobs(nn.Module):
-    """A causal LM that returns log-probs of chosen tokens of right-padded sequences."""
+class ForwardPass(nn.Module):
+    """A Hugging Face model that runs padded or packed (see `models.packing`); the result is the same."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, packed: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.packed = packed
+        self._unchecked = packed
+
+    def inputs(self, tokens: Tensor, lengths: Tensor) -> dict[str, Any]:
+        """What the model takes. Before its first packed batch, the model is checked.
+
+        Raises:
+            ModelError: the model does not keep packed sequences apart.
+        """
+        if self._unchecked:
+            check_packing(self.model, tokens.device)
+            self._unchecked = False
+        return model_inputs(tokens, lengths, self.packed)
+
+    def smallest_batch(self) -> tuple[Tensor, ...]:
+        """Arguments of `forward`."""
+        return torch.zeros(1, 2, dtype=torch.long), torch.tensor([2])
+
+
+class TargetLogprobs(ForwardPass):
+    """A causal LM that returns log-probs of chosen tokens of right-padded sequences."""
+
+    def __init__(self, model: Any, packed: bool = False) -> None:
+        super().__init__(model, packed)
         self._can_slice = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -35,40 +60,58 @@ class TargetLogprobs(nn.Module):
         Returns:
             ([N] fp32, [N] fp32 or None) in row-major order of `target_mask`.
         """
-        first = int(target_mask.any(0).to(torch.uint8).argmax())
+        inputs = self.inputs(tokens, lengths)
         # Only logits that some row needs are computed: a vocabulary of 150,000 makes prompts' logits the largest tensor.
-        keep = torch.arange(first - 1, tokens.shape[1] - 1, device=tokens.device)
-        kwargs = {"logits_to_keep": keep} if self._can_slice else {}
-        logits = self.model(
-            input_ids=tokens,
-            attention_mask=length_mask(lengths, tokens.shape[1]).long(),
-            use_cache=False,
-            **kwargs,
-        ).logits
-        if not self._can_slice:
-            logits = logits[:, keep]
-        mask = target_mask[:, first:]
-        return taken_logprobs(logits[mask], tokens[:, first:][mask], temperature, with_entropy=with_entropy)
+        if self.packed:
+            kept = length_mask(lengths, tokens.shape[1])
+            keep = target_mask[kept].nonzero().squeeze(1) - 1
+            logits = self._logits(inputs, keep)[0]
+        else:
+            first = int(target_mask.any(0).to(torch.uint8).argmax())
+            keep = torch.arange(first - 1, tokens.shape[1] - 1, device=tokens.device)
+            logits = self._logits(inputs, keep)[target_mask[:, first:]]
+        return taken_logprobs(logits, tokens[target_mask], temperature, with_entropy=with_entropy)
+
+    def smallest_batch(self) -> tuple[Tensor, ...]:
+        """Arguments of `forward`."""
+        return *super().smallest_batch(), torch.tensor([[False, True]])
+
+    def _logits(self, inputs: dict[str, Any], keep: Tensor) -> Tensor:
+        """[rows, len(keep), V] logits at the positions `keep` of every row."""
+        if self._can_slice:
+            return self.model(**inputs, logits_to_keep=keep).logits
+        return self.model(**inputs).logits[:, keep]
 
 
-class ScalarHead(nn.Module):
+class ScalarHead(ForwardPass):
     """A sequence-classification model that returns its scalar at every position."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T] fp32: the head applied to the hidden state at each position (which has seen tokens ≤ t).
+        """[B, T] fp32: the head applied to the hidden state at each position (which has seen tokens ≤ t), 0 on padding.
 
         Args:
             tokens: [B, T] int64, padded on the right.
             lengths: [B] int64.
         """
-        hidden = self.model.base_model(
-            input_ids=tokens, attention_mask=length_mask(lengths, tokens.shape[1]).long(), use_cache=False
-        ).last_hidden_state
-        return self.model.score(hidden).float().squeeze(-1)
+        hidden = self.model.base_model(**self.inputs(tokens, lengths)).last_hidden_state
+        scalars = self.model.score(hidden).float().squeeze(-1)
+        if self.packed:
+            return unpack(scalars[0], lengths, tokens.shape[1])
+        return torch.where(length_mask(lengths, tokens.shape[1]), scalars, 0.0)
+
+
+def check_now(engine: Any, module: ForwardPass) -> None:
+    """Have a packed model checked when it is hosted rather than at its first batch. Collective under ZeRO-3.
+
+    Args:
+        engine: what runs `module`: anything with `device` and `infer`.
+        module: not yet run.
+
+    Raises:
+        ModelError: the model does not keep packed sequences apart.
+    """
+    if module.packed:
+        engine.infer(*(argument.to(engine.device) for argument in module.smallest_batch()))
 
 
 def response_target_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
