@@ -6,6 +6,8 @@ alone (no traceback) and exits with the class's `exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 class RlhfDistError(Exception):
     """Base of every error that is the user's to mend."""
@@ -53,3 +55,14 @@ class TrainingError(RlhfDistError):
     """A training step that must not be taken (non-finite loss, stale weights in a rollout engine)."""
 
     exit_code = 8
+
+
+class SampleError(TrainingError):
+    """A training step that must not be taken because of some of its samples, which the trainer writes down."""
+
+    def __init__(self, message: str, rows: Mapping[str, Sequence[int]] | None = None, step: int | None = None) -> None:
+        """`rows`: what they are rows of (a loss term's batch, the rollouts) → row numbers in it; `step`: which of an update's
+        optimiser steps."""
+        super().__init__(message)
+        self.rows = {name: list(numbers) for name, numbers in (rows or {}).items()}
+        self.step = step

@@ -26,8 +26,31 @@ def nll_loss(logprobs: Tensor) -> tuple[Tensor, Sums]:
     return loss, {"loss": loss.detach()}
 
 
+def ranked_pairs(present: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of ranked responses, and how much each weighs.
+
+    Args:
+        present: [P, K] bool, a prefix of each row: prompts may have fewer than K responses.
+        ranks: [P, K], rising along a row. A pair of equal ranks is a tie and is left out, as InstructGPT's are; None: no ties.
+
+    Returns:
+        (columns of the better, columns of the worse, weights [P, C(K,2)] fp32: 1 / number of the prompt's pairs, and 0 where
+        there is no pair).
+    """
+    num = present.shape[1]
+    better, worse = torch.triu_indices(num, num, offset=1, device=present.device)
+    pairs = present[:, better] & present[:, worse]
+    if ranks is not None:
+        pairs = pairs & (ranks[:, better] < ranks[:, worse])
+    return better, worse, pairs / pairs.sum(1, keepdim=True).clamp(min=1)
+
+
 def ranking_loss(
-    scores: Tensor, present: Tensor, ratings: Tensor | None = None, centering_coef: float = 0.0
+    scores: Tensor,
+    present: Tensor,
+    ratings: Tensor | None = None,
+    centering_coef: float = 0.0,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """−Σ_prompts 1/C(K,2) Σ_{i<j} log σ(r_i − r_j − m_ij), plus λ (r_i + r_j)² in the inner sum.
 
@@ -38,16 +61,15 @@ def ranking_loss(
 
     Args:
         scores: [P, K], the best response first.
-        present: [P, K] bool, a prefix of each row: prompts may have fewer than K responses.
+        present: as in `ranked_pairs`.
         ratings: [P, K], in whose differences m_ij = ratings_i − ratings_j margins are given; None: no margins.
         centering_coef: λ.
+        ranks: as in `ranked_pairs`; the pairs that ties leave out do not count in C(K,2) either.
 
     Returns:
         (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`).
     """
-    num = scores.shape[1]
-    better, worse = torch.triu_indices(num, num, offset=1, device=scores.device)
-    pairs = present[:, better] & present[:, worse]
+    better, worse, weights = ranked_pairs(present, ranks)
     # Absent scores are replaced first: a NaN there would reach the gradients even when masked after.
     scores = torch.where(present, scores, 0.0)
     margin = scores[:, better] - scores[:, worse]
@@ -55,9 +77,8 @@ def ranking_loss(
     losses = -logsigmoid(margin - required)
     if centering_coef:
         losses = losses + centering_coef * (scores[:, better] + scores[:, worse]).square()
-    weights = pairs / pairs.sum(1, keepdim=True).clamp(min=1)
     # Where, not a product alone: a margin that a wrong rating made infinite must not meet a weight of 0.
-    loss = torch.where(pairs, losses * weights, 0.0).sum()
+    loss = torch.where(weights > 0, losses * weights, 0.0).sum()
     with torch.no_grad():
         sums = {
             "loss": loss.detach(),

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,32 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
+
+
+def my_rank() -> int:
+    """This process's rank in the role."""
+    return dist.get_rank()
+
+
+def num_ranks() -> int:
+    """Ranks of the role."""
+    return dist.get_world_size()
+
+
+def summed(value: Tensor) -> Tensor:
+    """The elementwise sum over the ranks of the role; changes `value`."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def gathered_shards(shard: Tensor) -> Tensor:
+    """[n] of every rank, one after the other in rank order: [ranks · n]."""
+    if dist.get_world_size() == 1:
+        return shard
+    parts = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, shard.contiguous())
+    return torch.cat(parts)
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,35 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_dist.engine import zero
+from rlhf_dist.engine.average import WeightAverage
 
 SHARD_BYTES = 4 * 2**30
 
 
-def save_pretrained(model: Any, path: Path, *, is_main: bool, shard_bytes: int = SHARD_BYTES) -> None:
+def save_pretrained(
+    model: Any,
+    path: Path,
+    *,
+    is_main: bool,
+    average: WeightAverage | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write `model` so that transformers loads it as is. Collective: every rank calls it, the main one writes.
 
     A sharded model is gathered and written a file at a time; it is never whole in one process.
+
+    Args:
+        average: write these weights instead of the model's own.
     """
-    if not any(zero.is_sharded(p) for p in model.parameters()):
-        if is_main:
-            model.save_pretrained(path, safe_serialization=True)
-        return
-    _save_sharded(model, path, is_main, shard_bytes)
+    if average is not None:
+        _save_in_parts(model, path, is_main, average.whole_parameters(shard_bytes))
+    elif any(zero.is_sharded(p) for p in model.parameters()):
+        _save_in_parts(model, path, is_main, zero.whole_parameters(model, shard_bytes))
+    elif is_main:
+        model.save_pretrained(path, safe_serialization=True)
 
 
-def _save_sharded(model: Any, path: Path, is_main: bool, shard_bytes: int) -> None:
+def _save_in_parts(model: Any, path: Path, is_main: bool, parts: Iterator[dict[str, Tensor]]) -> None:
     if is_main:
         path.mkdir(parents=True, exist_ok=True)
         model.config.architectures = [type(model).__name__]
@@ -35,7 +48,7 @@ def _save_sharded(model: Any, path: Path, is_main: bool, shard_bytes: int) -> No
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             model.generation_config.save_pretrained(path)
     files: list[tuple[Path, list[str], int]] = []
-    for tensors in zero.whole_parameters(model, shard_bytes):
+    for tensors in parts:
         if is_main:
             files.append(_write_shard(path, len(files), tensors))
     if is_main:

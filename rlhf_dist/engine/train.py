@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from rlhf_dist.algo.losses import Sums
-from rlhf_dist.batches import StepReport
+from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport
 from rlhf_dist.config import TrainedModel
-from rlhf_dist.engine import distributed, zero
+from rlhf_dist.engine import distributed, gradients, zero
+from rlhf_dist.engine.average import WeightAverage
 from rlhf_dist.engine.schedule import learning_rate_factor
-from rlhf_dist.errors import RunFolderError, TrainingError
+from rlhf_dist.errors import RunFolderError
 
 CHECKPOINT_TAG = "state"
+Veto = Callable[[dict[str, dict[str, float]]], str]
+"""Loss term → metric → mean over an optimiser step; returns why the step must not be taken, or ""."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,14 @@ class TrainEngine:
         )
         self._engine: Any = engine
         _undo_trial_step(engine.optimizer)
+        self._metric_names: dict[str, set[str]] = {}
+        """Loss term → the sums it reports."""
+        self.average: WeightAverage | None = None
+        """The moving average of the weights, where one is kept."""
+
+    def keep_average(self, decay: float) -> None:
+        """Keep an exponential moving average of the weights from now on."""
+        self.average = WeightAverage(self.module.model, decay)  # pyright: ignore[reportArgumentType]
 
     @property
     def module(self) -> nn.Module:
@@ -84,49 +95,89 @@ class TrainEngine:
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 
-    def step(self, terms: Sequence[LossTerm]) -> StepReport:
-        """Accumulate all terms' micro-batches and take one optimiser step.
+    def step(self, terms: Sequence[LossTerm], *, veto: Veto | None = None, measure_terms: bool = False) -> StepReport:
+        """Accumulate all terms' micro-batches and take one optimiser step, unless something speaks against it.
 
-        Raises:
-            TrainingError: a loss is not finite on some rank; no weight is touched.
+        A step is refused, and then touches no weight and no optimiser state, where a loss or the gradient is not finite on
+        some rank, or where `veto` says so. The report says why; every rank decides the same.
+
+        Args:
+            veto: (loss term → metric → mean over the step of all ranks) → why the step must not be taken, or "".
+            measure_terms: measure the gradient norm of each term by itself first, at the cost of one more forward and
+                backward pass of them all.
         """
-        report = StepReport(learning_rate=self._engine.get_lr()[0])
-        work = [(term, batch) for term in terms for batch in term.micro_batches]
+        norms = {term.name: self._norm_of([term]) for term in terms} if measure_terms else {}
+        report = StepReport(learning_rate=self._engine.get_lr()[0], term_grad_norms=norms)
+        self._accumulate(terms, report)
+        if distributed.any_rank(bool(report.suspects), self.device):
+            return self._refused(report, NON_FINITE_LOSS)
+        report.grad_norm = gradients.global_grad_norm(self._engine, self.device)
+        if not math.isfinite(report.grad_norm):
+            gradients.drop_gradients(self._engine)
+            report.suspects = self._bad_gradients(terms)
+            return self._refused(report, NON_FINITE_GRADIENT)
+        reason = veto(self._means(terms, report)) if veto is not None else ""
+        if reason:
+            return self._refused(report, reason)
+        self._engine.step()
+        if self.average is not None:
+            self.average.update()
+        return report
+
+    def pass_over(self, num_steps: int) -> None:
+        """Move the schedule on over optimiser steps that are not taken: the learning rate belongs to the place in the run."""
+        for _ in range(num_steps):
+            self._engine.lr_scheduler.step()
+
+    def _accumulate(self, terms: Sequence[LossTerm], report: StepReport) -> None:
+        """Forward and backward of all micro-batches; sums and losses that are not finite go into the report."""
+        work = [(term, i, batch) for term in terms for i, batch in enumerate(term.micro_batches)]
         self._engine.train()
-        finite = True
-        for i, (term, batch) in enumerate(work):
-            self._engine.set_gradient_accumulation_boundary(i == len(work) - 1)
+        for number, (term, i, batch) in enumerate(work):
+            self._engine.set_gradient_accumulation_boundary(number == len(work) - 1)
             idle = batch is None
             loss, sums = term.loss_sum((term.idle_batch if idle else batch).to(self.device))
             scale = 0.0 if idle else term.coefficient * self.world_size / term.global_count
-            finite = finite and bool(torch.isfinite(loss.detach()))
             self._engine.backward(loss * scale)
+            self._metric_names[term.name] = set(sums)
             if not idle:
+                if not torch.isfinite(loss.detach()):
+                    report.suspects.append((term.name, i))
                 totals = report.sums.setdefault(term.name, {})
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + float(value)
-        self._refuse_non_finite(not finite, terms)
-        # Without ZeRO and in fp32, DeepSpeed clips by the norm but does not keep it; the gradients are whole here.
-        plain_norm = (
-            _grad_norm(self.module) if self.config.zero_stage == 0 and self.config.precision == "fp32" else None
-        )
-        self._engine.step()
-        report.grad_norm = float(self._engine.get_global_grad_norm() if plain_norm is None else plain_norm)
-        if not math.isfinite(report.grad_norm):
-            raise TrainingError(
-                f"the gradient norm is {report.grad_norm}; weights of this step are not to be used. Resume from the last "
-                "checkpoint with a lower learning rate, or in fp32."
-            )
-        return report
 
-    def _refuse_non_finite(self, mine: bool, terms: Sequence[LossTerm]) -> None:
-        if distributed.any_rank(mine, self.device):
-            self._engine.zero_grad()
-            names = ", ".join(term.name for term in terms)
-            raise TrainingError(
-                f"a loss ({names}) is not finite; the step was not taken and no weight was touched. Look at the samples of "
-                "this step, lower the learning rate, or use fp32."
-            )
+    def _norm_of(self, terms: Sequence[LossTerm]) -> float:
+        """Norm of the gradient of these terms alone; leaves no gradient behind."""
+        self._accumulate(terms, StepReport())
+        norm = gradients.global_grad_norm(self._engine, self.device)
+        gradients.drop_gradients(self._engine)
+        return norm
+
+    def _bad_gradients(self, terms: Sequence[LossTerm]) -> list[tuple[str, int]]:
+        """(term, micro-batch) whose gradient by itself is not finite; a run that stops has time to look for them."""
+        singles = [(term, i) for term in terms for i in range(len(term.micro_batches))]
+        return [
+            (term.name, i)
+            for term, i in singles
+            if not math.isfinite(self._norm_of([replace(term, micro_batches=[term.micro_batches[i]])]))
+        ]
+
+    def _means(self, terms: Sequence[LossTerm], report: StepReport) -> dict[str, dict[str, float]]:
+        """The report's sums over all ranks, divided by their counts."""
+        # A rank that was idle throughout has no sums, but every rank knows which there are: from the idle batch's.
+        keys = [(term, key) for term in terms for key in sorted(self._metric_names[term.name])]
+        values = [report.sums.get(term.name, {}).get(key, 0.0) for term, key in keys]
+        totals = distributed.summed(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        means: dict[str, dict[str, float]] = {}
+        for (term, key), total in zip(keys, totals, strict=True):
+            means.setdefault(term.name, {})[key] = total / term.global_count
+        return means
+
+    def _refused(self, report: StepReport, reason: str) -> StepReport:
+        gradients.drop_gradients(self._engine)
+        report.refused = reason
+        return report
 
     @torch.no_grad()
     def infer(self, *args: Any) -> Any:
@@ -137,6 +188,8 @@ class TrainEngine:
     def save_checkpoint(self, path: Path) -> None:
         """Every rank writes its shard of parameters, optimiser and schedule under `path`."""
         self._engine.save_checkpoint(str(path), tag=CHECKPOINT_TAG, save_latest=False)
+        if self.average is not None:
+            self.average.save_checkpoint(path)
 
     def load_checkpoint(self, path: Path) -> None:
         """Restore what `save_checkpoint` wrote under the same ZeRO stage and number of ranks.
@@ -148,6 +201,8 @@ class TrainEngine:
         found = (path / CHECKPOINT_TAG).is_dir()
         if not found or self._engine.load_checkpoint(str(path), tag=CHECKPOINT_TAG)[0] is None:
             raise RunFolderError(f"no checkpoint of this layout in {path}; remove that step's folder or use resume: no")
+        if self.average is not None:
+            self.average.load_checkpoint(path)
 
 
 def train_ds_config(config: TrainedModel) -> dict[str, Any]:
@@ -169,10 +224,6 @@ def _undo_trial_step(optimizer: Any) -> None:
             for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
                 for master, parameter in zip(masters, parameters, strict=True):
                     master.copy_(parameter)
-
-
-def _grad_norm(module: nn.Module) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def _num_dims(parameter: nn.Parameter) -> int:

@@ -28,12 +28,22 @@ METRICS: dict[str, Metric] = {
     "sft/loss": Metric("nats/token", "mean negative log-likelihood of the step's target tokens, before its update"),
     "sft/eval_loss": Metric("nats/token", "mean negative log-likelihood of the held-out target tokens"),
     # Reward model
-    "reward_model/loss": Metric("nats", "mean of -log sigmoid(score chosen - score rejected) of the step's pairs"),
-    "reward_model/accuracy": Metric("fraction", "pairs of the step whose chosen response scores higher"),
-    "reward_model/margin": Metric("score", "mean of score chosen - score rejected over the step's pairs"),
-    "reward_model/eval_loss": Metric("nats", "pairwise loss on the held-out pairs"),
-    "reward_model/eval_accuracy": Metric("fraction", "held-out pairs whose chosen response scores higher"),
-    "reward_model/eval_margin": Metric("score", "mean of score chosen - score rejected over the held-out pairs"),
+    "reward_model/loss": Metric(
+        "nats", "mean loss of the step's prompts, margins and centering included; a prompt's is the mean over its pairs"
+    ),
+    "reward_model/accuracy": Metric(
+        "fraction", "pairs of the step whose better response scores higher; a prompt counts 1"
+    ),
+    "reward_model/margin": Metric("score", "mean of score better - score worse of the step's pairs; a prompt counts 1"),
+    "reward_model/eval_loss": Metric(
+        "nats", "mean of -log sigmoid(score better - score worse) of the held-out pairs; a prompt counts 1"
+    ),
+    "reward_model/eval_accuracy": Metric(
+        "fraction", "held-out pairs whose better response scores higher, equal scores by half; a prompt counts 1"
+    ),
+    "reward_model/eval_margin": Metric(
+        "score", "mean of score better - score worse of the held-out pairs; a prompt counts 1"
+    ),
     # PPO: policy
     "policy/loss": Metric("", "clipped policy objective, negated; mean over response tokens and optimiser steps"),
     "policy/approx_kl": Metric("nats/token", "KL(old policy, new policy) during the update, estimated on its tokens"),
@@ -43,6 +53,16 @@ METRICS: dict[str, Metric] = {
     "policy/ratio_mean": Metric("", "mean probability ratio new / old policy over response tokens"),
     "policy/entropy": Metric("nats/token", "entropy of the policy at the response tokens"),
     "policy/grad_norm": Metric("", "global gradient norm before clipping, mean over optimiser steps"),
+    "policy/num_updates": Metric(
+        "steps", "optimiser steps of the policy in the iteration; fewer than planned after a ppo.kl_stop"
+    ),
+    "policy/dual_clip_fraction": Metric("fraction", "response tokens whose loss ppo.dual_clip bounds"),
+    "policy/kl_loss": Metric(
+        "nats/token", "KL to the reference as a term of the loss, before it is weighted with kl/coef"
+    ),
+    "policy/ptx_grad_ratio": Metric(
+        "", "gradient norm of the weighted PTX term / that of the PPO loss, in the iteration's first optimiser step"
+    ),
     "policy/ptx_loss": Metric("nats/token", "pretraining-mix loss before it is weighted with ppo.ptx_coef"),
     "policy/learning_rate": Metric("", "learning rate of the policy's last optimiser step"),
     # PPO: value function
@@ -56,6 +76,9 @@ METRICS: dict[str, Metric] = {
     # PPO: reward, KL
     "reward/score_mean": Metric("score", "mean reward-model score of the iteration's responses"),
     "reward/score_std": Metric("score", "standard deviation of the scores over the iteration's responses"),
+    "reward/shaped_mean": Metric(
+        "score", "mean score as it enters the rewards: normalised, clipped, less the penalties"
+    ),
     "reward/total_mean": Metric("score", "mean sum of token rewards of a response: score and KL penalty"),
     "kl/ref_mean": Metric("nats/response", "mean over responses of log policy - log reference, summed over tokens"),
     "kl/ref_per_token": Metric("nats/token", "mean over response tokens of log policy - log reference"),

@@ -7,6 +7,8 @@ RUN_DIR/
   samples/         generated samples, one file a step
   checkpoints/     step_*/
   model/           the trained model in Hugging Face format
+  model_ema/       the moving average of a policy's weights, where `ppo.ema_decay` is set
+  refused_step_*.jsonl   the samples that a step was refused for
   logs/            logs of the actors, TensorBoard and wandb files
 """
 
@@ -123,6 +125,11 @@ class RunFolder:
     def model_dir(self) -> Path:
         """The trained model in Hugging Face format."""
         return self.path / "model"
+
+    @property
+    def model_ema_dir(self) -> Path:
+        """The moving average of a policy's weights in Hugging Face format, where one is kept."""
+        return self.path / "model_ema"
 
     @property
     def logs_dir(self) -> Path:

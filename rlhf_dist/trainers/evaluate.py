@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, zeros
 
-from rlhf_dist.batches import PreferenceBatch, SequenceBatch
+from rlhf_dist.batches import PreferenceBatch
 from rlhf_dist.roles import RewardScorer
 from rlhf_dist.trainers.generation import score_responses
 from rlhf_dist.trainers.run import Run
@@ -34,6 +33,5 @@ def evaluate_all(run: Run, roles: Mapping[str, Any], data: Mapping[str, Any]) ->
 
 
 def score_pairs(reward: RewardScorer, batch: PreferenceBatch) -> Tensor:
-    """[P, 2] fp32 scores of chosen and rejected, by a frozen reward model."""
-    sides = (SequenceBatch(batch.chosen, batch.chosen_lengths), SequenceBatch(batch.rejected, batch.rejected_lengths))
-    return torch.stack([scores.result() for scores in [reward.score(side) for side in sides]], dim=1)
+    """[P, K] fp32 scores by a frozen reward model; 0 where there is no response."""
+    return zeros(batch.lengths.shape).masked_scatter(batch.present, reward.score(batch.sequences).result())

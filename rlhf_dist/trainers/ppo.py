@@ -6,7 +6,7 @@ prompts ──► rollout.generate ──► RolloutBatch
    reward.score   reference.logprobs  policy.logprobs  value.values      at the same time
          └───────────────┴──────────┬─────┴───────────────┘
                           make_experience                               on the driver
-                     KL → token rewards → GAE → whitening
+                     KL → token rewards → GAE → whitening               (trainers/experience.py)
                                     │
                        ┌────────────┴────────────┐
                  policy.update (+ PTX)      value.update                at the same time
@@ -16,24 +16,25 @@ prompts ──► rollout.generate ──► RolloutBatch
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.advantages import gae
-from rlhf_dist.algo.kl import kl_k1
-from rlhf_dist.algo.losses import explained_variance
-from rlhf_dist.algo.masking import masked_mean, masked_whiten
 from rlhf_dist.algo.random import permutation
-from rlhf_dist.algo.rewards import shape_scores, token_rewards
-from rlhf_dist.batches import TRUNCATED, Experience, PromptBatch, RolloutBatch, TokenBatch
-from rlhf_dist.config import PPOSettings
+from rlhf_dist.algo.selfchecks import not_the_reference
+from rlhf_dist.batches import Experience, PromptBatch, RolloutBatch, TokenBatch
+from rlhf_dist.config import PPOSettings, Precision
 from rlhf_dist.data.sampler import EpochSampler
+from rlhf_dist.errors import SampleError, TrainingError
 from rlhf_dist.roles import Policy, Reference, RewardScorer, RolloutEngine, ValueFunction, WeightSync
 from rlhf_dist.trainers.checkpoint import Checkpoints
-from rlhf_dist.trainers.generation import Decode, generation_metrics, sample_rows, score_responses
+from rlhf_dist.trainers.experience import PPOState, Scored, check_finite, make_experience
+from rlhf_dist.trainers.failures import sample_dump
+from rlhf_dist.trainers.generation import Decode, sample_rows, score_responses
 from rlhf_dist.trainers.run import Run
 
 
@@ -71,13 +72,21 @@ class PPOTrainer:
         settings: PPOSettings,
         checkpoints: Checkpoints,
         every_iterations: int,
+        *,
+        max_response_tokens: int,
+        same_start: Precision | None = None,
     ) -> None:
+        """`max_response_tokens`: where the rollout engine cuts off. `same_start`: the lower precision of policy and reference
+        where the reference is a copy of the untrained policy, which is checked then; None where it is another model."""
         self.run_log = run
         self.roles = roles
         self.data = data
         self.settings = settings
         self.checkpoints = checkpoints
         self.every_iterations = every_iterations
+        self.max_response_tokens = max_response_tokens
+        self.same_start: Precision | None = same_start
+        self.state = PPOState(settings.kl_coef)
         self.prompt_sampler = EpochSampler(len(data.prompts), run.seed, "prompts")
         self.ptx_sampler = EpochSampler(len(data.ptx), run.seed, "ptx") if data.ptx else None
 
@@ -89,19 +98,64 @@ class PPOTrainer:
             rollout = self.roles.rollout.generate(prompts, stream="rollout", iteration=iteration).result()
         with phase("score"):
             scored = self.score(rollout)
+            self.check(iteration, rollout, scored)
         with phase("advantages"):
-            experience, metrics = make_experience(rollout, scored, self.settings)
+            state = self.state.with_scores(scored.scores)
+            experience, metrics = make_experience(rollout, scored, self.settings, state, self.max_response_tokens)
         with phase("update"):
-            steps, ptx = self.draw_steps(iteration), self.draw_ptx(iteration)
-            updates = [self.roles.policy.update(experience, steps, ptx), self.roles.value.update(experience, steps)]
-            for update in updates:
-                metrics |= update.result().metrics
+            metrics |= self.update(iteration, experience, state.kl_coef)
+            self.state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings)
         with phase("sync"):
             self.roles.weight_sync.push(iteration + 1).result()
         self.log_samples(iteration, rollout, scored)
         times = self.run_log.take_times()
         tokens = int(rollout.response_lengths.sum())
         return {**metrics, **times, "throughput/response_tokens_per_s": tokens / times["time/step_s"]}
+
+    def update(self, iteration: int, experience: Experience, kl_coef: float) -> dict[str, float]:
+        """All epochs and mini-batches of an iteration; the policy's only once the value function is warm."""
+        steps, ptx = self.draw_steps(iteration), self.draw_ptx(iteration)
+        updates = []
+        if iteration >= self.settings.value_warmup_iterations:
+            kl_loss_coef = kl_coef if self.settings.kl_in == "loss" else 0.0
+            updates.append(self.roles.policy.update(experience, steps, ptx, kl_loss_coef))
+        updates.append(self.roles.value.update(experience, steps))
+        metrics: dict[str, float] = {}
+        with self._dumping(iteration, experience, ptx):
+            for update in updates:
+                metrics |= update.result().metrics
+        return metrics
+
+    def check(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
+        """Nothing of the scored responses is NaN or infinite, and the untrained policy is its reference.
+
+        Raises:
+            SampleError: something is not finite; the samples are written down.
+            TrainingError: policy and reference differ.
+        """
+        with self._dumping(iteration, rollout):
+            check_finite(rollout, scored)
+        if iteration == 0 and self.settings.self_checks and self.same_start:
+            wrong = not_the_reference(scored.logprobs, scored.ref_logprobs, rollout.response_mask, self.same_start)
+            if wrong:
+                raise TrainingError(wrong)
+
+    @contextlib.contextmanager
+    def _dumping(
+        self, iteration: int, batch: RolloutBatch | Experience, ptx: list[TokenBatch] | None = None
+    ) -> Iterator[None]:
+        """Write down the samples that a step is refused for."""
+        try:
+            yield
+        except SampleError as error:
+            rows = [
+                row
+                for source, numbers in error.rows.items()
+                for row in sample_dump(
+                    source, ptx[error.step or 0] if source == "ptx" and ptx else batch, numbers, self.data.decode
+                )
+            ]
+            raise self.run_log.refused(iteration + 1, error, rows) from error
 
     def log_samples(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
         """A few responses with their scores."""
@@ -138,7 +192,8 @@ class PPOTrainer:
         if self.ptx_sampler is None or self.data.ptx is None or self.settings.ptx_coef == 0:
             return None
         size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration
-        indices = self.ptx_sampler.indices(iteration * num * size, num * size)
+        trained = max(0, iteration - self.settings.value_warmup_iterations)
+        indices = self.ptx_sampler.indices(trained * num * size, num * size)
         return [self.data.ptx.batch(part) for part in indices.split(size)]
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -157,7 +212,8 @@ class PPOTrainer:
                     metrics["time/evaluate_s"] = self.run_log.take_times()["time/evaluate_s"]
                 self.run_log.log(iteration, metrics)
                 if self.every_iterations and iteration % self.every_iterations == 0:
-                    self.checkpoints.save(iteration, {"before": before}, self._trained())
+                    state = {"before": before, "ppo": self.state.to_json()}
+                    self.checkpoints.save(iteration, state, self._trained())
         return {"num_iterations": iteration, "before": before, "after": after}
 
     def _start(self, resume: bool) -> tuple[int, dict[str, float]]:
@@ -167,6 +223,7 @@ class PPOTrainer:
         iteration = state["step"] if state else 0
         self.roles.weight_sync.push(iteration).result()
         if state:
+            self.state = PPOState.from_json(state["ppo"])
             return iteration, state["before"]
         before = self.evaluate(0)
         self.run_log.log(0, {f"eval/{name}": value for name, value in before.items()})
@@ -185,53 +242,3 @@ class PPOTrainer:
         )
         self.run_log.log_eval(iteration, rows)
         return metrics
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the models say of a `RolloutBatch`."""
-
-    scores: Tensor
-    """[B] fp32."""
-    logprobs: Tensor
-    """[B, R] fp32, under the policy that is about to be updated."""
-    ref_logprobs: Tensor
-    """[B, R] fp32."""
-    values: Tensor
-    """[B, R] fp32."""
-
-
-def make_experience(
-    rollout: RolloutBatch, scored: Scored, settings: PPOSettings
-) -> tuple[Experience, dict[str, float]]:
-    """KL → token rewards → GAE → whitening over the whole batch; and the metrics of the iteration."""
-    mask = rollout.response_mask
-    kl = kl_k1(scored.logprobs, scored.ref_logprobs)
-    shaped = shape_scores(
-        scored.scores,
-        rollout.finish_reasons == TRUNCATED,
-        score_clip=settings.score_clip,
-        missing_eos_penalty=settings.missing_eos_penalty,
-    )
-    rewards = token_rewards(shaped, kl, mask, settings.kl_coef)
-    advantages, returns = gae(rewards, scored.values, mask, settings.discount, settings.gae_lambda)
-    experience = Experience(
-        tokens=rollout.tokens,
-        prompt_lengths=rollout.prompt_lengths,
-        response_lengths=rollout.response_lengths,
-        old_logprobs=scored.logprobs,
-        old_values=scored.values,
-        advantages=masked_whiten(advantages, mask) if settings.whiten_advantages else advantages,
-        returns=returns,
-    )
-    mismatch = torch.where(mask, (rollout.behaviour_logprobs - scored.logprobs).abs(), 0.0)
-    metrics = {
-        **generation_metrics(rollout, scored.scores),
-        "reward/total_mean": float(rewards.sum(1).mean()),
-        "kl/ref_mean": float(torch.where(mask, kl, 0.0).sum(1).mean()),
-        "kl/ref_per_token": float(masked_mean(kl, mask)),
-        "kl/coef": settings.kl_coef,
-        "value/explained_variance": explained_variance(scored.values, returns, mask),
-        "rollout/behaviour_mismatch": float(mismatch.max()),
-    }
-    return experience, metrics

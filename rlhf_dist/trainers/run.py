@@ -6,13 +6,16 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
 
 from rlhf_dist.config import HostedRun
-from rlhf_dist.roles import Trained
+from rlhf_dist.errors import SampleError
+from rlhf_dist.roles import Policy, Trained
 from rlhf_dist.tracking.console import RunProgress
 from rlhf_dist.tracking.run_folder import RunFolder, write_atomically
 from rlhf_dist.tracking.trackers import Tracker
@@ -103,11 +106,25 @@ class Run:
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
         write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
+    def refused(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
+        """Write down the samples that step `step` was refused for, and return the error with the place added."""
+        path = self.folder.path / f"refused_step_{step:06d}.jsonl"
+        write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
+        return SampleError(f"{error} Samples: {path}", error.rows, error.step)
+
     def save_model(self, model: Trained) -> None:
-        """Write the model to model/: under a temporary name, renamed when whole."""
-        temporary, final = self.folder.path / ".writing_model", self.folder.model_dir
+        """Write the model to model/."""
+        self._write_model(self.folder.model_dir, model.save_model)
+
+    def save_average(self, policy: Policy) -> None:
+        """Write the moving average of the policy's weights to model_ema/."""
+        self._write_model(self.folder.model_ema_dir, policy.save_average)
+
+    def _write_model(self, final: Path, write: Callable[[Path], Future[None]]) -> None:
+        """Under a temporary name, renamed when whole."""
+        temporary = final.with_name(f".writing_{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_model(temporary).result()
+        write(temporary).result()
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
 

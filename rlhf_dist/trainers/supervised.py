@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_dist.algo.losses import ranked_pairs, ranking_loss
 from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
 from rlhf_dist.data.sampler import EpochSampler
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.errors import ConfigError, SampleError
 from rlhf_dist.roles import LanguageModel, LanguageModelScorer, PreferenceModel, Trained
 from rlhf_dist.trainers.checkpoint import Checkpoints
+from rlhf_dist.trainers.failures import sample_dump
 from rlhf_dist.trainers.run import Run
 
 EVAL_CHUNK = 512
@@ -31,6 +33,7 @@ class Task(Protocol):
     """What differs between supervised runs."""
 
     model: Trained
+    train: Any
 
     def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
         """Optimiser step `step` on these training records."""
@@ -60,7 +63,7 @@ class SFTTask:
 
 @dataclass
 class RewardTask:
-    """Pairwise log-sigmoid loss."""
+    """Log-sigmoid loss of the pairs of each prompt."""
 
     model: PreferenceModel
     train: Any
@@ -71,7 +74,7 @@ class RewardTask:
         return self.model.update(self.train.batch(indices), step)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss, accuracy (a tie counts one half) and mean margin on the held-out pairs."""
+        """See `pair_metrics`."""
         return pair_metrics(lambda batch: self.model.score_pairs(batch).result(), self.eval) if self.eval else {}
 
 
@@ -82,14 +85,23 @@ def mean_nll(model: LanguageModelScorer, dataset: Any) -> float:
 
 
 def pair_metrics(score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any) -> dict[str, float]:
-    """Held-out loss, accuracy (a tie counts one half) and mean margin of whatever gives pairs [P, 2] scores."""
-    scores = torch.cat([score_pairs(dataset.batch(chunk)) for chunk in chunks(len(dataset))]).double()
-    margin = scores[:, 0] - scores[:, 1]
-    return {
-        "reward_model/eval_loss": float(-torch.nn.functional.logsigmoid(margin).mean()),
-        "reward_model/eval_accuracy": float(((margin > 0).double() + 0.5 * (margin == 0).double()).mean()),
-        "reward_model/eval_margin": float(margin.mean()),
-    }
+    """Held-out loss, accuracy (equal scores count one half) and score difference of whatever gives [P, K] scores.
+
+    Means over prompts of each prompt's mean over its pairs. The loss is without margins and centering, so that runs with
+    other coefficients, and other models, compare.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for chunk in chunks(len(dataset)):
+        batch: PreferenceBatch = dataset.batch(chunk)
+        scores = score_pairs(batch).double()
+        loss, pair_sums = ranking_loss(scores, batch.present, ranks=batch.ranks)
+        better, worse, weights = ranked_pairs(batch.present, batch.ranks)
+        equal = (scores[:, better] == scores[:, worse]) * weights
+        sums += torch.stack([loss, pair_sums["accuracy"] + 0.5 * equal.sum(), pair_sums["margin"]])
+    means = (sums / len(dataset)).tolist()
+    return dict(
+        zip(("reward_model/eval_loss", "reward_model/eval_accuracy", "reward_model/eval_margin"), means, strict=True)
+    )
 
 
 def chunks(num: int, size: int = EVAL_CHUNK) -> Iterator[torch.Tensor]:
@@ -129,7 +141,7 @@ class SupervisedTrainer:
         self.total_steps = total_steps
         self.every_steps = every_steps
         self.checkpoints = checkpoints
-        self.sampler = EpochSampler(len(task.train), run.seed, "training order")  # pyright: ignore[reportAttributeAccessIssue]
+        self.sampler = EpochSampler(len(task.train), run.seed, "training order")
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Train to the end; returns the summary."""
@@ -156,8 +168,20 @@ class SupervisedTrainer:
     def _step(self, step: int) -> dict[str, float]:
         with self.run_log.phase("update"):
             indices = self.sampler.indices(step * self.settings.batch_size, self.settings.batch_size)
-            report = self.task.update(step, indices).result()
+            try:
+                report = self.task.update(step, indices).result()
+            except SampleError as error:
+                raise self.run_log.refused(step + 1, error, self._dump(error, indices)) from error
         return {**report.metrics, **self.run_log.take_times()}
+
+    def _dump(self, error: SampleError, indices: torch.Tensor) -> list[dict[str, Any]]:
+        """The training records that a step was refused for, with their numbers in the training set."""
+        batch = self.task.train.batch(indices)
+        return [
+            {"record": int(indices[row["row"]]), **row}
+            for source, rows in error.rows.items()
+            for row in sample_dump(source, batch, rows)
+        ]
 
 
 def _due(step: int, every: int) -> bool:

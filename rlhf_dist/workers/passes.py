@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_dist.batches import Experience, RolloutBatch, SequenceBatch, TokenBatch
+from rlhf_dist.batches import Experience, RolloutBatch, SequenceBatch, TokenBatch, length_mask
 from rlhf_dist.models.forward import last_token_scores, response_target_mask, scatter_responses, state_values
 
 IDLE_TOKENS = TokenBatch(
@@ -22,7 +22,7 @@ IDLE_EXPERIENCE = Experience(
     tokens=IDLE_TOKENS.tokens,
     prompt_lengths=torch.ones(1, dtype=torch.long),
     response_lengths=torch.ones(1, dtype=torch.long),
-    **{name: torch.zeros(1, 1) for name in ("old_logprobs", "old_values", "advantages", "returns")},
+    **{name: torch.zeros(1, 1) for name in ("old_logprobs", "old_values", "advantages", "returns", "ref_logprobs")},
 )
 """What an idle micro-batch runs on: the smallest batch with one target."""
 
@@ -68,12 +68,13 @@ def sequence_scores(engine: Any, batch: SequenceBatch, micro_batches: MicroBatch
 
 
 def response_values(engine: Any, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
-    """[rows, R] fp32 value of the state before each response token, 0 on padding."""
+    """[rows, R + 1] fp32 value of the state before each response token and after the last, 0 on padding."""
     outputs = []
     for micro in pick(rollout, micro_batches):
         batch = (micro or IDLE_EXPERIENCE).to(engine.device)
         scalars = engine.infer(batch.tokens, batch.lengths)
-        values = state_values(scalars, batch.prompt_lengths, batch.response_mask)
+        states = length_mask(batch.response_lengths + 1, batch.response_mask.shape[1] + 1)
+        values = state_values(scalars, batch.prompt_lengths, states)
         outputs.append(values if micro is not None else None)
     return flat_rows(outputs, micro_batches, len(rollout))
 

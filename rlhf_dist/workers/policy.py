@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from rlhf_dist.algo.losses import Sums, policy_loss
-from rlhf_dist.algo.masking import masked_sum
-from rlhf_dist.batches import Experience, RolloutBatch, StepReport, StepShare, TokenBatch
-from rlhf_dist.config import TrainedModel
+from rlhf_dist.algo.losses import Sums, entropy_loss, kl_loss, policy_loss
+from rlhf_dist.algo.selfchecks import off_policy
+from rlhf_dist.batches import KL_STOP, Experience, RolloutBatch, StepReport, StepShare, TokenBatch
+from rlhf_dist.config import PPOSettings, Precision, TrainedModel
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.train import LossTerm
+from rlhf_dist.engine.train import LossTerm, Veto
 from rlhf_dist.models.forward import response_target_mask, scatter_responses
 from rlhf_dist.models.loading import without_dropout
 from rlhf_dist.weight_sync.buckets import WeightSource
@@ -29,15 +30,16 @@ class PolicyWorker(LanguageModelWorker):
         num_steps: int,
         *,
         temperature: float,
-        clip_range: float,
-        ptx_coef: float,
+        settings: PPOSettings,
         template_path: Path | None = None,
     ) -> None:
         super().__init__(config, context, num_steps, template_path)
         without_dropout(self.model)
         self.temperature = temperature
-        self.clip_range = clip_range
-        self.ptx_coef = ptx_coef
+        self.settings = settings
+        self.precision: Precision = config.precision
+        if settings.ema_decay is not None:
+            self.engine.keep_average(settings.ema_decay)
         self.weights = WeightSource(self.model)
 
     def logprobs(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
@@ -45,25 +47,43 @@ class PolicyWorker(LanguageModelWorker):
         return response_logprobs(self.engine, rollout, micro_batches, self.temperature)
 
     def update_ppo(
-        self, experience: Experience, steps: list[StepShare], ptx: list[TokenBatch] | None
+        self, experience: Experience, steps: list[StepShare], ptx: list[TokenBatch] | None, kl_loss_coef: float
     ) -> list[StepReport]:
-        """One optimiser step an entry of `steps`."""
-        reports = []
+        """One optimiser step an entry of `steps`, up to one that is refused.
+
+        Args:
+            kl_loss_coef: weight of the KL to the reference as a term of the loss; 0 leaves it out.
+        """
+        reports: list[StepReport] = []
         for i, step in enumerate(steps):
-            terms = [
-                LossTerm(
-                    "ppo",
-                    pick(experience, step.micro_batches),
-                    self._ppo_loss,
-                    IDLE_EXPERIENCE,
-                    step.num_tokens,
-                )
-            ]
+            micro_batches = pick(experience, step.micro_batches)
+            loss = partial(self._ppo_loss, kl_loss_coef=kl_loss_coef)
+            terms = [LossTerm("ppo", micro_batches, loss, IDLE_EXPERIENCE, step.num_tokens)]
             if ptx is not None:
-                micro_batches = pick(ptx[i], step.ptx_micro_batches)
-                terms.append(self.nll_term("ptx", micro_batches, step.num_ptx_targets, self.ptx_coef))
-            reports.append(self.engine.step(terms))
+                texts = pick(ptx[i], step.ptx_micro_batches)
+                terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
+            first = i == 0
+            reports.append(self.engine.step(terms, veto=self._veto(first), measure_terms=first and ptx is not None))
+            if reports[-1].refused:
+                self.engine.pass_over(len(steps) - i)
+                break
         return reports
+
+    def _veto(self, first: bool) -> Veto:
+        """The first step of an update is on policy, which is checked; the others may have moved too far, and end it."""
+
+        def decide(means: dict[str, dict[str, float]]) -> str:
+            ppo = means["ppo"]
+            if first and self.settings.self_checks:
+                return off_policy(ppo["ratio_deviation"], ppo["clip_fraction"], self.precision)
+            limit = self.settings.kl_stop
+            return KL_STOP if limit is not None and ppo["approx_kl"] > limit else ""
+
+        return decide
+
+    def save_average(self, path: Path) -> None:
+        """Write the moving average of the weights as a model in Hugging Face format."""
+        self.save_model(path, average=self.engine.average)
 
     def num_buckets(self) -> int:
         """How many weight buckets hold the model."""
@@ -79,12 +99,25 @@ class PolicyWorker(LanguageModelWorker):
         """Checksum of what was sent since bucket 0."""
         return self.weights.checksum()
 
-    def _ppo_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
+    def _ppo_loss(self, batch: Experience, kl_loss_coef: float) -> tuple[Tensor, Sums]:
+        settings, mask = self.settings, batch.response_mask
         targets = response_target_mask(batch.prompt_lengths, batch.response_lengths, batch.tokens.shape[1])
-        logprobs, entropy = self.engine(batch.tokens, batch.lengths, targets, self.temperature, True)
-        mask = batch.response_mask
+        flat_logprobs, flat_entropies = self.engine(batch.tokens, batch.lengths, targets, self.temperature, True)
+        logprobs = scatter_responses(flat_logprobs, mask)
+        entropies = scatter_responses(flat_entropies if settings.entropy_coef else flat_entropies.detach(), mask)
         loss, sums = policy_loss(
-            scatter_responses(logprobs, mask), batch.old_logprobs, batch.advantages, mask, self.clip_range
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            mask,
+            settings.clip_range,
+            settings.clip_range_high,
+            settings.dual_clip,
         )
-        sums["entropy"] = masked_sum(scatter_responses(entropy.detach(), mask), mask)
-        return loss, sums
+        bonus, entropy_sums = entropy_loss(entropies, mask)
+        loss = loss + settings.entropy_coef * bonus
+        if kl_loss_coef:
+            penalty, kl_sums = kl_loss(logprobs, batch.ref_logprobs, mask, settings.kl_estimator)
+            loss = loss + kl_loss_coef * penalty
+            sums["kl_loss"] = kl_sums["loss"]
+        return loss, sums | entropy_sums

@@ -39,16 +39,18 @@ class ValueWorker(TrainedWorker):
         self.clip_range = clip_range
 
     def values(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
-        """[rows, R] fp32 values, 0 on padding."""
+        """[rows, R + 1] fp32 values of the states before each response token and after the last, 0 on padding."""
         return response_values(self.engine, rollout, micro_batches)
 
     def update(self, experience: Experience, steps: list[StepShare]) -> list[StepReport]:
-        """One optimiser step an entry of `steps`."""
+        """One optimiser step an entry of `steps`, up to one that is refused."""
         reports = []
         for step in steps:
             micro_batches = pick(experience, step.micro_batches)
             term = LossTerm("value", micro_batches, self._value_loss, IDLE_EXPERIENCE, step.num_tokens)
             reports.append(self.engine.step([term]))
+            if reports[-1].refused:
+                break
         return reports
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:

@@ -56,7 +56,7 @@ class FakePolicy(FakeTrained):
     def logprobs(self, rollout: RolloutBatch) -> Answer:
         return self.answer("logprobs", torch.where(rollout.response_mask, -1.0, 0.0))
 
-    def update(self, experience: Any, steps: Any, ptx: Any) -> Answer:
+    def update(self, experience: Any, steps: Any, ptx: Any, kl_loss_coef: float = 0.0) -> Answer:
         for rows in steps:
             # Not linear, so that the order of rows and steps matters.
             for row in rows.tolist():
@@ -71,7 +71,8 @@ class FakeValue(FakeTrained):
     """In place of the value function: values of one half."""
 
     def values(self, rollout: RolloutBatch) -> Answer:
-        return self.answer("values", torch.where(rollout.response_mask, 0.5, 0.0))
+        states = length_mask(rollout.response_lengths + 1, rollout.response_mask.shape[1] + 1)
+        return self.answer("values", torch.where(states, 0.5, 0.0))
 
     def update(self, experience: Any, steps: Any) -> Answer:
         self.state += 1

@@ -71,15 +71,13 @@ def test_without_reward_model_and_reference_lengths_remain():
     assert found["response_length_mean"] == 2
 
 
-def test_a_frozen_reward_model_scores_both_sides():
+def test_a_frozen_reward_model_scores_all_responses():
     class FirstToken:
         def score(self, sequences) -> Answer:
             return Answer([], "", sequences.tokens[:, 0].float())
 
-    batch = PreferenceBatch(
-        torch.tensor([[1, 0], [2, 3]]), torch.tensor([1, 2]), torch.tensor([[7], [8]]), torch.tensor([1, 1])
-    )
-    assert score_pairs(FirstToken(), batch).tolist() == [[1, 7], [2, 8]]
+    batch = PreferenceBatch.of([[[1], [7]], [[2, 3], [8], [9]]])
+    assert score_pairs(FirstToken(), batch).tolist() == [[1, 7, 0], [2, 8, 9]]
 
 
 def test_evaluate_all_measures_what_it_is_given(tmp_path: Path):

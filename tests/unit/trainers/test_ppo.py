@@ -11,7 +11,7 @@ from trainers_support import PPO, metrics, open_run, prompts, texts
 
 from rlhf_dist.batches import FINISHED, TRUNCATED, RolloutBatch
 from rlhf_dist.config import PPOSettings
-from rlhf_dist.trainers.ppo import Scored, make_experience
+from rlhf_dist.trainers.experience import PPOState, Scored, make_experience
 
 SETTINGS = PPOSettings(
     num_iterations=4,
@@ -177,7 +177,7 @@ SCORED = Scored(
     scores=torch.tensor([2.0, -0.25]),
     logprobs=torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]),
     ref_logprobs=torch.tensor([[-1.5, -1.0], [-3.0, 0.0]]),
-    values=torch.tensor([[0.2, 0.4], [0.25, 0.0]]),
+    state_values=torch.tensor([[0.2, 0.4, 0.9], [0.25, 0.6, 0.0]]),
 )
 BY_HAND = PPOSettings(
     prompts_per_iteration=2,
@@ -194,16 +194,16 @@ BY_HAND = PPOSettings(
 def test_experience_by_hand():
     # Row 1: KL 0.5 and −1, score clipped to 1: rewards −0.05 and 1.1; δ = 0.15 and 0.7; A_0 = 0.15 + 0.5·0.7.
     # Row 2: KL 0, score −0.25 less the penalty of 0.5: reward −0.75; A = −0.75 − 0.25.
-    experience, _ = make_experience(ROLLOUT, SCORED, BY_HAND)
+    experience, _ = make_experience(ROLLOUT, SCORED, BY_HAND, PPOState(0.1), 4)
     assert torch.allclose(experience.advantages, torch.tensor([[0.5, 0.7], [-1.0, 0.0]]))
     assert torch.allclose(experience.returns, torch.tensor([[0.7, 1.1], [-0.75, 0.0]]))
     assert torch.equal(experience.old_logprobs, SCORED.logprobs)
-    assert torch.equal(experience.old_values, SCORED.values)
+    assert torch.equal(experience.old_values, torch.tensor([[0.2, 0.4], [0.25, 0.0]]))  # no value of an end
     assert torch.equal(experience.response_mask, ROLLOUT.response_mask)
 
 
 def test_metrics_by_hand():
-    _, found = make_experience(ROLLOUT, SCORED, BY_HAND)
+    _, found = make_experience(ROLLOUT, SCORED, BY_HAND, PPOState(0.1), 4)
     assert found["reward/score_mean"] == 0.875  # of the reward model's own scores, before clip and penalty
     assert found["reward/score_std"] == 1.125
     assert found["reward/total_mean"] == pytest.approx(0.15)
@@ -217,7 +217,7 @@ def test_metrics_by_hand():
 
 def test_whitening_is_over_all_response_tokens_and_leaves_returns_alone():
     settings = BY_HAND.model_copy(update={"whiten_advantages": True})
-    experience, _ = make_experience(ROLLOUT, SCORED, settings)
+    experience, _ = make_experience(ROLLOUT, SCORED, settings, PPOState(0.1), 4)
     raw = [0.5, 0.7, -1.0]
     mean = sum(raw) / 3
     std = math.sqrt(sum((a - mean) ** 2 for a in raw) / 3)

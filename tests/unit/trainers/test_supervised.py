@@ -11,7 +11,7 @@ import torch
 from support.roles import Answer, FakeTrained
 from trainers_support import metrics, open_run
 
-from rlhf_dist.batches import UpdateReport
+from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.trainers.checkpoint import Checkpoints
@@ -160,10 +160,46 @@ def test_the_mean_loss_weighs_targets_and_not_chunks():
     assert mean_nll(Scorer(), Numbered(700)) == pytest.approx((2 * first + 4 * second) / (first + second))
 
 
+class Rankings(Numbered):
+    """Record i is the ranking i of `ranks`."""
+
+    def __init__(self, ranks: list[list[int]]) -> None:
+        super().__init__(len(ranks))
+        self.all = PreferenceBatch.of([[[1 + i]] * len(row) for i, row in enumerate(ranks)], ranks=ranks)
+
+    def batch(self, indices: torch.Tensor) -> PreferenceBatch:
+        return self.all.rows(indices)
+
+
+def scorer(scores: list[list[float]]):
+    """Scores by the number that stands in each sequence."""
+
+    def score(batch: PreferenceBatch) -> torch.Tensor:
+        rows = [scores[int(number) - 1] for number in batch.tokens[:, 0, 0]]
+        return torch.tensor([row + [99.0] * (batch.present.shape[1] - len(row)) for row in rows])
+
+    return score
+
+
 def test_pair_metrics_by_hand():
-    scores = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [0.5, 0.0]])
-    found = pair_metrics(lambda batch: scores[batch], Numbered(4))
+    found = pair_metrics(scorer([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [0.5, 0.0]]), Rankings([[0, 1]] * 4))
     margins = [1.0, -2.0, 0.0, 0.5]
     assert found["reward_model/eval_accuracy"] == 2.5 / 4  # a tie is a coin toss
     assert found["reward_model/eval_margin"] == -0.125
     assert found["reward_model/eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 4)
+
+
+def test_pair_metrics_of_rankings_weigh_prompts_and_leave_ties_out():
+    ranks, scores = [[0, 1], [0, 1, 1], [0, 1, 2]], [[1.0, 0.0], [2.0, 3.0, 2.0], [4.0, 2.0, 1.0]]
+    margins = [[1.0], [-1.0, 0.0], [2.0, 3.0, 1.0]]  # the tied responses of the second are not compared
+    found = pair_metrics(scorer(scores), Rankings(ranks))
+    assert found["reward_model/eval_margin"] == pytest.approx((1 - 0.5 + 2) / 3)
+    assert found["reward_model/eval_accuracy"] == pytest.approx((1 + 0.25 + 1) / 3)
+    losses = [sum(math.log1p(math.exp(-m)) for m in row) / len(row) for row in margins]
+    assert found["reward_model/eval_loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_pair_metrics_weigh_records_and_not_chunks():
+    scores = [[1.0, 0.0]] * 512 + [[0.0, 1.0, 2.0]] * 8  # the second chunk is small, and its rankings are longer
+    found = pair_metrics(scorer(scores), Rankings([list(range(len(row))) for row in scores]))
+    assert found["reward_model/eval_accuracy"] == pytest.approx(512 / 520)

@@ -73,4 +73,4 @@ class PPO:
         )
         data = PPOData(prompts(10), eval_prompts, ptx, decode)
         checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
-        self.trainer = PPOTrainer(run, roles, data, settings, checkpoints, every_iterations=2)
+        self.trainer = PPOTrainer(run, roles, data, settings, checkpoints, every_iterations=2, max_response_tokens=4)

@@ -1,0 +1,106 @@
+"""What the ranks report of optimiser steps → what a trainer is told, in numbers that do not depend on the split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rlhf_dist.batches import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport, UpdateReport
+from rlhf_dist.errors import SampleError, TrainingError
+
+Shares = list[list[list[int]]]
+"""Rank → micro-batch → rows."""
+MetricNames = dict[str, tuple[str, str]]
+"""Metric → (loss term, sum) of a `StepReport`."""
+
+LM_METRICS: MetricNames = {"sft/loss": ("lm", "loss")}
+RM_METRICS: MetricNames = {
+    "reward_model/loss": ("rm", "loss"),
+    "reward_model/accuracy": ("rm", "accuracy"),
+    "reward_model/margin": ("rm", "margin"),
+}
+POLICY_METRICS: MetricNames = {
+    "policy/loss": ("ppo", "loss"),
+    "policy/clip_fraction": ("ppo", "clip_fraction"),
+    "policy/dual_clip_fraction": ("ppo", "dual_clip_fraction"),
+    "policy/approx_kl": ("ppo", "approx_kl"),
+    "policy/ratio_mean": ("ppo", "ratio"),
+    "policy/entropy": ("ppo", "entropy"),
+    "policy/kl_loss": ("ppo", "kl_loss"),
+    "policy/ptx_loss": ("ptx", "loss"),
+}
+VALUE_METRICS: MetricNames = {"value/loss": ("value", "loss"), "value/clip_fraction": ("value", "clip_fraction")}
+
+
+def by_step(ranks: list[list[StepReport]]) -> list[list[StepReport]]:
+    """Rank → step becomes step → rank."""
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+def update_report(
+    role: str,
+    steps: list[list[StepReport]],
+    counts: Mapping[str, Sequence[int]],
+    shares: Mapping[str, Sequence[Shares]],
+    names: MetricNames,
+) -> UpdateReport:
+    """Mean over the optimiser steps taken of Σ_ranks sum / global count.
+
+    Args:
+        role: the model's name, for messages.
+        steps: step → rank → report.
+        counts: loss term → step → tokens or pairs over all ranks.
+        shares: loss term → step → who got which rows.
+
+    Raises:
+        SampleError: a loss or the gradient was not finite; names the rows of the micro-batches where.
+        TrainingError: the step was refused for another reason.
+    """
+    reason = steps[-1][0].refused if steps else ""
+    if reason == KL_STOP:
+        steps = steps[:-1]
+    elif reason:
+        raise _refusal(role, reason, steps, shares)
+    prefix = role if role in ("policy", "value") else "train"
+    if not steps:
+        return UpdateReport({f"{prefix}/num_updates": 0.0} if prefix == "policy" else {}, 0)
+    metrics = _means(steps, counts, names)
+    metrics[f"{prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in steps) / len(steps)
+    metrics[f"{prefix}/learning_rate"] = steps[-1][0].learning_rate
+    if prefix == "policy":
+        metrics["policy/num_updates"] = float(len(steps))
+        norms = steps[0][0].term_grad_norms
+        if "ptx" in norms:
+            metrics["policy/ptx_grad_ratio"] = norms["ptx"] / norms["ppo"] if norms["ppo"] else float("nan")
+    return UpdateReport(metrics, len(steps))
+
+
+def _means(steps: list[list[StepReport]], counts: Mapping[str, Sequence[int]], names: MetricNames) -> dict[str, float]:
+    metrics = {}
+    for metric, (term, key) in names.items():
+        if any(key in report.sums.get(term, {}) for report in steps[0]):
+            per_step = [
+                sum(report.sums.get(term, {}).get(key, 0.0) for report in ranks) / counts[term][i]
+                for i, ranks in enumerate(steps)
+            ]
+            metrics[metric] = sum(per_step) / len(per_step)
+    return metrics
+
+
+def _refusal(
+    role: str, reason: str, steps: list[list[StepReport]], shares: Mapping[str, Sequence[Shares]]
+) -> TrainingError:
+    number = len(steps) - 1
+    if reason not in (NON_FINITE_LOSS, NON_FINITE_GRADIENT):
+        return TrainingError(f"{role}: {reason}. The step was not taken and no weight was touched.")
+    rows: dict[str, list[int]] = {}
+    for rank, report in enumerate(steps[-1]):
+        for term, micro in report.suspects:
+            rows.setdefault(term, []).extend(shares[term][number][rank][micro])
+    rows = {term: sorted(set(numbers)) for term, numbers in rows.items()}
+    where = "; ".join(f"{term}: rows {', '.join(map(str, numbers))}" for term, numbers in rows.items())
+    return SampleError(
+        f"{role}: {reason} in optimiser step {number + 1} of the update ({where or 'in no sample by itself'}). The step was "
+        "not taken and no weight was touched by it. Look at these samples; lower the learning rate, or use precision: fp32.",
+        rows,
+        step=number,
+    )
