@@ -1,7 +1,8 @@
 """Typed records that cross module borders.
 
 Axes: B sequences, T token positions of the longest sequence (prompt then response, padded on the right),
-R response positions of the longest response, P preference pairs. All tensors live on the CPU here; workers
+R response positions of the longest response, P prompts with ranked responses, K
+responses of the prompt that has most. All tensors live on the CPU here; workers
 move what they need to their device.
 
 Response-aligned tensors ([B, R]) hold at position t what belongs to the t-th response token: its log-prob,
@@ -24,7 +25,7 @@ FINISHED, TRUNCATED = 0, 1
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]] | Sequence[Tensor], value: float = 0, dtype: torch.dtype = torch.long
+    rows: Sequence[Sequence[float]] | Sequence[Tensor], value: float = 0, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """Stack rows of different lengths into one [B, max length] tensor, padded on the right with `value`."""
     width = max((len(row) for row in rows), default=0)
@@ -44,7 +45,7 @@ class _Rows:
     """Row selection for dataclasses whose tensors all have the batch axis first."""
 
     _widths: ClassVar[dict[str, str]] = {}
-    """Field → the length field whose maximum is the width that its second axis can be trimmed to."""
+    """Field → the length field whose maximum is the width that its last axis can be trimmed to."""
 
     def rows(self, index: Sequence[int] | Tensor) -> Self:
         """The rows `index`, with padding that only other rows needed cut away."""
@@ -55,7 +56,7 @@ class _Rows:
         for name, length_name in self._widths.items():
             if name in picked:
                 lengths = _total(picked, length_name)
-                picked[name] = picked[name][:, : int(lengths.max()) if len(index) else 0]
+                picked[name] = picked[name][..., : int(lengths.max()) if lengths.numel() else 0]
         return replace(self, **picked)
 
     def to(self, device: torch.device) -> Self:
@@ -106,18 +107,62 @@ class SequenceBatch(_Rows):
 
 @dataclass(frozen=True)
 class PreferenceBatch(_Rows):
-    """Pairs of sequences of which the first was preferred."""
+    """Prompts with ranked responses, the best first; a pair is a ranking of two. Absent responses come last in a row."""
 
-    chosen: Tensor
-    """[P, T] int64, prompt and preferred response."""
-    chosen_lengths: Tensor
-    """[P] int64."""
-    rejected: Tensor
-    """[P, T'] int64, prompt and the other response."""
-    rejected_lengths: Tensor
-    """[P] int64."""
+    tokens: Tensor
+    """[P, K, T] int64, prompt and response, padded on the right."""
+    lengths: Tensor
+    """[P, K] int64; 0 where there is no response."""
+    ranks: Tensor
+    """[P, K] int64, rising along a row; equal ranks are a tie, of which nothing is learnt."""
+    ratings: Tensor
+    """[P, K] fp32, in whose differences the margins are given; all 0 where a record has none."""
 
-    _widths: ClassVar[dict[str, str]] = {"chosen": "chosen_lengths", "rejected": "rejected_lengths"}
+    _widths: ClassVar[dict[str, str]] = {"tokens": "lengths"}
+
+    @classmethod
+    def of(
+        cls,
+        responses: Sequence[Sequence[Sequence[int] | Tensor]],
+        ranks: Sequence[Sequence[int]] | None = None,
+        ratings: Sequence[Sequence[float]] | None = None,
+    ) -> Self:
+        """From each prompt's sequences; `ranks` None: no ties, `ratings` None: no margins."""
+        lengths = pad_rows([[len(row) for row in rows] for rows in responses])
+        num_prompts, most = lengths.shape
+        tokens = torch.zeros(num_prompts, most, int(lengths.max()) if lengths.numel() else 0, dtype=torch.long)
+        for i, rows in enumerate(responses):
+            for j, row in enumerate(rows):
+                tokens[i, j, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        return cls(
+            tokens=tokens,
+            lengths=lengths,
+            ranks=pad_rows([range(len(rows)) for rows in responses] if ranks is None else ranks),
+            ratings=torch.zeros(num_prompts, most) if ratings is None else pad_rows(ratings, dtype=torch.float32),
+        )
+
+    def rows(self, index: Sequence[int] | Tensor) -> Self:
+        """The rows `index`, without what only other rows needed: responses as well as padding."""
+        picked = super().rows(index)
+        most = int(picked.num_responses.max()) if len(picked) else 0
+        per_response = ("tokens", "lengths", "ranks", "ratings")
+        return replace(picked, **{name: getattr(picked, name)[:, :most] for name in per_response})
+
+    @property
+    def present(self) -> Tensor:
+        """[P, K] bool, True where there is a response."""
+        return self.lengths > 0
+
+    @property
+    def num_responses(self) -> Tensor:
+        """[P] int64."""
+        return self.present.sum(1)
+
+    @property
+    def sequences(self) -> SequenceBatch:
+        """The N responses that there are, in row-major order: what a reward model scores."""
+        lengths = self.lengths[self.present]
+        return SequenceBatch(self.tokens[self.present][:, : int(lengths.max()) if len(lengths) else 0], lengths)
 
 
 @dataclass(frozen=True)
@@ -190,10 +235,12 @@ class Experience(_Rows):
     """[B, R] fp32."""
     returns: Tensor
     """[B, R] fp32, the regression target of the value function."""
+    ref_logprobs: Tensor
+    """[B, R] fp32, log π_ref of the response tokens; for the KL as a term of the loss."""
 
     _widths: ClassVar[dict[str, str]] = {
         "tokens": "prompt_lengths+response_lengths",
-        **dict.fromkeys(("old_logprobs", "old_values", "advantages", "returns"), "response_lengths"),
+        **dict.fromkeys(("old_logprobs", "old_values", "advantages", "returns", "ref_logprobs"), "response_lengths"),
     }
 
     @property
@@ -219,6 +266,12 @@ class StepShare:
     """PTX targets of the step over all ranks."""
 
 
+NON_FINITE_LOSS, NON_FINITE_GRADIENT = "a loss is not finite", "the gradient is not finite"
+"""Why a step is refused whatever the algorithm."""
+KL_STOP = "the KL to the old policy is above ppo.kl_stop"
+"""Why the rest of an update is left out, on request."""
+
+
 @dataclass
 class StepReport:
     """What one optimiser step did on one rank."""
@@ -228,6 +281,12 @@ class StepReport:
     grad_norm: float = 0.0
     """Global L2 norm before clipping (the same on every rank)."""
     learning_rate: float = 0.0
+    term_grad_norms: dict[str, float] = field(default_factory=dict)
+    """Loss term → global L2 norm of its own gradient, coefficient included; where it was measured."""
+    refused: str = ""
+    """Why the step was not taken (the same on every rank); "" if it was."""
+    suspects: list[tuple[str, int]] = field(default_factory=list)
+    """(loss term, micro-batch) of this rank where something was not finite."""
 
 
 @dataclass(frozen=True)
@@ -236,18 +295,25 @@ class UpdateReport:
 
     metrics: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
+    """Optimiser steps taken."""
 
 
 def concat_rows(batches: Sequence[Any]) -> Any:
-    """Concatenate batches of one type along the batch axis, padding the second axis with zeros where widths differ."""
+    """Concatenate batches of one type along the batch axis, padding the other axes with zeros where widths differ."""
     first = batches[0]
     joined = {}
     for f in fields(first):
         parts = [getattr(b, f.name) for b in batches]
         if not isinstance(parts[0], Tensor):
             continue
-        if parts[0].dim() == 2:
-            width = max(p.shape[1] for p in parts)
-            parts = [torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts]
+        if parts[0].dim() > 1:
+            widths = [max(p.shape[d] for p in parts) for d in range(1, parts[0].dim())]
+            parts = [_padded(p, widths) for p in parts]
         joined[f.name] = torch.cat(parts)
     return replace(first, **joined)
+
+
+def _padded(part: Tensor, widths: Sequence[int]) -> Tensor:
+    """Zeros at the end of every axis but the first. `pad` takes the last axis first."""
+    missing = [width - size for width, size in zip(widths, part.shape[1:], strict=True)]
+    return torch.nn.functional.pad(part, [n for gap in reversed(missing) for n in (0, gap)])

@@ -57,11 +57,11 @@ class PreferenceModel(Trained, Protocol):
     """A reward model under training."""
 
     def update(self, batch: PreferenceBatch, step: int) -> Future[UpdateReport]:
-        """Optimiser step number `step` (0-based): on the mean pairwise log-sigmoid loss."""
+        """Optimiser step number `step` (0-based): on the mean over prompts of the mean loss of a prompt's pairs."""
         ...
 
     def score_pairs(self, batch: PreferenceBatch) -> Future[Tensor]:
-        """[P, 2] fp32 scores of chosen and rejected."""
+        """[P, K] fp32 scores; 0 where there is no response."""
         ...
 
 
@@ -73,9 +73,18 @@ class Policy(Trained, Protocol):
         ...
 
     def update(
-        self, experience: Experience, steps: Sequence[Tensor], ptx: Sequence[TokenBatch] | None
+        self,
+        experience: Experience,
+        steps: Sequence[Tensor],
+        ptx: Sequence[TokenBatch] | None,
+        kl_loss_coef: float = 0.0,
     ) -> Future[UpdateReport]:
-        """One optimiser step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i."""
+        """One optimiser step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i and
+        `kl_loss_coef` times the KL to the reference; fewer where the policy has moved too far."""
+        ...
+
+    def save_average(self, path: Path) -> Future[None]:
+        """Write the moving average of the weights, where one is kept, in Hugging Face format."""
         ...
 
 
@@ -83,7 +92,7 @@ class ValueFunction(Trained, Protocol):
     """V, the critic."""
 
     def values(self, rollout: RolloutBatch) -> Future[Tensor]:
-        """[B, R] fp32 value of the state before each response token; 0 on padding."""
+        """[B, R + 1] fp32 value of the state before each response token and after the last; 0 on padding."""
         ...
 
     def update(self, experience: Experience, steps: Sequence[Tensor]) -> Future[UpdateReport]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig, TrainedModel
+from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, TrainedModel
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -47,6 +47,27 @@ def check_model(path: str, max_length_tokens: int, role: str) -> Any:
     return config
 
 
+def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num_sequences: int = 1) -> None:
+    """Refuse a token budget that one row of a batch may exceed.
+
+    Args:
+        model: the hosted model.
+        max_length_tokens: of a sequence.
+        role: the model's section of the configuration.
+        num_sequences: sequences that a row puts into one forward pass (a preference pair: 2).
+
+    Raises:
+        ConfigError: micro_batch_tokens is set, and too small.
+    """
+    budget, needed = model.micro_batch_tokens, num_sequences * max_length_tokens
+    if budget is not None and budget < needed:
+        why = f"{num_sequences} sequences of a row in one forward pass" if num_sequences > 1 else "one sequence"
+        raise ConfigError(
+            f"{role}.micro_batch_tokens is {budget} but {why} may take {needed} tokens (data.max_length_tokens is "
+            f"{max_length_tokens}); raise the first to at least {needed} or lower the second"
+        )
+
+
 def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -> None:
     """Roles exchange token ids: their tokenizers must be one, and every id must have an embedding."""
     other = load_tokenizer(path)
@@ -82,6 +103,7 @@ def describe_data(**datasets: Any) -> dict[str, Any]:
 
 def prepare_sft(config: SFTConfig) -> Prepared:
     """Checks and tokenised data of an SFT run."""
+    check_micro_batches(config.model, config.data.max_length_tokens, "model")
     check_causal_lm(check_model(config.model.model_path, config.data.max_length_tokens, "trained"), "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     data = load_sft(config.data, tokenizer, config.seed)
@@ -90,15 +112,29 @@ def prepare_sft(config: SFTConfig) -> Prepared:
 
 def prepare_reward(config: RewardConfig) -> Prepared:
     """Checks and tokenised data of a reward-model run."""
+    check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=2)  # a pair is the smallest
     check_model(config.model.model_path, config.data.max_length_tokens, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     data = load_preferences(config.data, tokenizer, config.seed)
-    return _prepare_supervised(
-        config, data, config.reward, "reward", f"{WORKERS}.preference_model:PreferenceModelWorker"
-    )
+    most = max(part.most_responses for part in (data.train, data.eval) if part is not None)
+    check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=most)
+    margin_coef, num_with_margins = config.reward.margin_coef, data.train.num_with_margins
+    if margin_coef > 0 and num_with_margins == 0:
+        raise ConfigError(
+            f"reward.margin_coef is {margin_coef} but no record of data.train has a margin above 0; set it to 0, or give "
+            "records a margin (pairs) or ratings (rankings)"
+        )
+    worker = f"{WORKERS}.preference_model:PreferenceModelWorker"
+    objective = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
+    prepared = _prepare_supervised(config, data, config.reward, "reward", worker, objective)
+    if margin_coef > 0:
+        prepared.facts["training records with margins"] = num_with_margins
+    return prepared
 
 
-def _prepare_supervised(config: Any, data: Any, settings: Any, section: str, worker: str) -> Prepared:
+def _prepare_supervised(
+    config: Any, data: Any, settings: Any, section: str, worker: str, objective: dict[str, float] | None = None
+) -> Prepared:
     check_ds_config(config.model)
     check_ranks(settings.batch_size, config.model.num_ranks, f"{section}.batch_size", "model")
     steps = num_steps(settings, len(data.train), section)
@@ -106,7 +142,7 @@ def _prepare_supervised(config: Any, data: Any, settings: Any, section: str, wor
         "model",
         worker,
         config.model,
-        {"config": config.model, "num_steps": steps, "template_path": config.data.template_path},
+        {"config": config.model, "num_steps": steps, "template_path": config.data.template_path, **(objective or {})},
     )
     facts = {
         **describe_data(training_records=data.train, held_out_records=data.eval),
@@ -140,6 +176,8 @@ def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
 def prepare_ppo(config: PPOConfig) -> Prepared:
     """Checks, tokenised data and roles of a PPO run."""
     policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
+        check_micro_batches(model, config.data.max_length_tokens, role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
     check_causal_lm(check_model(policy.model_path, config.data.max_length_tokens, "policy"), "policy")
     for role, model in (("reference", reference), ("reward", reward), ("value", value)):
@@ -182,10 +220,9 @@ def ppo_specs(config: PPOConfig) -> list[WorkerSpec]:
     }
     policy = {
         "config": config.policy,
-        "num_steps": settings.num_updates,
+        "num_steps": settings.num_policy_updates,
         "temperature": temperature,
-        "clip_range": settings.clip_range,
-        "ptx_coef": settings.ptx_coef,
+        "settings": settings,
     }
     value = {
         "config": config.value_model,
@@ -206,6 +243,8 @@ def ppo_specs(config: PPOConfig) -> list[WorkerSpec]:
 def prepare_eval(config: EvalConfig) -> Prepared:
     """Checks, tokenised data and roles of an evaluation."""
     models = {name: getattr(config, name) for name in ("policy", "reference", "reward") if getattr(config, name)}
+    for name, model in models.items():
+        check_micro_batches(model, config.data.max_length_tokens, name)
     first = next(iter(models))
     tokenizer = load_tokenizer(models[first].model_path, config.data.template_path)
     for name, model in models.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from rlhf_dist.batches import (
     Experience,
@@ -20,7 +21,6 @@ from rlhf_dist.batches import (
     PromptBatch,
     RolloutBatch,
     SequenceBatch,
-    StepReport,
     StepShare,
     TokenBatch,
     UpdateReport,
@@ -28,27 +28,42 @@ from rlhf_dist.batches import (
 )
 from rlhf_dist.cluster.futures import mapped
 from rlhf_dist.cluster.group import WorkerGroup
-from rlhf_dist.cluster.partition import partition
+from rlhf_dist.cluster.partition import MicroBatching, partition
+from rlhf_dist.cluster.reports import (
+    LM_METRICS,
+    POLICY_METRICS,
+    RM_METRICS,
+    VALUE_METRICS,
+    MetricNames,
+    Shares,
+    by_step,
+    update_report,
+)
+from rlhf_dist.config import ModelHost
 from rlhf_dist.errors import TrainingError
-
-Shares = list[list[list[int]]]
-"""Rank → micro-batch → rows."""
 
 
 class _Role:
-    """A group and the size of its micro-batches."""
+    """A group and what its micro-batches may hold."""
 
-    def __init__(self, group: WorkerGroup, micro_batch_size: int) -> None:
+    def __init__(self, group: WorkerGroup, micro_batches: int | MicroBatching) -> None:
         self.group = group
-        self.micro_batch_size = micro_batch_size
+        self.micro_batches = micro_batches
 
-    def split(self, lengths: Sequence[int] | Tensor) -> Shares:
-        """Rows to ranks and micro-batches."""
-        return partition(lengths, self.group.num_ranks, self.micro_batch_size)
+    @classmethod
+    def of(cls, group: WorkerGroup, model: ModelHost) -> Self:
+        """The role of a hosted model."""
+        return cls(group, MicroBatching(model.micro_batch_size, model.micro_batch_tokens, model.packed))
 
-    def map_rows(self, method: str, batch: Any, lengths: Tensor, *args: Any) -> Future[Tensor]:
+    def split(self, lengths: Sequence[int] | Tensor, num_sequences: int | Tensor = 1) -> Shares:
+        """Rows to ranks and micro-batches. `num_sequences`: that each row puts into a forward pass."""
+        return partition(lengths, self.group.num_ranks, self.micro_batches, num_sequences)
+
+    def map_rows(
+        self, method: str, batch: Any, lengths: Tensor, *args: Any, num_sequences: int | Tensor = 1
+    ) -> Future[Tensor]:
         """Call `method(rows, micro_batches, *args)` on every rank; its [rows, ...] results in the batch's row order."""
-        shares = self.split(lengths)
+        shares = self.split(lengths, num_sequences)
         picks = [_pick_rows([share]) for share in shares]
         calls = [(batch.rows(rows), local[0], *args) for rows, local in picks]
 
@@ -79,10 +94,24 @@ class _TrainedRole(_Role):
         """See `roles.Trained`."""
         return _nothing(self.group.call("save_model", path))
 
-    def one_step(self, batch: Any, lengths: Tensor, count: int, step: int) -> Future[list[StepReport]]:
+    def one_step(
+        self,
+        batch: Any,
+        lengths: Tensor,
+        term: str,
+        count: int,
+        step: int,
+        names: MetricNames,
+        num_sequences: int | Tensor = 1,
+    ) -> Future[UpdateReport]:
         """Call `update(rows, micro_batches, count, step)` on every rank."""
-        picks = [_pick_rows([share]) for share in self.split(lengths)]
-        return self.group.scatter("update", [(batch.rows(rows), local[0], count, step) for rows, local in picks])
+        shares = self.split(lengths, num_sequences)
+        picks = [_pick_rows([share]) for share in shares]
+        calls = [(batch.rows(rows), local[0], count, step) for rows, local in picks]
+        return mapped(
+            self.group.scatter("update", calls),
+            lambda ranks: update_report(self.group.role, [ranks], {term: [count]}, {term: [shares]}, names),
+        )
 
 
 class LanguageModelRole(_TrainedRole):
@@ -90,11 +119,7 @@ class LanguageModelRole(_TrainedRole):
 
     def update(self, batch: TokenBatch, step: int) -> Future[UpdateReport]:
         """See `roles.LanguageModel`."""
-        count = batch.num_targets
-        return mapped(
-            self.one_step(batch, batch.lengths, count, step),
-            lambda ranks: _report([ranks], {"lm": [count]}, _LM_METRICS),
-        )
+        return self.one_step(batch, batch.lengths, "lm", batch.num_targets, step, LM_METRICS)
 
     def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
         """See `roles.LanguageModel`."""
@@ -106,15 +131,12 @@ class PreferenceModelRole(_TrainedRole):
 
     def update(self, batch: PreferenceBatch, step: int) -> Future[UpdateReport]:
         """See `roles.PreferenceModel`."""
-        lengths = torch.maximum(batch.chosen_lengths, batch.rejected_lengths)
-        count = len(batch)
-        return mapped(
-            self.one_step(batch, lengths, count, step), lambda ranks: _report([ranks], {"rm": [count]}, _RM_METRICS)
-        )
+        longest = batch.lengths.amax(1)
+        return self.one_step(batch, longest, "rm", len(batch), step, RM_METRICS, num_sequences=batch.num_responses)
 
     def score_pairs(self, batch: PreferenceBatch) -> Future[Tensor]:
         """See `roles.PreferenceModel`."""
-        return self.map_rows("score_pairs", batch, torch.maximum(batch.chosen_lengths, batch.rejected_lengths))
+        return self.map_rows("score_pairs", batch, batch.lengths.amax(1), num_sequences=batch.num_responses)
 
 
 class PolicyRole(_TrainedRole):
@@ -125,18 +147,22 @@ class PolicyRole(_TrainedRole):
         return self.map_rows("logprobs", rollout, rollout.lengths)
 
     def update(
-        self, experience: Experience, steps: Sequence[Tensor], ptx: Sequence[TokenBatch] | None
+        self,
+        experience: Experience,
+        steps: Sequence[Tensor],
+        ptx: Sequence[TokenBatch] | None,
+        kl_loss_coef: float = 0.0,
     ) -> Future[UpdateReport]:
         """See `roles.Policy`."""
-        shares = [_shares_of_step(self, experience.lengths, rows) for rows in steps]
-        ptx_shares = [self.split(batch.lengths) for batch in ptx] if ptx is not None else None
+        shares = {"ppo": [_shares_of_step(self, experience.lengths, rows) for rows in steps]}
         counts = {"ppo": [int(experience.response_lengths[rows].sum()) for rows in steps]}
         if ptx is not None:
+            shares["ptx"] = [self.split(batch.lengths) for batch in ptx]
             counts["ptx"] = [batch.num_targets for batch in ptx]
         calls = []
         for rank in range(self.group.num_ranks):
-            rows, local = _pick_rows([step[rank] for step in shares])
-            ptx_picks = [_pick_rows([step[rank]]) for step in ptx_shares or []]
+            rows, local = _pick_rows([step[rank] for step in shares["ppo"]])
+            ptx_picks = [_pick_rows([step[rank]]) for step in shares.get("ptx", [])]
             rank_steps = [
                 StepShare(
                     micro_batches=local[i],
@@ -147,10 +173,15 @@ class PolicyRole(_TrainedRole):
                 for i in range(len(steps))
             ]
             rank_ptx = [b.rows(p[0]) for b, p in zip(ptx, ptx_picks, strict=True)] if ptx is not None else None
-            calls.append((experience.rows(rows), rank_steps, rank_ptx))
+            calls.append((experience.rows(rows), rank_steps, rank_ptx, kl_loss_coef))
         return mapped(
-            self.group.scatter("update_ppo", calls), lambda ranks: _report(_by_step(ranks), counts, _POLICY_METRICS)
+            self.group.scatter("update_ppo", calls),
+            lambda ranks: update_report(self.group.role, by_step(ranks), counts, shares, POLICY_METRICS),
         )
+
+    def save_average(self, path: Path) -> Future[None]:
+        """See `roles.Policy`."""
+        return _nothing(self.group.call("save_average", path))
 
 
 class ValueRole(_TrainedRole):
@@ -171,7 +202,9 @@ class ValueRole(_TrainedRole):
             calls.append((experience.rows(rows), rank_steps))
         return mapped(
             self.group.scatter("update", calls),
-            lambda ranks: _report(_by_step(ranks), {"value": counts}, _VALUE_METRICS),
+            lambda ranks: update_report(
+                self.group.role, by_step(ranks), {"value": counts}, {"value": shares}, VALUE_METRICS
+            ),
         )
 
 
@@ -262,45 +295,3 @@ def _pick_rows(shares: list[list[list[int]]]) -> tuple[list[int], list[list[list
     rows = sorted({row for share in shares for micro in share for row in micro})
     place = {row: i for i, row in enumerate(rows)}
     return rows, [[[place[row] for row in micro] for micro in share] for share in shares]
-
-
-def _by_step(ranks: list[list[StepReport]]) -> list[list[StepReport]]:
-    """Rank → step becomes step → rank."""
-    return [list(step) for step in zip(*ranks, strict=True)]
-
-
-_LM_METRICS = {"sft/loss": ("lm", "loss")}
-_RM_METRICS = {
-    "reward_model/loss": ("rm", "loss"),
-    "reward_model/accuracy": ("rm", "accuracy"),
-    "reward_model/margin": ("rm", "margin"),
-}
-_POLICY_METRICS = {
-    "policy/loss": ("ppo", "loss"),
-    "policy/clip_fraction": ("ppo", "clip_fraction"),
-    "policy/approx_kl": ("ppo", "approx_kl"),
-    "policy/ratio_mean": ("ppo", "ratio"),
-    "policy/entropy": ("ppo", "entropy"),
-    "policy/ptx_loss": ("ptx", "loss"),
-}
-_VALUE_METRICS = {"value/loss": ("value", "loss"), "value/clip_fraction": ("value", "clip_fraction")}
-"""Metric → (loss term, sum) of a `StepReport`."""
-
-
-def _report(
-    steps: list[list[StepReport]], counts: dict[str, list[int]], names: dict[str, tuple[str, str]]
-) -> UpdateReport:
-    """Mean over optimiser steps of Σ_ranks sum / global count."""
-    metrics: dict[str, float] = {}
-    for metric, (term, key) in names.items():
-        if term in counts:
-            per_step = [
-                sum(report.sums.get(term, {}).get(key, 0.0) for report in ranks) / counts[term][i]
-                for i, ranks in enumerate(steps)
-            ]
-            metrics[metric] = sum(per_step) / len(per_step)
-    prefix = next(iter(names)).split("/")[0]
-    prefix = prefix if prefix in ("policy", "value") else "train"
-    metrics[f"{prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in steps) / len(steps)
-    metrics[f"{prefix}/learning_rate"] = steps[-1][0].learning_rate
-    return UpdateReport(metrics, len(steps))

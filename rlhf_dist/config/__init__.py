@@ -16,7 +16,7 @@ from rlhf_dist.config.hosting import (
     TrainedModel,
 )
 from rlhf_dist.config.ppo import PPOConfig, PPOSettings, RolloutConfig
-from rlhf_dist.config.supervised import RewardConfig, SFTConfig, SupervisedSettings
+from rlhf_dist.config.supervised import RewardConfig, RewardSettings, SFTConfig, SupervisedSettings
 
 __all__ = [
     "CheckpointConfig",
@@ -37,6 +37,7 @@ __all__ = [
     "RecordKind",
     "RewardConfig",
     "RewardData",
+    "RewardSettings",
     "RolloutConfig",
     "RunConfig",
     "SFTConfig",

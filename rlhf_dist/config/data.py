@@ -18,7 +18,8 @@ class DataSource(Schema):
     """A .json, .jsonl, .csv, .tsv, .parquet or .txt file, a directory written by `Dataset.save_to_disk`, or a hub name."""
     kind: RecordKind
     """What a record holds: `instruction` (instruction, input, output, optional demonstration), `messages` (a chat),
-    `text` (plain text), `preference` (prompt, chosen, rejected), `ratings` (response, rating, optional prompt; pairs are
+    `text` (plain text), `preference` (prompt, chosen, rejected, optional
+    margin; or prompt, responses, optional ratings, for a ranking), `ratings` (response, rating, optional prompt; pairs are
     made from them), `prompt` (prompt)."""
     split: str = "train"
     """Split to read, for `datasets` directories and hub names."""

@@ -50,24 +50,41 @@ class SequenceDataset:
 
 
 class PreferenceDataset:
-    """Pairs of sequences of which the first was preferred."""
+    """Prompts with ranked responses; an item is a pair or a longer ranking."""
 
-    def __init__(self, chosen: Sequence[list[int]], rejected: Sequence[list[int]], report: DataReport) -> None:
-        self._chosen, self._rejected = Ragged(chosen), Ragged(rejected)
+    def __init__(
+        self, records: Sequence[Sequence[list[int]]], preferences: Sequence[Preference], report: DataReport
+    ) -> None:
+        """`records`: the sequences of each of `preferences`."""
+        self._ids = Ragged([ids for record in records for ids in record])
+        sizes = [len(record) for record in records]
+        self._starts = np.concatenate(([0], np.cumsum(sizes)))
+        self._ranks = Ragged([preference.ranks for preference in preferences])
+        self._ratings = Ragged(
+            [preference.ratings or [0.0] * size for preference, size in zip(preferences, sizes, strict=True)],
+            np.float32,
+        )
+        self.most_responses = max(sizes, default=0)
+        """Of one prompt."""
+        self.num_with_margins = sum(p.ratings is not None and p.ratings[0] > p.ratings[-1] for p in preferences)
+        """Items with a margin above 0."""
         self.report = report
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._starts) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """[len] int64 tokens of each pair, both sides."""
-        return self._chosen.lengths + self._rejected.lengths
+        """[len] int64 tokens of each item, all its responses."""
+        return np.add.reduceat(self._ids.lengths, self._starts[:-1])
 
     def batch(self, indices: Indices) -> PreferenceBatch:
-        """The pairs `indices`, in that order."""
-        chosen, rejected = self._chosen.pick(indices), self._rejected.pick(indices)
-        return PreferenceBatch(pad_rows(chosen), _lengths(chosen), pad_rows(rejected), _lengths(rejected))
+        """The items `indices`, in that order."""
+        spans = [range(self._starts[int(i)], self._starts[int(i) + 1]) for i in indices]
+        ratings = [row.tolist() for row in self._ratings.pick(indices)]
+        return PreferenceBatch.of(
+            [self._ids.pick(span) for span in spans], [row.tolist() for row in self._ranks.pick(indices)], ratings
+        )
 
 
 class PromptDataset:
@@ -128,19 +145,20 @@ def load_sequences(
 
 
 def load_preferences(data: RewardData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[PreferenceDataset]:
-    """Training and held-out pairs. `seed` draws the pairs of `ratings` and the split. Errors as `load_sft`."""
+    """Training and held-out pairs and rankings. `seed` draws the pairs of `ratings` and the split. Errors as `load_sft`."""
     train, held_out = _split(data, data.train, data.eval, lambda source: read_preferences(source, seed), seed)
     return Split(
-        _encode_pairs(train, data, tokenizer), None if held_out is None else _encode_pairs(held_out, data, tokenizer)
+        _encode_preferences(train, data, tokenizer),
+        None if held_out is None else _encode_preferences(held_out, data, tokenizer),
     )
 
 
 def load_pairs(
     sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreferenceDataset:
-    """All pairs of kinds `preference` and `ratings`. Errors as `load_sft`."""
-    pairs = [pair for source in sources for pair in read_preferences(source, seed)]
-    return _encode_pairs(pairs, settings, tokenizer)
+    """All pairs and rankings of kinds `preference` and `ratings`. Errors as `load_sft`."""
+    records = [record for source in sources for record in read_preferences(source, seed)]
+    return _encode_preferences(records, settings, tokenizer)
 
 
 def load_prompts(
@@ -216,29 +234,30 @@ def _encode_sequences(
     return SequenceDataset(rows, tally.report())
 
 
-def _encode_pairs(
-    pairs: Sequence[Preference], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+def _encode_preferences(
+    preferences: Sequence[Preference], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreferenceDataset:
-    chosen: list[list[int]] = []
-    rejected: list[list[int]] = []
+    records: list[list[list[int]]] = []
+    used: list[Preference] = []
     tally = Tally()
-    for pair in pairs:
+    for preference in preferences:
         tally.num_records += 1
         cut = Tally()
-        with _at(pair.location):
+        with _at(preference.location):
             sides = [
-                fit(_encode_side(tokenizer, pair.prompt, side), settings, cut) for side in (pair.chosen, pair.rejected)
+                fit(_encode_side(tokenizer, preference.prompt, side), settings, cut) for side in preference.responses
             ]
-        # Cutting the ends can leave the two sides the same; so can a tokenizer that folds case or accents.
-        if not all(sides) or sides[0][0][0] == sides[1][0][0]:
-            tally.skip(pair.location)
+        record = [ids for side in sides for ids, _ in side]
+        # Cutting the ends can leave two responses the same; so can a tokenizer that folds case or accents.
+        if len(set(map(tuple, record))) < len(sides):
+            tally.skip(preference.location)
             continue
         tally.num_truncated += bool(cut.num_truncated)
-        for kept, [(ids, _)] in zip((chosen, rejected), sides, strict=True):
-            kept.append(ids)
-            tally.num_tokens += len(ids)
-    _refuse_empty(chosen, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return PreferenceDataset(chosen, rejected, tally.report())
+        tally.num_tokens += sum(map(len, record))
+        records.append(record)
+        used.append(preference)
+    _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
+    return PreferenceDataset(records, used, tally.report())
 
 
 def _encode_side(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...], side: tuple[Message, ...]) -> Encoded:

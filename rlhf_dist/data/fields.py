@@ -52,7 +52,21 @@ class Fields:
 
     def number(self, field: str) -> float:
         """A finite number, as a number or as text."""
+        return self.checked_number(field, self.required(field))
+
+    def messages(self, field: str) -> tuple[Message, ...]:
+        """A list of {"role", "content"} messages."""
+        return self.checked_messages(field, self.required(field))
+
+    def items(self, field: str) -> Sequence[Any]:
+        """A list."""
         value = self.required(field)
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            raise self.error(field, f"is {_short(value)}, a {type(value).__name__}, not a list", "write it as a list")
+        return value
+
+    def checked_number(self, field: str, value: Any) -> float:
+        """`value`, if it is a finite number, as a number or as text."""
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
@@ -61,9 +75,8 @@ class Fields:
             raise self.error(field, f"is {_short(value)}, which is not a finite number", "mend the row")
         return number
 
-    def messages(self, field: str) -> tuple[Message, ...]:
-        """A list of {"role", "content"} messages."""
-        value = self.required(field)
+    def checked_messages(self, field: str, value: Any) -> tuple[Message, ...]:
+        """`value`, if it is a list of {"role", "content"} messages."""
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
             raise self.error(
                 field, f"is {_short(value)}, not a list of messages", 'write it as [{"role": ..., "content": ...}]'

@@ -6,7 +6,9 @@ How the kinds are read:
   is `output`. A `demonstration` (a worked example) goes before the instruction, with an empty line between.
 - `messages`: a chat. It is trained on every assistant turn; as a prompt it is what comes before the last one.
 - `text`: plain text, trained on every token.
-- `preference`: see `dialogues.py`.
+- `preference`: a pair (`chosen`, `rejected`, and where it is known the `margin` between them) or a ranking (`responses`,
+  the best first, and where they are known their `ratings`, whose differences are the margins). Responses of equal rating
+  are tied: of the two nothing is learnt. The forms of texts and dialogues: `dialogues.py`.
 - `ratings`: responses of one prompt with a number each become pairs (`ratings.py`). Without a `prompt`, a response is
   judged as plain text.
 - `prompt`: one user message, or a chat that ends with one.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rlhf_dist.config import DataSource, RecordKind
 from rlhf_dist.data.dialogues import preference_messages
@@ -30,7 +33,7 @@ FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output", "demonstration"),
     "messages": ("messages",),
     "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected", "margin"),
+    "preference": ("prompt", "chosen", "rejected", "margin", "responses", "ratings"),
     "ratings": ("prompt", "response", "rating"),
     "prompt": ("prompt",),
 }
@@ -55,17 +58,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two continuations of one prompt, of which the first was preferred."""
+    """Two or more continuations of one prompt, in the order of preference."""
 
     prompt: tuple[Message, ...]
     """Empty: the continuations are plain texts."""
-    chosen: tuple[Message, ...]
-    """Begins and ends with an assistant message."""
-    rejected: tuple[Message, ...]
-    """Begins and ends with an assistant message."""
+    responses: tuple[tuple[Message, ...], ...]
+    """The best first; each begins and ends with an assistant message."""
     location: str
-    margin: float | None = None
-    """By how much it was preferred, in the units of the ratings; None where the data does not say."""
+    ratings: tuple[float, ...] | None = None
+    """Of each response, falling; by how much one is preferred is their difference. None where the data does not say."""
+    ranks: tuple[int, ...] = ()
+    """Of each response, rising from 0; equal ranks are a tie. Default: no ties."""
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", tuple(range(len(self.responses))))
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,62 @@ def read_sequences(source: DataSource) -> list[Conversation | Text]:
 
 
 def read_preferences(source: DataSource, seed: int) -> list[Preference]:
-    """Records of kind `preference`, and pairs made of kind `ratings` (drawn by `seed`). Errors as `read_sequences`."""
+    """Pairs and rankings of kind `preference`, and pairs made of kind `ratings` (drawn by `seed`).
+
+    Errors as `read_sequences`.
+    """
     _check_kind(source, ("preference", "ratings"), "reward modelling")
     if source.kind == "ratings":
         return _rated_pairs(source, seed)
     records = []
     for row in _fields(source):
-        prompt, chosen, rejected = preference_messages(row)
-        margin = None if row.get("margin") is None else row.number("margin")
-        records.append(Preference(prompt, chosen, rejected, row.location, margin))
+        prompt, responses = preference_messages(row)
+        if row.get("responses") is None:
+            records.append(Preference(prompt, responses, row.location, _margin(row)))
+        else:
+            ratings = _ratings(row, len(responses))
+            records.append(Preference(prompt, responses, row.location, ratings, _ranks(ratings) if ratings else ()))
     return records
+
+
+def _margin(row: Fields) -> tuple[float, float] | None:
+    """A pair's margin as ratings."""
+    if row.get("margin") is None:
+        return None
+    margin = row.number("margin")
+    if margin < 0:
+        raise row.error(
+            "margin",
+            f"is {margin:g}, less than 0, though chosen is the better",
+            "exchange chosen and rejected, or mend it",
+        )
+    return margin, 0.0
+
+
+def _ratings(row: Fields, num_responses: int) -> tuple[float, ...] | None:
+    if row.get("ratings") is None:
+        return None
+    values = row.items("ratings")
+    if len(values) != num_responses:
+        raise row.error(
+            "ratings", f"holds {len(values)} numbers for {num_responses} responses", "give each response one rating"
+        )
+    ratings = tuple(row.checked_number(f"ratings[{i}]", value) for i, value in enumerate(values))
+    for i, (here, after) in enumerate(pairwise(ratings)):
+        if here < after:
+            raise row.error(
+                f"ratings[{i}]",
+                f"is {here:g}, less than the {after:g} of the next response, though the best stands first",
+                "order responses and ratings from best to worst",
+            )
+    if ratings[0] == ratings[-1]:
+        raise row.error("ratings", f"are all {ratings[0]:g}, so nothing can be learnt from the row", "remove the row")
+    return ratings
+
+
+def _ranks(ratings: Sequence[float]) -> tuple[int, ...]:
+    """Rank of each: how many ratings are higher."""
+    return tuple(ratings.index(rating) for rating in ratings)
 
 
 def read_prompts(source: DataSource) -> list[Prompt]:
@@ -152,10 +205,9 @@ def _rated_pairs(source: DataSource, seed: int) -> list[Preference]:
             pairs.append(
                 Preference(
                     prompt=({"role": "user", "content": prompt},) if prompt else (),
-                    chosen=({"role": "assistant", "content": better},),
-                    rejected=({"role": "assistant", "content": worse},),
+                    responses=tuple(({"role": "assistant", "content": text},) for text in (better, worse)),
                     location=f"{here} over {there}",
-                    margin=high - low,
+                    ratings=(high, low),
                 )
             )
     if not pairs:

@@ -18,11 +18,11 @@ class DataReport:
     """What became of the records of a data set."""
 
     num_records: int = 0
-    """Records (pairs, for preferences) read."""
+    """Records (pairs or rankings, for preferences) read."""
     num_used: int = 0
     """Records that are trained on."""
     num_skipped: int = 0
-    """Records left out: too long under on_too_long=skip, or a pair whose two sides are the same tokens."""
+    """Records left out: too long under on_too_long=skip, or two of the responses are the same tokens."""
     num_truncated: int = 0
     """Records whose response was cut at max_length_tokens."""
     num_tokens: int = 0
@@ -60,7 +60,7 @@ class Tally:
 class Ragged:
     """Rows of different lengths in one array: a Python int takes 9 times the memory of an int32."""
 
-    def __init__(self, rows: Sequence[Sequence[int]] | Sequence[np.ndarray], dtype: type = np.int32) -> None:
+    def __init__(self, rows: Sequence[Sequence[float]] | Sequence[np.ndarray], dtype: type = np.int32) -> None:
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
         """[len] int64."""
         self._starts = np.concatenate(([0], np.cumsum(self.lengths)))

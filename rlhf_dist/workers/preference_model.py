@@ -5,50 +5,63 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rlhf_dist.algo.losses import Sums, pairwise_loss
-from rlhf_dist.batches import PreferenceBatch, SequenceBatch, StepReport, concat_rows
+from rlhf_dist.algo.losses import Sums, ranking_loss
+from rlhf_dist.batches import PreferenceBatch, StepReport
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.train import LossTerm
-from rlhf_dist.models.forward import last_token_scores
-from rlhf_dist.workers.passes import IDLE_SEQUENCE, MicroBatches, pick, sequence_scores
+from rlhf_dist.models.forward import last_token_scores, scatter_responses
+from rlhf_dist.workers.passes import IDLE_SEQUENCE, MicroBatches, flat_rows, pick
 from rlhf_dist.workers.trained import TrainedWorker, build_scalar_model
 
-_IDLE_PAIR = PreferenceBatch(*[IDLE_SEQUENCE.tokens, IDLE_SEQUENCE.lengths] * 2)
+_IDLE_PAIR = PreferenceBatch.of([[IDLE_SEQUENCE.tokens[0]] * 2])
 
 
 class PreferenceModelWorker(TrainedWorker):
-    """Scores trained on pairs."""
+    """Scores trained on rankings, of which a pair is the smallest."""
 
     def __init__(
-        self, config: TrainedModel, context: RankContext, num_steps: int, template_path: Path | None = None
+        self,
+        config: TrainedModel,
+        context: RankContext,
+        num_steps: int,
+        template_path: Path | None = None,
+        margin_coef: float = 0.0,
+        centering_coef: float = 0.0,
     ) -> None:
         tokenizer: Any = load_tokenizer(config.model_path, template_path)
         module = build_scalar_model(config, context, tokenizer.pad_token_id)
         super().__init__(module, config, context, num_steps, tokenizer)
+        self.margin_coef = margin_coef
+        self.centering_coef = centering_coef
 
-    def _pair_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
-        both = concat_rows(
-            [SequenceBatch(batch.chosen, batch.chosen_lengths), SequenceBatch(batch.rejected, batch.rejected_lengths)]
-        )
-        # One forward pass for both sides: under ZeRO-3 a second one would gather every parameter again.
-        scores = last_token_scores(self.engine(both.tokens, both.lengths), both.lengths)
-        chosen, rejected = scores.chunk(2)
-        return pairwise_loss(chosen, rejected)
-
-    def update(self, batch: PreferenceBatch, micro_batches: MicroBatches, num_pairs: int, step: int) -> StepReport:
-        """One optimiser step; `num_pairs` counts the pairs of all ranks."""
+    def update(self, batch: PreferenceBatch, micro_batches: MicroBatches, num_prompts: int, step: int) -> StepReport:
+        """One optimiser step; `num_prompts` counts those of all ranks."""
         self.seed_dropout(step)
-        return self.engine.step([LossTerm("rm", pick(batch, micro_batches), self._pair_loss, _IDLE_PAIR, num_pairs)])
+        micro = pick(batch, micro_batches)
+        return self.engine.step([LossTerm("rm", micro, self._ranking_loss, _IDLE_PAIR, num_prompts)])
 
     def score_pairs(self, batch: PreferenceBatch, micro_batches: MicroBatches) -> Tensor:
-        """[rows, 2] fp32 scores of chosen and rejected."""
-        sides = (
-            SequenceBatch(batch.chosen, batch.chosen_lengths),
-            SequenceBatch(batch.rejected, batch.rejected_lengths),
-        )
-        return torch.stack([sequence_scores(self.engine, side, micro_batches) for side in sides], dim=1)
+        """[rows, K] fp32 scores, 0 where there is no response; idle micro-batches run and are dropped."""
+        outputs = []
+        for micro in pick(batch, micro_batches):
+            scores = _scores(self.engine.infer, (micro or _IDLE_PAIR).to(self.engine.device))
+            outputs.append(scores if micro is not None else None)
+        return flat_rows(outputs, micro_batches, len(batch))
+
+    def _ranking_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
+        ratings = self.margin_coef * batch.ratings if self.margin_coef else None
+        return ranking_loss(_scores(self.engine, batch), batch.present, ratings, self.centering_coef, batch.ranks)
+
+
+def _scores(forward: Any, batch: PreferenceBatch) -> Tensor:
+    """[P, K] scores, 0 where there is no response, in one forward pass of the responses that there are.
+
+    Under ZeRO-3 a second pass would gather every parameter again.
+    """
+    sequences = batch.sequences
+    scores = last_token_scores(forward(sequences.tokens, sequences.lengths), sequences.lengths)
+    return scatter_responses(scores, batch.present)

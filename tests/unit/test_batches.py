@@ -43,13 +43,38 @@ def test_trimming_never_cuts_a_token():
             assert torch.equal(getattr(alone, name)[0], getattr(experience, name)[row, :m])
 
 
-def test_each_side_of_a_pair_has_its_own_width():
-    pairs = PreferenceBatch(
-        pad_rows([[1, 2], [3, 4, 5]]), torch.tensor([2, 3]), pad_rows([[6, 7, 8, 9], [1]]), torch.tensor([4, 1])
-    )
-    second = pairs.rows([1])
-    assert second.chosen.tolist() == [[3, 4, 5]]
-    assert second.rejected.tolist() == [[1]]
+RANKINGS = PreferenceBatch.of(
+    [[[1, 2], [3]], [[4], [5, 6, 7, 8], [9]], [[7], [8, 9]]],
+    ranks=[[0, 1], [0, 0, 2], [0, 1]],
+    ratings=[[0.5, 0.0], [3.0, 3.0, 1.0], [0.0, 0.0]],
+)
+
+
+def test_rankings_lose_the_responses_and_the_padding_that_others_needed():
+    pairs = RANKINGS.rows([2, 0])
+    assert pairs.tokens.tolist() == [[[7, 0], [8, 9]], [[1, 2], [3, 0]]]
+    assert pairs.lengths.tolist() == [[1, 2], [2, 1]]
+    assert pairs.ranks.tolist() == [[0, 1], [0, 1]]
+    assert pairs.ratings.tolist() == [[0.0, 0.0], [0.5, 0.0]]
+    assert RANKINGS.rows([1]).ranks.tolist() == [[0, 0, 2]]
+    assert RANKINGS.rows([]).rows([]).tokens.shape == (0, 0, 0)
+
+
+def test_the_sequences_of_rankings_are_the_responses_that_there_are():
+    assert RANKINGS.num_responses.tolist() == [2, 3, 2]
+    assert RANKINGS.present.int().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+    sequences = RANKINGS.sequences
+    assert sequences.lengths.tolist() == [2, 1, 1, 4, 1, 1, 2]
+    rows = [row[:n].tolist() for row, n in zip(sequences.tokens, sequences.lengths.tolist(), strict=True)]
+    assert rows == [[1, 2], [3], [4], [5, 6, 7, 8], [9], [7], [8, 9]]
+    assert RANKINGS.rows([0, 2]).sequences.tokens.shape == (4, 2)
+
+
+def test_rankings_without_ranks_and_ratings_have_neither_ties_nor_margins():
+    batch = PreferenceBatch.of([[[1], [2], [3]], [[4], [5]]])
+    assert batch.ranks.tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert not batch.ratings.any()
+    assert batch.ratings.dtype == torch.float32
 
 
 def test_no_rows_is_a_batch_too():
@@ -76,6 +101,12 @@ def test_concat_rows_undoes_a_split():
     experience = experience_batch([2, 9, 3, 4], [5, 1, 2, 8])
     joined = concat_rows([experience.rows([0, 1]), experience.rows([2]), experience.rows([]), experience.rows([3])])
     for name, tensor in vars(experience).items():
+        assert torch.equal(getattr(joined, name), tensor), name
+
+
+def test_concat_rows_joins_rankings_of_different_sizes():
+    joined = concat_rows([RANKINGS.rows([0]), RANKINGS.rows([1, 2])])
+    for name, tensor in vars(RANKINGS).items():
         assert torch.equal(getattr(joined, name), tensor), name
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from support.tiny import experience_batch, prompt_batch, rollout_batch, token_batch
 
-from rlhf_dist.batches import PreferenceBatch, RolloutBatch, StepReport, concat_rows, pad_rows
+from rlhf_dist.batches import PreferenceBatch, RolloutBatch, StepReport, concat_rows
 from rlhf_dist.cluster import proxies
 from rlhf_dist.cluster.futures import completed
+from rlhf_dist.cluster.partition import MicroBatching
 from rlhf_dist.errors import TrainingError
 
 
@@ -62,7 +63,10 @@ class Echo:
         return torch.tensor([float(row[: int(n)].sum()) for row, n in zip(sequences.tokens, sequences.lengths)])  # noqa: B905
 
     def score_pairs(self, batch: Any, micro_batches: list[list[int]]) -> torch.Tensor:
-        return torch.stack([batch.chosen.sum(1).float(), batch.rejected.sum(1).float()], dim=1)
+        self.calls.append(
+            [batch.num_responses[micro].sum() * batch.lengths[micro].max() for micro in micro_batches if micro]
+        )
+        return batch.tokens.sum(2).float()
 
     def evaluate(self, batch: Any, micro_batches: list[list[int]]) -> dict[str, float]:
         return {"nll": float(batch.tokens.sum()), "num_targets": float(batch.num_targets)}
@@ -137,10 +141,19 @@ def test_all_ranks_run_the_same_number_of_micro_batches(group: ThreeRanks):
 
 def test_pairs_come_back_in_order(group: ThreeRanks):
     chosen, rejected = [[1], [2, 3], [4, 5, 6], [7] * 9, [8]], [[9] * 7, [1], [2, 2], [3], [4, 4, 4, 4]]
-    lengths = [torch.tensor([len(row) for row in side]) for side in (chosen, rejected)]
-    batch = PreferenceBatch(pad_rows(chosen), lengths[0], pad_rows(rejected), lengths[1])
+    batch = PreferenceBatch.of(list(zip(chosen, rejected, strict=True)))
     scores = proxies.PreferenceModelRole(group, 2).score_pairs(batch).result()
     assert scores.tolist() == [[sum(c), sum(r)] for c, r in zip(chosen, rejected, strict=True)]
+
+
+def test_rankings_of_different_sizes_come_back_in_order(group: ThreeRanks):
+    responses = [[[1], [2, 3]], [[4], [5], [6, 6, 6], [7]], [[8], [9]], [[1] * 9, [3] * 8, [2]], [[4], [2]]]
+    batch = PreferenceBatch.of(responses)
+    expected = [[sum(row) for row in rows] + [0] * (4 - len(rows)) for rows in responses]
+    assert proxies.PreferenceModelRole(group, 1).score_pairs(batch).result().tolist() == expected
+    budget = MicroBatching(size=1, tokens=27)
+    assert proxies.PreferenceModelRole(group, budget).score_pairs(batch).result().tolist() == expected
+    assert max(cost for worker in group.workers for cost in worker.calls[-1]) == 27  # three responses of up to 9 tokens
 
 
 @pytest.mark.parametrize("num_rows", [6, 2])

@@ -135,9 +135,44 @@ def test_pairs(source, tokenizer):
     assert (len(split.train), len(split.eval)) == (3, 3)
     pairs = load_pairs([source("preference", rows)], DataSettings(), tokenizer, 0)
     batch = pairs.batch([1])
-    assert tokenizer.decode(batch.chosen[0]) == "### Instruction:\np1\n\n### Response:\ntốt 1</s>"
-    assert tokenizer.decode(batch.rejected[0]) == "### Instruction:\np1\n\n### Response:\nxấu</s>"
-    assert pairs.lengths[1] == batch.chosen_lengths[0] + batch.rejected_lengths[0]
+    assert decoded(tokenizer, batch.sequences) == [
+        "### Instruction:\np1\n\n### Response:\ntốt 1</s>",
+        "### Instruction:\np1\n\n### Response:\nxấu</s>",
+    ]
+    assert pairs.lengths[1] == batch.lengths.sum()
+    assert (pairs.num_with_margins, pairs.most_responses) == (0, 2)
+
+
+def test_rankings_and_pairs_in_one_set(source, tokenizer):
+    rows = [
+        {"prompt": "p", "responses": ["tốt", "tạm", "xấu"], "ratings": [3, 1, 1]},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2},
+        {"prompt": "r", "responses": ["c", "d"]},
+    ]
+    data = load_pairs([source("preference", rows)], DataSettings(), tokenizer, 0)
+    batch = data.batch([2, 0, 1])
+    texts = [text.partition("Response:\n")[2] for text in decoded(tokenizer, batch.sequences)]
+    assert texts == [f"{text}</s>" for text in ("c", "d", "tốt", "tạm", "xấu", "a", "b")]
+    assert batch.num_responses.tolist() == [2, 3, 2]
+    assert batch.ratings.tolist() == [[0, 0, 0], [3, 1, 1], [2, 0, 0]]
+    assert batch.ranks[1].tolist() == [0, 1, 1]
+    assert data.lengths.tolist() == [int(data.batch([i]).lengths.sum()) for i in range(3)]
+    assert (data.num_with_margins, data.most_responses) == (2, 3)
+    assert data.report.num_tokens == sum(data.lengths)
+
+
+def test_a_ranking_is_left_out_when_a_response_is_too_long_or_becomes_another(source, tokenizer):
+    same = "a b c d " * 10
+    rows = [
+        {"prompt": "p", "responses": ["x", same + "x", same + "y"]},
+        {"prompt": "p", "responses": ["x", same, "y"]},
+        {"prompt": "p", "responses": ["x", "y", "z"]},
+    ]
+    cut = load_pairs([source("preference", rows)], DataSettings(max_length_tokens=45), tokenizer, 0)
+    assert (cut.report.num_used, cut.report.num_skipped, cut.report.num_truncated) == (2, 1, 1)
+    assert cut.batch([0]).lengths.amax() == 45
+    skip = DataSettings(max_length_tokens=45, on_too_long="skip")
+    assert load_pairs([source("preference", rows)], skip, tokenizer, 0).report.num_skipped == 2
 
 
 def test_pairs_that_truncation_makes_equal_are_left_out(source, tokenizer):
@@ -149,15 +184,15 @@ def test_pairs_that_truncation_makes_equal_are_left_out(source, tokenizer):
     pairs = load_pairs([source("preference", rows)], DataSettings(max_length_tokens=45), tokenizer, 0)
     assert (len(pairs), pairs.report.num_skipped, pairs.report.num_truncated) == (1, 1, 1)
     batch = pairs.batch([0])
-    assert batch.chosen_lengths.tolist() == [45]
-    assert batch.rejected[0, -1] == tokenizer.eos_token_id
+    assert batch.lengths[0, 0] == 45
+    assert batch.tokens[0, 1, batch.lengths[0, 1] - 1] == tokenizer.eos_token_id
 
 
 def test_ratings_without_prompt_are_plain_texts(source, tokenizer):
     rows = [{"response": "hay", "rating": 3}, {"response": "dở", "rating": 1}]
     batch = load_pairs([source("ratings", rows)], DataSettings(), tokenizer, 0).batch([0])
-    assert tokenizer.decode(batch.chosen[0]) == "hay</s>"
-    assert tokenizer.decode(batch.rejected[0]) == "dở</s>"
+    assert decoded(tokenizer, batch.sequences) == ["hay</s>", "dở</s>"]
+    assert batch.ratings.tolist() == [[3, 1]]
 
 
 def test_prompts(source, tokenizer):

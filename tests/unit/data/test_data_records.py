@@ -64,13 +64,42 @@ DIALOGUE = (user("hi"), bot("hello"), user("so?"))
 )
 def test_preference_forms(source, record, prompt):
     pair = one(source, [record])
-    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, (bot("good"),), (bot("bad"),))
+    assert (pair.prompt, pair.responses) == (prompt, ((bot("good"),), (bot("bad"),)))
+    assert (pair.ratings, pair.ranks) == (None, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "p", "responses": ["a", "b", "c"]}, (user("p"),)),
+        ({"prompt": [user("p")], "responses": [[bot("a")], "b", [bot("c")]]}, (user("p"),)),
+        ({"responses": [HH + " a", HH + " b", HH + " c"]}, DIALOGUE),
+        ({"responses": [[*DIALOGUE, bot(x)] for x in "abc"], "chosen": None, "ratings": None}, DIALOGUE),
+    ],
+)
+def test_ranking_forms(source, record, prompt):
+    ranking = one(source, [record])
+    assert (ranking.prompt, ranking.responses) == (prompt, ((bot("a"),), (bot("b"),), (bot("c"),)))
+    assert (ranking.ratings, ranking.ranks) == (None, (0, 1, 2))
+
+
+def test_ratings_of_a_ranking_give_its_ties(source):
+    fields = {"responses": "completions", "ratings": "scores"}
+    record = {"prompt": "p", "completions": list("abcde"), "scores": [4, "2.5", 2.5, 1, 1]}
+    ranking = one(source, [record], fields=fields)
+    assert ranking.ratings == (4, 2.5, 2.5, 1, 1)
+    assert ranking.ranks == (0, 1, 1, 3, 3)
+
+
+def test_a_margin_of_0_is_not_a_tie(source):
+    pair = one(source, [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0}])
+    assert (pair.ratings, pair.ranks) == ((0, 0), (0, 1))
 
 
 def test_a_response_may_talk_about_the_hh_form(source):
     pair = one(source, [{"prompt": "p", "chosen": "write\n\nHuman: x", "rejected": "no", "margin": 2}])
-    assert pair.chosen == (bot("write\n\nHuman: x"),)
-    assert pair.margin == 2.0
+    assert pair.responses[0] == (bot("write\n\nHuman: x"),)
+    assert pair.ratings == (2.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +160,42 @@ def test_a_response_may_talk_about_the_hh_form(source):
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"},
             "'margin' is 'x', which is not a",
         ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5},
+            r":1: field 'margin' is -0.5, less than 0, though .*; exchange chosen and rejected",
+        ),
+        ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "inf"}, "not a finite number"),
+        ("preference", {"prompt": "p", "responses": ["a"]}, r":1: field 'responses' holds 1, .*at least 2; add"),
+        ("preference", {"prompt": "p", "responses": "a"}, "'responses' is 'a', a str, not a list; write"),
+        ("preference", {"prompt": "p", "responses": ["a", ""]}, r"'responses\[1\]' is '', which holds no text"),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b", "a"]},
+            r"'responses\[0\]' equals its responses\[2\] \('a'\).*; remove one of the two",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "chosen": "a", "margin": 1},
+            "'responses' stands beside chosen and margin, .*; keep either",
+        ),
+        ("preference", {"responses": ["a", "b", "c"]}, r"is missing, and responses\[0\] to responses\[2\] are not"),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "ratings": [2]},
+            "'ratings' holds 1 numbers for 2 responses; give",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [3, 1, 2]},
+            r"'ratings\[1\]' is 1, less than the 2 of the next response.*; order responses",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "ratings": [1, float("nan")]},
+            r"'ratings\[1\]' is nan, which is not a finite number",
+        ),
+        ("preference", {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 1]}, "are all 1, so nothing .*; remove"),
     ],
 )
 def test_refusals_name_place_and_remedy(source, kind, record, words):
@@ -154,6 +219,7 @@ def test_prompts_of_each_kind(source):
     assert prompts("messages", {"messages": [*DIALOGUE]}) == [DIALOGUE[:1]]
     assert prompts("messages", {"messages": [user("u")]}) == [(user("u"),)]
     assert prompts("preference", {"chosen": HH + " a", "rejected": HH + " b"}) == [DIALOGUE]
+    assert prompts("preference", {"prompt": "p", "responses": ["a", "b", "c"]}) == [(user("p"),)]
     with pytest.raises(DataError, match="does not end with a user message"):
         prompts("prompt", {"prompt": [user("u"), bot("a")]})
 
@@ -180,10 +246,11 @@ def test_ratings_become_pairs_within_a_prompt(source):
     pairs = read_preferences(source("ratings", rows, min_margin=1), 0)
     assert len(pairs) == 4
     for pair in pairs:
-        [prompt], [chosen], [rejected] = pair.prompt, pair.chosen, pair.rejected
+        [prompt], ([chosen], [rejected]) = pair.prompt, pair.responses
         high, low = (float(side["content"][1:]) for side in (chosen, rejected))
         assert chosen["content"][0] == rejected["content"][0] == prompt["content"]
-        assert pair.margin == high - low >= 1
+        assert pair.ratings == (high, low)
+        assert high - low >= 1
         assert " over " in pair.location
     assert pairs == read_preferences(source("ratings", rows, min_margin=1), 0)
 
@@ -191,7 +258,7 @@ def test_ratings_become_pairs_within_a_prompt(source):
 def test_ratings_without_prompt_and_without_pairs(source):
     rows = [{"response": "good", "rating": 2}, {"response": "bad", "rating": -2}]
     [pair] = read_preferences(source("ratings", rows), 0)
-    assert (pair.prompt, pair.chosen, pair.rejected) == ((), (bot("good"),), (bot("bad"),))
+    assert (pair.prompt, pair.responses) == ((), ((bot("good"),), (bot("bad"),)))
     with pytest.raises(DataError, match=r"differ in rating by min_margin 9\.0 or more; lower"):
         read_preferences(source("ratings", rows, min_margin=9), 0)
     with pytest.raises(DataError, match=r":1: field 'rating' is 'x', which is not a finite number"):
