@@ -26,7 +26,7 @@ from rlhf_dist.cluster.proxies import (
     RolloutRole,
     ValueRole,
 )
-from rlhf_dist.config import EvalConfig, HostedRun, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_dist.config import EvalConfig, HostedRun, PPOConfig, Precision, RewardConfig, RunConfig, SFTConfig
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.errors import RunFolderError
 from rlhf_dist.tracking.console import print_table
@@ -129,7 +129,7 @@ def run_sft(config: SFTConfig, session: Session | None = None) -> Summary:
     check_run_folder(config)
     prepared = prepare_sft(config)
     with hosted(config, prepared, session) as (run, groups):
-        model = LanguageModelRole(groups["model"], config.model.micro_batch_size)
+        model = LanguageModelRole.of(groups["model"], config.model)
         task = SFTTask(model, prepared.data.train, prepared.data.eval)
         return _supervised(config, config.sft, run, task, prepared)
 
@@ -139,7 +139,7 @@ def run_reward(config: RewardConfig, session: Session | None = None) -> Summary:
     check_run_folder(config)
     prepared = prepare_reward(config)
     with hosted(config, prepared, session) as (run, groups):
-        model = PreferenceModelRole(groups["model"], config.model.micro_batch_size)
+        model = PreferenceModelRole.of(groups["model"], config.model)
         task = RewardTask(model, prepared.data.train, prepared.data.eval)
         return _supervised(config, config.reward, run, task, prepared)
 
@@ -163,12 +163,12 @@ def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
     check_run_folder(config)
     prepared = prepare_ppo(config)
     with hosted(config, prepared, session) as (run, groups):
-        policy = PolicyRole(groups["policy"], config.policy.micro_batch_size)
+        policy = PolicyRole.of(groups["policy"], config.policy)
         roles = ppo_trainer.PPORoles(
             policy=policy,
-            reference=ReferenceRole(groups["reference"], config.reference_model.micro_batch_size),
-            reward=RewardRole(groups["reward"], config.reward.micro_batch_size),
-            value=ValueRole(groups["value"], config.value_model.micro_batch_size),
+            reference=ReferenceRole.of(groups["reference"], config.reference_model),
+            reward=RewardRole.of(groups["reward"], config.reward),
+            value=ValueRole.of(groups["value"], config.value_model),
             rollout=RolloutRole(groups["rollout"], config.rollout.batch_size),
             weight_sync=GroupWeightSync(groups["policy"], groups["rollout"]),
         )
@@ -179,10 +179,21 @@ def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
             config.ppo,
             checkpoints(config, prepared),
             config.checkpoint.every_steps,
+            max_response_tokens=config.rollout.max_response_tokens,
+            same_start=_same_start(config),
         )
         summary = trainer.run(resume=config.resume == "auto")
         run.save_model(policy)
+        if config.ppo.ema_decay is not None:
+            run.save_average(policy)
         return run.finish(summary)
+
+
+def _same_start(config: PPOConfig) -> Precision | None:
+    """The lower precision of policy and reference where both start from the same weights."""
+    if config.reference_model.model_path != config.policy.model_path:
+        return None
+    return "bf16" if "bf16" in (config.reference_model.precision, config.policy.precision) else "fp32"
 
 
 def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:
@@ -197,7 +208,7 @@ def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:
             ("reward", RewardRole, config.reward),
         ):
             if name in groups and model is not None:
-                roles[name] = role(groups[name], model.micro_batch_size)
+                roles[name] = role.of(groups[name], model)
         if "rollout" in groups:
             roles["rollout"] = RolloutRole(groups["rollout"], config.rollout.batch_size)
         return run.finish(evaluate_all(run, roles, prepared.data))

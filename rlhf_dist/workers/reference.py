@@ -8,7 +8,7 @@ from rlhf_dist.batches import RolloutBatch, TokenBatch
 from rlhf_dist.config import FrozenModel
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.frozen import FrozenEngine, frozen_init
-from rlhf_dist.models.forward import TargetLogprobs
+from rlhf_dist.models.forward import TargetLogprobs, check_now
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, restore_buffers
 from rlhf_dist.workers.passes import MicroBatches, evaluate_nll, pick, response_logprobs
 
@@ -20,7 +20,9 @@ class ReferenceWorker:
         with frozen_init(config, context):
             model = load_causal_lm(config.model_path, DTYPES[config.precision])
         restore_buffers(model)
-        self.engine = FrozenEngine(TargetLogprobs(model), config, context)
+        module = TargetLogprobs(model, config.packed)
+        self.engine = FrozenEngine(module, config, context)
+        check_now(self.engine, module)
         self.temperature = temperature
 
     def logprobs(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:

@@ -9,7 +9,7 @@ from rlhf_dist.config import FrozenModel
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.frozen import FrozenEngine, frozen_init
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.forward import ScalarHead
+from rlhf_dist.models.forward import ScalarHead, check_now
 from rlhf_dist.models.loading import DTYPES, load_scalar_model, restore_buffers
 from rlhf_dist.workers.passes import MicroBatches, sequence_scores
 
@@ -26,7 +26,9 @@ class RewardWorker:
                 f"{config.model_path!r} has no trained scalar head, so its scores would be noise; give the model/ folder of "
                 "a `rlhf-dist reward` run or another sequence-classification model with one label"
             )
-        self.engine = FrozenEngine(ScalarHead(model), config, context)
+        module = ScalarHead(model, config.packed)
+        self.engine = FrozenEngine(module, config, context)
+        check_now(self.engine, module)
 
     def score(self, batch: SequenceBatch, micro_batches: MicroBatches) -> Tensor:
         """[rows] fp32 scores at the last token."""

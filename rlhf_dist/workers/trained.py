@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlhf_dist.algo.random import derived_seed
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.engine import distributed, zero
+from rlhf_dist.engine.average import WeightAverage
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.saving import save_pretrained
 from rlhf_dist.engine.train import TrainEngine, train_ds_config
-from rlhf_dist.models.forward import ScalarHead, TargetLogprobs
+from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
 
 
@@ -22,11 +22,12 @@ class TrainedWorker:
     """A model under ZeRO, on one rank."""
 
     def __init__(
-        self, module: nn.Module, config: TrainedModel, context: RankContext, num_steps: int, tokenizer: Any
+        self, module: ForwardPass, config: TrainedModel, context: RankContext, num_steps: int, tokenizer: Any
     ) -> None:
         self.context = context
         self.tokenizer = tokenizer
         self.engine = TrainEngine(module, config, context, num_steps)
+        check_now(self.engine, module)
 
     @property
     def model(self) -> Any:
@@ -45,10 +46,10 @@ class TrainedWorker:
         """Read this rank's shard."""
         self.engine.load_checkpoint(path)
 
-    def save_model(self, path: Path) -> None:
-        """Write model and tokenizer in Hugging Face format."""
+    def save_model(self, path: Path, average: WeightAverage | None = None) -> None:
+        """Write model (or the moving average of its weights) and tokenizer in Hugging Face format."""
         is_main = self.context.rank == 0
-        save_pretrained(self.model, path, is_main=is_main)
+        save_pretrained(self.model, path, is_main=is_main, average=average)
         if is_main:
             self.tokenizer.save_pretrained(path)
         distributed.barrier()
@@ -61,7 +62,7 @@ def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprob
         # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
-    return TargetLogprobs(model)
+    return TargetLogprobs(model, config.packed)
 
 
 def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id: int | None) -> ScalarHead:
@@ -81,4 +82,4 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
         zero.assign(head.weight, torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
         if head.bias is not None:
             zero.assign(head.bias, torch.zeros(1))
-    return ScalarHead(model)
+    return ScalarHead(model, config.packed)
