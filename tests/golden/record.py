@@ -18,8 +18,8 @@ How the numbers are captured: no line of TRL is re-implemented or edited here. `
 
 What the fixtures mean (B sequences, R response positions, V vocabulary entries; lists of lists, row first):
 
-`trl_ppo.json`: two runs, "k1" and "k3_whitened", of one `train()` iteration each (16 prompts, 2 mini-batches of 2 micro-batches,
-    several epochs). For each:
+`trl_ppo.json`: two runs, "k1" and "k3_whitened", of one `train()` iteration each (16 prompts, 2 mini-batches of 2
+    micro-batches, several epochs). For each:
     `config`: kl_coef, kl_estimator, gamma, lam, cliprange, cliprange_value, whiten_rewards, temperature and so on.
     `rollout`: `responses` [B, R] (pad after the EOS), `sequence_lengths` [B], which in TRL is the *index* of the last response
         token; `padding_mask` and `padding_mask_p1` [B, R], True = padding, the second with one more position kept; `logprobs`,
@@ -29,8 +29,8 @@ What the fixtures mean (B sequences, R response positions, V vocabulary entries;
         `vf_loss`, `pg_clipfrac`, `vf_clipfrac`, `approxkl`, `entropy`, `ratio` (means as TRL reports them),
         `is_optimizer_step`; the first also `logits` [b, R, V], before TRL divides them by the temperature.
     `whitening`: calls of `masked_whiten`: `values`, `mask`, `shift_mean`, `output`.
-    `models`: (run "k1") sizes, `queries` [B, T_prompt] (left-padded) and the weights of policy, reference, reward and value model
-        as they were when the rollout was scored.
+    `models`: (run "k1") sizes, `queries` [B, T_prompt] (left-padded) and the weights of policy, reference, reward and value
+        model as they were when the rollout was scored.
 `trl_reward.json`: `cases`, each one `compute_loss` of a training step: `chosen`, `rejected` [P] scores, `margins` [P] or null,
     `centering_coef` or null, `loss`, and the `accuracy` and `margin` that the trainer reports.
 `trl_sft.json`: `steps`, each an optimiser step of `micro_batches`: `labels` [b, T] (−100: ignored), `attention_mask`, `logits`
@@ -51,6 +51,7 @@ import torch
 from datasets import Dataset
 from record_common import EOS, TRAINING, language_model, prompts, save, score_model, tokenizer
 from record_ppo import record_ppo
+
 
 def reward_cases(centering_coef: float | None, with_margins: bool) -> list[dict[str, Any]]:
     from trl import RewardConfig, RewardTrainer
@@ -99,7 +100,7 @@ def record_sft() -> None:
 
     rows = [
         {"input_ids": p + c + [EOS], "completion_mask": [0] * len(p) + [1] * (len(c) + 1)}
-        for p, c in zip(prompts(12, seed=10), prompts(12, seed=11), strict=True)
+        for p, c in zip(prompts(12, seed=10), prompts(12, seed=14), strict=True)
     ]
     model, outputs, micro_batches = language_model(12), [], []
     model.register_forward_hook(lambda module, args, output: outputs.append(output))
