@@ -72,8 +72,8 @@ class ModelHost(Placement):
     """Sequences in one forward pass of one rank. Changes memory and speed, never the result."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one forward pass of one rank, in place of `micro_batch_size`: sequences x longest sequence, or, when `packed`,
-    the sum of their lengths. No less than `data.max_length_tokens` (twice that for a reward model in training, which runs both
-    sides of a pair in one pass). Changes memory and speed, never the result."""
+    the sum of their lengths. No less than `data.max_length_tokens` (in reward modelling, times the responses of a prompt,
+    which share a pass: 2 for pairs). Changes memory and speed, never the result."""
     packed: bool = False
     """Forward passes without padding: a micro-batch's sequences lie end to end in one row, and attention stays within each.
     Changes memory and speed, never the result; a model that cannot keep packed sequences apart is refused at the start. Where

@@ -66,7 +66,7 @@ def check_packing(model: Any, device: torch.device) -> None:
     if not deviation <= tolerance:
         raise ModelError(
             f"packed is true but {name} does not keep packed sequences apart: its hidden states deviate from those of padded "
-            f"sequences by {deviation:.1%}, and {tolerance:.1%} is the most that rounding in {dtype} does; set packed: false"
+            f"sequences by {deviation:.2%}, and {tolerance:.2%} is the most that rounding in {dtype} does; set packed: false"
         )
 
 
