@@ -1,0 +1,114 @@
+"""How far two sets of weights are apart, and the table of it in tests/README.md."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+START, END = "<!-- deviations -->", "<!-- end of deviations -->"
+HEADER = ("what varied", "objective", "ranks", "ZeRO", "steps", "max abs. Δ", "‖Δ‖/‖update‖", "tolerance")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Of weights after training, from those of the reference loop."""
+
+    largest: float
+    """max |Δ| over all parameters."""
+    relative: float
+    """‖Δ‖ / ‖update‖: 1 would be as far away as not having trained at all."""
+
+
+def deviation(actual: Weights, expected: Weights, start: Weights) -> Deviation:
+    """Of `actual` from `expected`, both trained from `start`. Names and shapes must be the same."""
+    assert actual.keys() == expected.keys() == start.keys()
+    difference, update = [
+        torch.cat([(a[name].double() - b[name].double()).flatten() for name in sorted(a)])
+        for a, b in ((actual, expected), (expected, start))
+    ]
+    return Deviation(float(difference.abs().max()), float(difference.norm() / update.norm()))
+
+
+@dataclass
+class Row:
+    """One line of the table: the largest deviations of several cases."""
+
+    varied: str
+    objective: str
+    steps: int
+    tolerance: str
+    ranks: set[int]
+    stages: set[int]
+    largest: float = 0.0
+    relative: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells rows apart."""
+        return (self.varied, self.objective, _listed(self.ranks), _listed(self.stages), str(self.steps))
+
+
+class Table:
+    """Rows in the order in which they were first measured."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], Row] = {}
+
+    def add(
+        self,
+        varied: str,
+        objective: str,
+        rank_and_stage: tuple[int, int],
+        steps: int,
+        measured: Deviation,
+        tolerance: str,
+    ) -> None:
+        """A measured case; cases of one line are told apart by their ranks and ZeRO stages."""
+        row = self.rows.setdefault((varied, objective), Row(varied, objective, steps, tolerance, set(), set()))
+        row.ranks.add(rank_and_stage[0])
+        row.stages.add(rank_and_stage[1])
+        row.largest = max(row.largest, measured.largest)
+        row.relative = max(row.relative, measured.relative)
+
+    def write(self, readme: Path) -> None:
+        """Replace what stands between the markers, if it changes; a checkout that is read-only stays as it is."""
+        text = readme.read_text(encoding="utf-8")
+        before, _, rest = text.partition(START)
+        old, _, after = rest.partition(END)
+        published = {tuple(cells[:5]): cells for cells in map(_cells, old.splitlines()) if len(cells) == len(HEADER)}
+        lines = [HEADER, ("---",) * len(HEADER)]
+        for row in sorted(self.rows.values(), key=lambda row: (row.varied, row.objective)):
+            cells = published.get(row.key, [""] * len(HEADER))
+            lines.append((*row.key, bound(row.largest, cells[5]), bound(row.relative, cells[6]), row.tolerance))
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        new = f"{before}{START}\n\n{table}\n\n{END}{after}"
+        if new != text and START in text:
+            with contextlib.suppress(OSError):
+                readme.write_text(new, encoding="utf-8")
+
+
+def bound(measured: float, published: str = "") -> str:
+    """The next power of ten, as `≤ 1e-6`; `0` for bit equality. What was published stands as long as it is true and within
+    a factor of 100: another machine's last bits are no news."""
+    if measured == 0:
+        return "0"
+    match = re.fullmatch(r"≤ (1e-?\d+)", published)
+    if match and measured <= float(match[1]) <= 100 * measured:
+        return published
+    return f"≤ 1e{math.ceil(math.log10(measured))}"
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(str(n) for n in sorted(numbers))
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []

@@ -1,0 +1,107 @@
+"""The parameters after several optimiser steps are those of a plain PyTorch loop, whatever the layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from deviations import Table, deviation
+from layouts import BASE, MAX_GRAD_NORM, MAX_LENGTH, NUM_STEPS
+from objectives import EXTENDED_POLICY, OBJECTIVES, POLICY, RM, VALUE, Outcome, Trainings
+from support.bench import Layout
+
+MAX_RELATIVE, MAX_LARGEST = 1e-4, 3e-5
+"""‖Δ‖ / ‖update‖ and max |Δ|.
+
+Sums are added in another order in every layout: gradients agree to about 1e-6 of their size. Adam divides a gradient by its
+size (eps is 1e-5, see `layouts.OPTIMISER`), so single parameters whose gradients almost cancel agree less well than that, and
+four steps carry it on. An error of logic moves the loss by at least one token's weight, a percent or more of the update.
+"""
+
+Ranks = pytest.mark.parametrize("ranks", [1, 2, 3])
+Objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+
+
+def compare(trainings: Trainings, table: Table, objective: str, layout: Layout, varied: str) -> Outcome:
+    """Train in `layout` and hold the weights, and what the update reports, against the reference loop's."""
+    outcome, expected = trainings.train(objective, layout), trainings.reference(objective)
+    measured = deviation(outcome.weights, expected.weights, expected.start)
+    table.add(varied, objective, (layout.ranks, layout.zero_stage), NUM_STEPS, measured, f"{MAX_RELATIVE:g}")
+    assert measured.relative <= MAX_RELATIVE, layout
+    assert measured.largest <= MAX_LARGEST, layout
+    for name, value in outcome.metrics.items():
+        assert value == pytest.approx(expected.metrics[name], rel=1e-4, abs=1e-5), (name, layout)
+    return outcome
+
+
+@Objectives
+def test_the_reference_loop_meets_every_case(trainings: Trainings, objective: str):
+    """Clipping of gradients, ratios and values takes part, and not everywhere: else a layout could get it wrong unseen."""
+    reference = trainings.reference(objective)
+    seen, norms = reference.trace.seen, torch.tensor(reference.trace.seen["grad_norm"])
+    clipped = norms > MAX_GRAD_NORM[objective]
+    assert clipped.any()
+    assert not clipped.all()
+    moved = [(reference.weights[name] - start).norm() / start.norm() for name, start in reference.start.items()]
+    assert min(moved) > 1e-4
+    if objective in (POLICY, EXTENDED_POLICY):
+        assert 0.05 < reference.metrics["clip_fraction"] < 0.5
+    if objective == EXTENDED_POLICY:
+        assert sum(seen["num_bounded"]) > 0
+    if objective == VALUE:
+        assert 0.05 < reference.metrics["outside_range"] < 0.9
+
+
+@Objectives
+@Ranks
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_stages_and_ranks(trainings: Trainings, table: Table, objective: str, stage: int, ranks: int):
+    """Three ranks share steps of 5, 2, 7 and 4 rows: uneven shares, and a rank with nothing to do."""
+    layout = replace(BASE, ranks=ranks, zero_stage=stage)
+    compare(trainings, table, objective, layout, f"ZeRO {stage}, number of ranks")
+
+
+@Objectives
+@pytest.mark.parametrize("size", [1, 8])
+def test_micro_batch_sizes(trainings: Trainings, table: Table, objective: str, size: int):
+    """Up to seven accumulated backward passes a step, or one; the base case has two."""
+    compare(trainings, table, objective, replace(BASE, micro_batch_size=size), "micro-batches of 1 and 8 rows")
+
+
+@Objectives
+@pytest.mark.parametrize("stage", [2, 3])
+def test_token_budgets(trainings: Trainings, table: Table, objective: str, stage: int):
+    """Micro-batches of as many rows as the tokens allow: not the same number on every rank."""
+    layout = replace(BASE, ranks=3, zero_stage=stage, hosting=budget(objective))
+    compare(trainings, table, objective, layout, "token budget")
+
+
+@Objectives
+@pytest.mark.parametrize(("ranks", "stage", "budgeted"), [(1, 0, False), (2, 2, True), (3, 3, False)])
+def test_packed_forward_passes(
+    trainings: Trainings, table: Table, objective: str, ranks: int, stage: int, budgeted: bool
+):
+    """Sequences end to end in one row, without padding; micro-batches by rows and by tokens."""
+    hosting = {"packed": True} | (budget(objective) if budgeted else {})
+    layout = replace(BASE, ranks=ranks, zero_stage=stage, micro_batch_size=3, hosting=hosting)
+    compare(trainings, table, objective, layout, "packed, not padded")
+
+
+@Objectives
+@pytest.mark.parametrize("stage", [2, 3])
+def test_inline_and_ray_agree_in_every_bit(trainings: Trainings, table: Table, objective: str, stage: int):
+    """One rank in this process and one in an actor run the same instructions."""
+    layout = replace(BASE, ranks=1, zero_stage=stage)
+    inline = compare(trainings, table, objective, replace(layout, cluster="inline"), "inline, not Ray")
+    hosted = trainings.train(objective, layout)
+    assert inline.metrics == hosted.metrics
+    for name, weights in inline.weights.items():
+        assert torch.equal(weights, hosted.weights[name]), name
+    measured = deviation(hosted.weights, inline.weights, trainings.reference(objective).start)
+    table.add("Ray against inline", objective, (1, stage), NUM_STEPS, measured, "0")
+
+
+def budget(objective: str) -> dict[str, int]:
+    """No less than the longest row of a forward pass may need: a ranking has up to four sequences."""
+    return {"micro_batch_tokens": MAX_LENGTH * (4 if objective == RM else 1)}
