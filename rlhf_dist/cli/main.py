@@ -21,7 +21,7 @@ _INTERRUPTED = 130
 
 CONFIG_COMMANDS = {
     "sft": "supervised fine-tuning of a language model (or pretraining on plain text)",
-    "reward": "train a reward model on preference pairs",
+    "reward": "train a reward model on preferences (pairs, rankings, ratings)",
     "ppo": "fine-tune a policy with PPO against a reward model",
     "eval": "measure a policy and/or a reward model on held-out records",
 }

@@ -1,0 +1,96 @@
+"""`rlhf-dist reward` on ranked records: from the file to the saved model, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import metrics, weights
+
+from rlhf_dist.cli import wiring
+from rlhf_dist.config import RewardConfig
+from rlhf_dist.errors import ConfigError, DataError
+
+Make = Callable[..., dict[str, Any]]
+WORDS = ["calm", "kind", "cool", "lime", "mild", "warm", "dear", "fond", "glad", "neat", "wise", "bold"]
+ROWS = [
+    {
+        "prompt": f"say {word}",
+        "responses": [f"good {word}", f"fair {word} {word}", f"bad {word}", "bad"][: 2 + i % 3],
+        "ratings": [3, 1.5, 1.5, -2][: 2 + i % 3],
+    }
+    for i, word in enumerate(WORDS * 2)
+] + [{"prompt": "say so", "chosen": "good so", "rejected": "bad so", "margin": 1}]
+
+
+@pytest.fixture
+def run_reward(make_config: Make, tmp_path: Path) -> Callable[..., Path]:
+    """Runs in this process on `rows` and gives the run's folder."""
+
+    def run(name: str, rows: list[dict[str, Any]] = ROWS, model: dict[str, Any] | None = None, **settings: Any) -> Path:
+        path = tmp_path / "rankings.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        config = make_config("reward", tmp_path / name, zero_stage=0, cluster="inline")
+        config["data"]["train"] = [{"path": str(path), "kind": "preference"}]
+        config["reward"] |= {"num_steps": 12} | settings
+        config["model"] |= model or {}
+        wiring.run_reward(RewardConfig.model_validate(config))
+        return tmp_path / name
+
+    return run
+
+
+def test_a_reward_model_learns_from_rankings(run_reward: Callable[..., Path]):
+    run_dir = run_reward("run")
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    assert summary["after"]["eval_margin"] > summary["before"]["eval_margin"] + 0.5
+    assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
+    assert summary["after"]["eval_accuracy"] > 0.9
+
+
+def test_margins_and_centering_are_in_the_loss_of_a_run(run_reward: Callable[..., Path]):
+    plain, margins = run_reward("plain"), run_reward("margins", margin_coef=1.0)
+    centred = run_reward("centred", centering_coef=0.5)
+    first = {path.name: metrics(path)[1][1] for path in (plain, margins, centred)}
+    # The same model on the same pairs: what differs is the objective.
+    for name in ("margins", "centred"):
+        assert first[name]["reward_model/margin"] == first["plain"]["reward_model/margin"]
+        assert first[name]["reward_model/loss"] > first["plain"]["reward_model/loss"]
+    found = [weights(path)["score.weight"] for path in (plain, margins, centred)]
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "error", "words"),
+    [
+        (
+            [{key: value for key, value in row.items() if key not in ("ratings", "margin")} for row in ROWS],
+            {"margin_coef": 0.5},
+            ConfigError,
+            r"reward\.margin_coef is 0\.5 but no record of data\.train has a margin above 0; set it to 0, or give",
+        ),
+        (
+            ROWS,
+            {"model": {"micro_batch_tokens": 200}},
+            ConfigError,
+            r"micro_batch_tokens is 200 but 4 sequences .* may take 256 tokens .*raise the first to at least 256",
+        ),
+        (
+            [*ROWS, {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2]}],
+            {},
+            DataError,
+            r"rankings\.jsonl:26: field 'ratings\[0\]' is 1, less than the 2 of the next response",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_first(
+    run_reward: Callable[..., Path], rows: Any, changes: dict[str, Any], error: type, words: str, tmp_path: Path
+):
+    with pytest.raises(error, match=words):
+        run_reward("run", rows, **changes)
+    assert not (tmp_path / "run").exists()
