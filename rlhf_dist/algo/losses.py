@@ -70,10 +70,11 @@ def ranking_loss(
         (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`).
     """
     better, worse, weights = ranked_pairs(present, ranks)
-    # Absent scores are replaced first: a NaN there would reach the gradients even when masked after.
+    # Absent ones are replaced first: a NaN there would reach the gradients even when masked after.
     scores = torch.where(present, scores, 0.0)
+    ratings = torch.zeros_like(scores) if ratings is None else torch.where(present, ratings, 0.0).to(scores.dtype)
     margin = scores[:, better] - scores[:, worse]
-    required = 0.0 if ratings is None else (ratings[:, better] - ratings[:, worse]).to(margin.dtype)
+    required = ratings[:, better] - ratings[:, worse]
     losses = -logsigmoid(margin - required)
     if centering_coef:
         losses = losses + centering_coef * (scores[:, better] + scores[:, worse]).square()

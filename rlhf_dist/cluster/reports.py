@@ -60,7 +60,8 @@ def update_report(
         steps = steps[:-1]
     elif reason:
         raise _refusal(role, reason, steps, shares)
-    prefix = role if role in ("policy", "value") else "train"
+    prefix = next(iter(names)).split("/")[0]
+    prefix = prefix if prefix in ("policy", "value") else "train"
     if not steps:
         return UpdateReport({f"{prefix}/num_updates": 0.0} if prefix == "policy" else {}, 0)
     metrics = _means(steps, counts, names)

@@ -64,8 +64,9 @@ class PolicyWorker(LanguageModelWorker):
                 terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
             first = i == 0
             reports.append(self.engine.step(terms, veto=self._veto(first), measure_terms=first and ptx is not None))
-            if reports[-1].refused:
+            if reports[-1].refused == KL_STOP:
                 self.engine.pass_over(len(steps) - i)
+            if reports[-1].refused:
                 break
         return reports
 

@@ -124,6 +124,7 @@ def experience_batch(prompts: Sequence[int], responses: Sequence[int], seed: int
         old_values=noise(0.5),
         advantages=noise(1.0),
         returns=noise(1.0),
+        ref_logprobs=noise(0.5, -5.0),
     )
 
 

@@ -64,3 +64,27 @@ def test_lambda_1_makes_returns_the_discounted_rewards_to_go():
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[9.0, -3.0, 5.0]])
     _, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 0.5, 1.0)
     assert returns.tolist() == [[3.0, 4.0, 4.0]]
+
+
+def test_a_truncated_response_goes_on_with_the_value_of_its_end():
+    # Row 0 ended; row 1 was cut off after two tokens in a state worth 4: δ_1 = 2 + 0.5·4 - 0.5; A_0 = 0.25 + 0.25·3.5.
+    rewards, values = torch.tensor([[1.0, 2.0, 9.0]] * 2), torch.tensor([[1.0, 0.5, 9.0]] * 2)
+    mask = length_mask(torch.tensor([2, 2]), 3)
+    advantages, returns = gae(rewards, values, mask, 0.5, 0.5, torch.tensor([0.0, 4.0]))
+    assert advantages.tolist() == [[0.625, 1.5, 0.0], [1.125, 3.5, 0.0]]
+    assert returns.tolist() == [[1.625, 2.0, 0.0], [2.125, 4.0, 0.0]]
+
+
+def test_bootstrapping_makes_a_cut_of_no_consequence_for_a_perfect_critic():
+    # Rewards of 1 a token for ever, discounted by 0.9: every state is worth 10, wherever the response is cut.
+    mask = length_mask(torch.tensor([5, 2]), 5)
+    rewards, values = torch.ones(2, 5), torch.full((2, 5), 10.0)
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.95, torch.tensor([10.0, 10.0]))
+    assert advantages.abs().max() < 1e-5
+    assert torch.allclose(returns[mask], torch.tensor(10.0))
+
+
+def test_a_full_row_ends_at_the_edge():
+    ends = torch.tensor([2.0])
+    advantages, _ = gae(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 0.5, 0.5, ends)
+    assert advantages.item() == 1.0

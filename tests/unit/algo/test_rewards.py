@@ -7,22 +7,13 @@ import math
 import pytest
 import torch
 
-from rlhf_dist.algo.kl import kl_k1, kl_k3
-from rlhf_dist.algo.rewards import shape_scores, token_rewards
-
-
-def test_kl_estimators_average_to_the_kl_divergence():
-    p, q = (torch.tensor(x, dtype=torch.float64) for x in ([0.5, 0.3, 0.2], [0.2, 0.2, 0.6]))
-    exact = (p * (p / q).log()).sum()
-    for estimator in (kl_k1, kl_k3):
-        assert (p * estimator(p.log(), q.log())).sum() == pytest.approx(float(exact), rel=1e-12)
-
-
-def test_k1_has_a_sign_and_k3_has_none():
-    logprobs, ref = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([-2.0, -1.0, -2.0])
-    assert kl_k1(logprobs, ref).tolist() == [1.0, -2.0, 0.0]
-    assert kl_k3(logprobs, ref).tolist() == pytest.approx([math.exp(-1), math.exp(2) - 3, 0.0])
-    assert kl_k3(torch.tensor([0.0]), torch.tensor([1e-4])) > 0  # expm1: exp(x) - 1 - x would have lost its digits
+from rlhf_dist.algo.rewards import (
+    RunningMoments,
+    normalise_scores,
+    overlong_penalty,
+    shape_scores,
+    token_rewards,
+)
 
 
 def test_the_penalty_comes_after_the_clip():
@@ -44,3 +35,50 @@ def test_the_score_counts_in_full_without_a_kl_penalty():
     mask = torch.tensor([[True, True, False]])
     rewards = token_rewards(torch.tensor([3.0]), torch.full((1, 3), 9.0), mask, kl_coef=0.0)
     assert rewards.tolist() == [[0.0, 3.0, 0.0]]
+
+
+def test_running_moments_are_those_of_all_scores():
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, generator=g) * 3 + 1000 for n in (5, 1, 64)]
+    moments = RunningMoments()
+    for part in parts:
+        moments = moments.updated(part)
+    scores = torch.cat(parts).double()
+    assert moments.count == 70
+    assert moments.mean == pytest.approx(float(scores.mean()), rel=1e-12)
+    assert moments.std == pytest.approx(float(scores.std(unbiased=False)), rel=1e-9)
+    assert RunningMoments().std == 0
+
+
+def test_normalised_scores():
+    scores = torch.tensor([1.0, 3.0])
+    moments = RunningMoments().updated(scores)  # mean 2, standard deviation 1
+    assert normalise_scores(scores, moments, subtract_mean=True).tolist() == pytest.approx([-1, 1])
+    assert normalise_scores(scores, moments, subtract_mean=False).tolist() == pytest.approx([1, 3])
+    # A reward model that says the same of everything must not blow up.
+    same = torch.full((3,), 7.0)
+    assert normalise_scores(same, RunningMoments().updated(same), subtract_mean=True).tolist() == [0, 0, 0]
+
+
+def test_the_overlong_penalty_grows_over_the_buffer():
+    lengths = torch.tensor([1, 90, 95, 100])
+    penalty = overlong_penalty(lengths, max_response_tokens=100, buffer_tokens=10, penalty=2.0)
+    assert penalty.tolist() == [0.0, 0.0, 1.0, 2.0]
+    assert penalty.dtype == torch.float32
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("eos", [0.0, 0.25])
+@pytest.mark.parametrize("overlong", [None, 0.5])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_every_combination_keeps_the_stated_order(clip, eos, overlong, normalise):
+    # Score 8 of a cut-off response; scores so far have mean 4 and standard deviation 2: normalised, it is 2.
+    score = 2.0 if normalise else 8.0
+    score = score if clip is None else min(score, clip)
+    expected = score - eos - (overlong or 0.0)
+    scores = torch.tensor([8.0])
+    if normalise:
+        scores = normalise_scores(scores, RunningMoments(100, 4.0, 400.0), subtract_mean=True)
+    penalty = None if overlong is None else torch.tensor([overlong])
+    shaped = shape_scores(scores, torch.tensor([True]), score_clip=clip, missing_eos_penalty=eos, overlong=penalty)
+    assert shaped.item() == pytest.approx(expected)

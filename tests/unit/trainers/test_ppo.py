@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from trainers_support import PPO, metrics, open_run, prompts, texts
 
-from rlhf_dist.batches import FINISHED, TRUNCATED, RolloutBatch
+from rlhf_dist.batches import FINISHED, TRUNCATED, RolloutBatch, concat_rows
 from rlhf_dist.config import PPOSettings
+from rlhf_dist.errors import SampleError, TrainingError
 from rlhf_dist.trainers.experience import PPOState, Scored, make_experience
 
 SETTINGS = PPOSettings(
@@ -224,3 +226,130 @@ def test_whitening_is_over_all_response_tokens_and_leaves_returns_alone():
     white = [(a - mean) / std for a in raw]
     assert torch.allclose(experience.advantages, torch.tensor([white[:2], [white[2], 0.0]]), atol=1e-6)
     assert torch.allclose(experience.returns, torch.tensor([[0.7, 1.1], [-0.75, 0.0]]))
+
+
+def test_the_value_function_warms_up_alone(tmp_path: Path):
+    settings = SETTINGS.model_copy(update={"value_warmup_iterations": 2})
+    with open_run(tmp_path / "warm") as run:
+        warm = PPO(run, settings, ptx=texts(7))
+        warm.trainer.run(resume=False)
+    with open_run(tmp_path / "cold") as run:
+        cold = PPO(run, SETTINGS, ptx=texts(7))
+        cold.trainer.run(resume=False)
+    updates = [event[0] for event in calls(warm.events, "policy.update", "value.update")]
+    assert updates == ["value.update", "value.update", *["policy.update", "value.update"] * 2]
+    # No text is left out: the first policy update gets the first texts.
+    first = [ppo.trainer.draw_ptx(iteration) for ppo, iteration in ((warm, 2), (cold, 0))]
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(*first, strict=True))
+
+
+def test_the_kl_coefficient_adapts_and_is_resumed(tmp_path: Path):
+    # FakePolicy and FakeReference differ by 0.5 nats a token, 1 nat a response: twice the target, an error clipped to 0.2.
+    settings = SETTINGS.model_copy(update={"kl_coef": 0.1, "kl_target": 0.5, "kl_horizon": 12})
+    with open_run(tmp_path) as run:
+        PPO(run, settings).trainer.run(resume=False)
+    coefs = [metrics(tmp_path)[step]["kl/coef"] for step in range(1, 5)]
+    assert coefs == pytest.approx([0.1 * 1.1**i for i in range(4)])
+    with open_run(tmp_path / "again") as run:
+        halfway = PPO(run, settings.model_copy(update={"num_iterations": 2, "normalise_scores": "mean_std"}))
+        halfway.trainer.run(resume=False)
+        resumed = PPO(run, settings)
+        resumed.trainer._start(resume=True)
+    assert resumed.trainer.state == halfway.trainer.state
+    assert resumed.trainer.state.kl_coef == pytest.approx(0.1 * 1.1**2)
+    assert resumed.trainer.state.moments.count == 2 * 6
+
+
+@pytest.mark.parametrize("part", ["scores", "logprobs", "ref_logprobs", "values"])
+def test_what_is_not_finite_stops_the_iteration_with_its_samples(tmp_path: Path, part: str):
+    role, method = {
+        "scores": ("reward", "score"),
+        "logprobs": ("policy", "logprobs"),
+        "ref_logprobs": ("reference", "logprobs"),
+        "values": ("value", "values"),
+    }[part]
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, SETTINGS)
+        fake = getattr(ppo.trainer.roles, role)
+        healthy = getattr(fake, method)
+
+        def broken(batch):
+            answer = healthy(batch)
+            value = answer.result()
+            value.view(len(value), -1)[4, 0] = math.nan
+            return answer
+
+        setattr(fake, method, broken)
+        with pytest.raises(SampleError, match=r"of responses 4\. No weight was touched") as caught:
+            ppo.trainer.step(0)
+    assert calls(ppo.events, "policy.update", "value.update", "sync") == []
+    (line,) = (tmp_path / "refused_step_000001.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(line)
+    assert (row["source"], row["row"]) == ("rollouts", 4)
+    assert row["text"] == " ".join(map(str, row["tokens"]))
+    assert "refused_step_000001.jsonl" in str(caught.value)
+
+
+def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, SETTINGS, ptx=texts(7))
+
+        def refuse(*_):
+            raise SampleError("policy: a loss is not finite.", {"ppo": [5], "ptx": [0, 3]}, step=1)
+
+        drawn = ppo.trainer.draw_ptx(0)
+        experience = make_experience(ROLLOUT, SCORED, BY_HAND, PPOState(0.1), 4)[0]
+        message = r"not finite\. Samples: .*refused_step_000001"
+        batch = concat_rows([experience] * 3)
+        with pytest.raises(SampleError, match=message), ppo.trainer._dumping(0, batch, drawn):
+            refuse()
+    rows = [json.loads(line) for line in (tmp_path / "refused_step_000001.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["source"], row["row"]) for row in rows] == [("ppo", 5), ("ptx", 0), ("ptx", 3)]
+    assert rows[0]["returns"] == [-0.75]
+    assert rows[2]["tokens"] == drawn[1].tokens[3, : drawn[1].lengths[3]].tolist()
+
+
+def test_a_policy_that_is_not_its_reference_is_refused_before_its_first_update(tmp_path: Path):
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, SETTINGS)  # the fakes differ by 0.5 nats a token
+        ppo.trainer.same_start = "bf16"
+        with pytest.raises(TrainingError, match=r"differ by 0\.5 nats a token .*at most 0\.05 in bf16"):
+            ppo.trainer.step(0)
+        assert calls(ppo.events, "policy.update", "value.update") == []
+        ppo.trainer.step(1)  # later they differ, and should
+        ppo.trainer.settings = SETTINGS.model_copy(update={"self_checks": False})
+        ppo.trainer.step(0)
+
+
+def test_bootstrapping_counts_what_follows_a_cut_off_response_only():
+    settings = BY_HAND.model_copy(update={"bootstrap_truncated": True})
+    experience, _ = make_experience(ROLLOUT, SCORED, settings, PPOState(0.1), 4)
+    # Row 2 was cut off in a state worth 0.6; row 1 ended.
+    assert torch.allclose(experience.advantages, torch.tensor([[0.5, 0.7], [-0.4, 0.0]]))
+
+
+def test_kl_in_the_loss_is_not_in_the_rewards_too(tmp_path: Path):
+    changes = {"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.3, "ptx_coef": 0.0}
+    settings = SETTINGS.model_copy(update=changes)
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, settings)
+        coefs = []
+        healthy = ppo.policy.update
+        ppo.policy.update = lambda *args: coefs.append(args[3]) or healthy(*args)  # pyright: ignore
+        ppo.trainer.step(0)
+    assert coefs == [0.3]
+    in_loss, found = make_experience(ROLLOUT, SCORED, BY_HAND.model_copy(update=changes), PPOState(0.3), 4)
+    without, _ = make_experience(ROLLOUT, SCORED, BY_HAND, PPOState(0.0), 4)
+    assert torch.equal(in_loss.advantages, without.advantages)
+    assert found["kl/ref_mean"] == pytest.approx(-0.25)
+
+
+def test_normalised_scores_and_the_overlong_penalty_enter_the_rewards():
+    changes = {"normalise_scores": "mean_std", "score_clip": None, "overlong_penalty": 1.0, "overlong_buffer_tokens": 2}
+    settings = BY_HAND.model_copy(update=changes)
+    state = PPOState(0.0).with_scores(SCORED.scores)  # mean 0.875, standard deviation 1.125
+    _, found = make_experience(ROLLOUT, SCORED, settings, state, 3)
+    # Normalised to 1 and −1; two of three tokens are half of the buffer: −0.5; the cut-off response loses 0.5.
+    assert found["reward/total_mean"] == pytest.approx((1 - 0.5 - 1 - 0.5) / 2)
+    assert found["reward/shaped_mean"] == found["reward/total_mean"]
+    assert found["reward/score_mean"] == 0.875

@@ -19,7 +19,7 @@ from support.tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.batches import PreferenceBatch, StepShare, concat_rows, pad_rows
+from rlhf_dist.batches import PreferenceBatch, StepShare, concat_rows
 from rlhf_dist.cluster.proxies import (
     GroupWeightSync,
     PolicyRole,
@@ -29,7 +29,7 @@ from rlhf_dist.cluster.proxies import (
     RolloutRole,
     ValueRole,
 )
-from rlhf_dist.config import FrozenModel, RolloutConfig
+from rlhf_dist.config import FrozenModel, PPOSettings, RolloutConfig
 from rlhf_dist.engine import zero
 from rlhf_dist.errors import ModelError
 
@@ -54,8 +54,8 @@ def policy_kwargs(path: Path, **changes) -> dict:
         "config": config,
         "num_steps": 2,
         "temperature": TEMPERATURE,
-        "clip_range": CLIP,
-        "ptx_coef": PTX_COEF,
+        # The old log-probs of these tests are no policy's.
+        "settings": PPOSettings(clip_range=CLIP, ptx_coef=PTX_COEF, self_checks=False),
     }
 
 
@@ -128,7 +128,7 @@ def test_idle_micro_batches_change_nothing(tiny_lm: Path, stage: int):
     results = []
     for idle in ([], [[]]):
         with hosted(POLICY, **policy_kwargs(tiny_lm, zero_stage=stage)) as group:
-            reports = worker_of(group).update_ppo(EXPERIENCE.rows([4, 0, 2]), [share(idle)], [PTX[0]])
+            reports = worker_of(group).update_ppo(EXPERIENCE.rows([4, 0, 2]), [share(idle)], [PTX[0]], 0.0)
             results.append((reports, weights(group)))
     (busy, expected), (also_idle, actual) = results
     assert also_idle[0].sums == busy[0].sums
@@ -141,7 +141,7 @@ def test_a_rank_with_nothing_to_do_still_takes_part(tiny_lm: Path):
     with hosted(POLICY, **policy_kwargs(tiny_lm, zero_stage=3)) as group:
         worker = worker_of(group)
         none = EXPERIENCE.rows([])
-        report = worker.update_ppo(none, [StepShare([[]], 10, [[]], 4)], [PTX[0].rows([])])[0]
+        report = worker.update_ppo(none, [StepShare([[]], 10, [[]], 4)], [PTX[0].rows([])], 0.0)[0]
         assert report.sums == {}
         assert report.grad_norm == 0
         assert worker.logprobs(rollout_batch([2], [3]).rows([]), [[], []]).shape == (0, 0)
@@ -201,16 +201,15 @@ def test_values_are_scores_of_the_text_so_far(tiny_rm: Path):
         values = ValueRole(group, 2).values(rollout).result()
     for row in range(3):
         tokens, n, m = response(rollout, row)
-        expected = [model(tokens[:, : n + t]).logits.item() for t in range(m)]
-        assert values[row, :m].tolist() == pytest.approx(expected, abs=1e-4)
-        assert (values[row, m:] == 0).all()
+        expected = [model(tokens[:, : n + t]).logits.item() for t in range(m + 1)]
+        assert values[row, : m + 1].tolist() == pytest.approx(expected, abs=1e-4)
+        assert (values[row, m + 1 :] == 0).all()
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_reward_model_update_equals_plain_torch(tiny_rm: Path, stage: int):
     sides = random_rows([5, 9, 3, 4], 1), random_rows([8, 2, 6, 4], 2)
-    lengths = [torch.tensor([len(row) for row in side]) for side in sides]
-    batch = PreferenceBatch(pad_rows(sides[0]), lengths[0], pad_rows(sides[1]), lengths[1])
+    batch = PreferenceBatch.of(list(zip(*sides, strict=True)))
     model = AutoModelForSequenceClassification.from_pretrained(tiny_rm, dtype=torch.float32)
     optimizer = plain_adamw(model)
     scores = torch.stack([torch.stack([model(row[None]).logits[0, 0] for row in side]) for side in sides], dim=1)
@@ -261,7 +260,7 @@ def test_dropout_is_a_function_of_the_step_and_off_in_rl(tmp_path: Path):
         worker = worker_of(group)
         worker.model.train()
         before = PolicyRole(group, 5).logprobs(rollout_batch([3, 2], [4, 5])).result()
-        losses = {worker._ppo_loss(EXPERIENCE)[0].item() for _ in range(3)}
+        losses = {worker._ppo_loss(EXPERIENCE, 0.0)[0].item() for _ in range(3)}
         assert len(losses) == 1
         assert torch.equal(PolicyRole(group, 5).logprobs(rollout_batch([3, 2], [4, 5])).result(), before)
 
