@@ -54,7 +54,7 @@ from record_ppo import record_ppo
 
 
 def reward_cases(centering_coef: float | None, with_margins: bool) -> list[dict[str, Any]]:
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]
 
     data = {"chosen_ids": prompts(10, seed=7), "rejected_ids": prompts(10, seed=8)}
     if with_margins:
@@ -96,7 +96,7 @@ def record_reward() -> None:
 
 
 def record_sft() -> None:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     rows = [
         {"input_ids": p + c + [EOS], "completion_mask": [0] * len(p) + [1] * (len(c) + 1)}

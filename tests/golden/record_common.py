@@ -13,7 +13,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import numpy as np
 import torch
 import transformers
-import trl
+import trl  # pyright: ignore[reportMissingImports]
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -57,7 +57,7 @@ def language_model(seed: int) -> LlamaForCausalLM:
 
 def score_model(seed: int) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1))
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES | {"num_labels": 1}))
 
 
 def prompts(num: int, seed: int) -> list[list[int]]:

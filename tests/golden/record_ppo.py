@@ -96,7 +96,7 @@ class Watch:
 
 
 def ppo_run(**settings: Any) -> dict[str, Any]:
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
 
     batch_size = 16
     with tempfile.TemporaryDirectory() as folder:

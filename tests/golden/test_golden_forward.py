@@ -5,6 +5,7 @@ TRL pads prompts on the left, the project pads on the right, and neither may mat
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from rlhf_dist.models.forward import (
     state_values,
 )
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+assert_near = functools.partial(assert_close, rtol=1e-4, atol=1e-5)
 """fp32 forward passes whose padding is on the other side."""
 
 RUN = ppo_run("k1")
@@ -41,7 +42,7 @@ def recorded_model(role: str) -> Any:
         model = LlamaForCausalLM(LlamaConfig(**config))
         model.lm_head.bias = torch.nn.Parameter(torch.empty(config["vocab_size"]))
     else:
-        model = LlamaForSequenceClassification(LlamaConfig(**config, num_labels=1))
+        model = LlamaForSequenceClassification(LlamaConfig(**config | {"num_labels": 1}))
     model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     return model.eval()
 
@@ -66,14 +67,14 @@ def test_logprobs_of_response_tokens(role, recorded, packed):
     module = TargetLogprobs(recorded_model(role), packed)
     logprobs, _ = module(tokens, lengths, targets, RUN.config["temperature"])
     mask = RUN.response_mask
-    assert_close(scatter_responses(logprobs, mask)[mask], RUN.rollout[recorded][mask], **TOLERANCE)
+    assert_near(scatter_responses(logprobs, mask)[mask], RUN.rollout[recorded][mask])
 
 
 @torch.no_grad()
 def test_scores_are_read_at_the_last_token(packed):
     tokens, _, lengths = sequences()
     scalars = ScalarHead(recorded_model("reward"), packed)(tokens, lengths)
-    assert_close(last_token_scores(scalars, lengths), RUN.rollout["scores_raw"], **TOLERANCE)
+    assert_near(last_token_scores(scalars, lengths), RUN.rollout["scores_raw"])
 
 
 @torch.no_grad()
@@ -82,4 +83,4 @@ def test_values_are_of_the_state_before_each_token(packed):
     tokens, prompt_lengths, lengths = sequences()
     scalars = ScalarHead(recorded_model("value"), packed)(tokens, lengths)
     values = state_values(scalars, prompt_lengths, length_mask(RUN.lengths + 1, RUN.response_mask.shape[1] + 1))
-    assert_close(values[:, :-1][RUN.mask_p1], RUN.rollout["values"][RUN.mask_p1], **TOLERANCE)
+    assert_near(values[:, :-1][RUN.mask_p1], RUN.rollout["values"][RUN.mask_p1])

@@ -268,24 +268,28 @@ def test_gradient_of_the_policy_loss(options):
     old, new, advantages = ragged.rows(0.5, -2), ragged.rows(0.9, -2), ragged.rows()
     low, bound = options["clip_range"], options.get("dual_clip")
     high = options.get("clip_range_high", low)
-    wide = [ragged.padded(rows, torch.float64) for rows in (old, advantages)]
+    wide_old, wide_advantages = (ragged.padded(rows, torch.float64) for rows in (old, advantages))
 
     def total(rows: Rows) -> float:
         return ragged.total(lambda n, o, a: loops.policy_token_loss(n, o, a, low, high, bound), rows, old, advantages)
 
-    assert_gradient(lambda x: losses.policy_loss(x, *wide, ragged.mask, **options)[0], total, new, ragged)
+    assert_gradient(
+        lambda x: losses.policy_loss(x, wide_old, wide_advantages, ragged.mask, **options)[0], total, new, ragged
+    )
 
 
 @pytest.mark.parametrize("clip_range", [None, 0.3])
 def test_gradient_of_the_value_loss(clip_range):
     ragged = Ragged(1)
     values, old, returns = ragged.rows(), ragged.rows(), ragged.rows(2.0)
-    wide = [ragged.padded(rows, torch.float64) for rows in (old, returns)]
+    wide_old, wide_returns = (ragged.padded(rows, torch.float64) for rows in (old, returns))
 
     def total(rows: Rows) -> float:
         return ragged.total(lambda v, o, r: loops.value_token_loss(v, o, r, clip_range), rows, old, returns)
 
-    assert_gradient(lambda x: losses.value_loss(x, *wide, ragged.mask, clip_range)[0], total, values, ragged)
+    assert_gradient(
+        lambda x: losses.value_loss(x, wide_old, wide_returns, ragged.mask, clip_range)[0], total, values, ragged
+    )
 
 
 def test_gradient_of_the_ranking_loss():

@@ -20,6 +20,7 @@ def targets_of(micro_batch):
     labels = micro_batch["labels"][:, 1:]
     kept = labels != IGNORED
     logprobs, entropies = taken_logprobs(micro_batch["logits"][:, :-1][kept], labels[kept])
+    assert entropies is not None
     return logprobs, entropies, kept
 
 
