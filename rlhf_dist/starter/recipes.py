@@ -20,6 +20,7 @@ from rlhf_dist.config import (
     RecordKind,
     RewardConfig,
     RewardData,
+    RewardSettings,
     RolloutConfig,
     SFTConfig,
     SFTData,
@@ -87,7 +88,7 @@ class Recipe:
     pretrain: SupervisedSettings | None
     """None: the model is pretrained already."""
     sft: SupervisedSettings
-    reward: SupervisedSettings
+    reward: RewardSettings
     ppo: PPOSettings
     learning_rates: Mapping[str, float]
     """Peak learning rate of each trained model: pretrain, sft, reward, policy, value."""
@@ -105,7 +106,7 @@ TINY = Recipe(
     micro_batch_size=64,
     pretrain=SupervisedSettings(batch_size=32, num_steps=260),
     sft=SupervisedSettings(batch_size=32, num_steps=160),
-    reward=SupervisedSettings(batch_size=48, num_steps=80),
+    reward=RewardSettings(batch_size=48, num_steps=80),
     ppo=PPOSettings(
         num_iterations=14,
         prompts_per_iteration=128,
@@ -129,7 +130,7 @@ SMOLLM2 = Recipe(
     micro_batch_size=8,
     pretrain=None,
     sft=SupervisedSettings(batch_size=16, num_steps=24),
-    reward=SupervisedSettings(batch_size=16, num_steps=40),
+    reward=RewardSettings(batch_size=16, num_steps=40),
     ppo=PPOSettings(
         num_iterations=12,
         prompts_per_iteration=32,
