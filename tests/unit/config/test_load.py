@@ -209,6 +209,7 @@ def test_help_and_schema_have_every_key():
     keys = schema_keys(PPOConfig)
     text = overrides_help(PPOConfig, "prog", "usage", "")
     assert [k for k in keys if "[]" not in k and f"--{k} " not in text] == []
-    assert "(default: 0.05)" in text
-    assert "weight of the per-token KL penalty" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "weight of the per-token KL penalty" in words
+    assert "(default: 0.05)" in words
     assert '"kl_coef"' in json_schema(PPOConfig)
