@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 HERE = Path(__file__).resolve().parent
 PAD, EOS, VOCAB_SIZE = 0, 1, 12
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -56,8 +56,9 @@ def language_model(seed: int) -> LlamaForCausalLM:
 
 
 def score_model(seed: int) -> LlamaForSequenceClassification:
+    sizes: dict[str, Any] = SIZES | {"num_labels": 1}
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(LlamaConfig(**SIZES | {"num_labels": 1}))
+    return LlamaForSequenceClassification(LlamaConfig(**sizes))
 
 
 def prompts(num: int, seed: int) -> list[list[int]]:

@@ -185,13 +185,23 @@ def pair_loss(chosen: float, rejected: float, margin: float = 0.0, centering_coe
     return minus_log_sigmoid(chosen - rejected - margin) + centering_coef * (chosen + rejected) ** 2
 
 
-def prompt_ranking_loss(scores: Row, ratings: Row | None = None, centering_coef: float = 0.0) -> float:
-    """InstructGPT, eq. 1: the mean over all C(K,2) pairs of one prompt's responses, the best first."""
+def prompt_ranking_loss(
+    scores: Row, ratings: Row | None = None, centering_coef: float = 0.0, ranks: Sequence[int] | None = None
+) -> float:
+    """InstructGPT, eq. 1: the mean over all C(K,2) pairs of one prompt's responses, the best first. A tie is no pair."""
     losses = []
     for better, worse in combinations(range(len(scores)), 2):
+        if ranks is not None and ranks[better] == ranks[worse]:
+            continue
         margin = 0.0 if ratings is None else ratings[better] - ratings[worse]
         losses.append(pair_loss(scores[better], scores[worse], margin, centering_coef))
-    return math.fsum(losses) / math.comb(len(scores), 2)
+    assert ranks is not None or len(losses) == math.comb(len(scores), 2)
+    return mean(losses) if losses else 0.0
+
+
+def explained_variance(values: Row, returns: Row) -> float:
+    """1 − Var(R − V)/Var(R)."""
+    return 1 - variance([r - v for v, r in zip(values, returns, strict=True)]) / variance(returns)
 
 
 def negative_log_likelihood(rows_of_logits: Sequence[Row], tokens: Sequence[int], temperature: float = 1.0) -> float:

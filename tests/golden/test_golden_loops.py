@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 import reference_loops as loops
 import torch
-from torch import Tensor
-from torch.testing import assert_close
+from golden_ragged import POLICY_OPTIONS, Ragged, close
 
 from rlhf_dist.algo import kl, losses
 from rlhf_dist.algo.advantages import gae
@@ -24,45 +22,7 @@ from rlhf_dist.algo.rewards import (
 )
 from rlhf_dist.batches import length_mask
 
-Rows = list[list[float]]
 SEEDS = (0, 1, 2)
-REL, ABS = 1e-5, 1e-6
-
-
-def close(ours: Tensor | float, expected: float) -> None:
-    assert float(ours) == pytest.approx(expected, rel=REL, abs=ABS)
-
-
-class Ragged:
-    """Random responses of different lengths, as lists for the loops and padded with rubbish for `algo/`."""
-
-    def __init__(self, seed: int, num: int = 6, longest: int = 9) -> None:
-        self.random = random.Random(seed)
-        lengths = [1, longest, *(self.random.randint(1, longest) for _ in range(num - 2))]
-        self.lengths = torch.tensor(lengths)
-        self.mask = length_mask(self.lengths, longest + 2)
-
-    def rows(self, scale: float = 1.0, centre: float = 0.0) -> Rows:
-        """fp32 numbers: both sides must start from the same."""
-        drawn = [[self.random.gauss(centre, scale) for _ in range(n)] for n in self.lengths.tolist()]
-        return [torch.tensor(row, dtype=torch.float32).tolist() for row in drawn]
-
-    def scores(self, scale: float = 2.0) -> list[float]:
-        return torch.tensor([self.random.gauss(0, scale) for _ in self.lengths]).tolist()
-
-    def padded(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[B, R]; what lies in the padding is neither 0 nor small."""
-        out = torch.full(self.mask.shape, 7.5, dtype=dtype)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = torch.tensor(row, dtype=dtype)
-        return out
-
-    def assert_equal(self, ours: Tensor, expected: Rows) -> None:
-        assert_close(ours[self.mask], self.padded(expected)[self.mask], rtol=REL, atol=ABS)
-
-    def total(self, function: Callable[..., float], *columns: Rows) -> float:
-        """Σ over all tokens of `function` of the columns there."""
-        return sum(function(*at) for rows in zip(*columns, strict=True) for at in zip(*rows, strict=True))
 
 
 @pytest.fixture(params=SEEDS)
@@ -173,14 +133,6 @@ def test_statistics_and_whitening(ragged):
     ragged.assert_equal(masked_whiten(padded, ragged.mask), loops.whiten(rows))
 
 
-POLICY_OPTIONS = [
-    {"clip_range": 0.2},
-    {"clip_range": 0.1, "clip_range_high": 0.28},
-    {"clip_range": 0.2, "dual_clip": 1.5},
-    {"clip_range": 0.2, "clip_range_high": 0.3, "dual_clip": 3.0},
-]
-
-
 @pytest.mark.parametrize("options", POLICY_OPTIONS, ids=str)
 def test_policy_loss(ragged, options):
     old, new, advantages = ragged.rows(0.5, -2), ragged.rows(0.9, -2), ragged.rows()
@@ -241,70 +193,22 @@ def test_ranking_loss(seed, centering, with_ratings):
     close(loss, expected)
 
 
-# -------------------------------------------------------------------------------------------------------- gradients
-
-
-def assert_gradient(
-    loss_of: Callable[[Tensor], Tensor], total_of: Callable[[Rows], float], at: Rows, ragged: Ragged
-) -> None:
-    """Autograd's gradient (in fp64) against central differences of the loop: a term that is detached by mistake, or a clip that
-    lets the gradient through, has the right value and the wrong gradient."""
-    x = ragged.padded(at, torch.float64).requires_grad_()
-    (ours,) = torch.autograd.grad(loss_of(x), x)
-    step = 1e-6
-    for i, row in enumerate(at):
-        for t in range(len(row)):
-            up, down = [list(r) for r in at], [list(r) for r in at]
-            up[i][t] += step
-            down[i][t] -= step
-            slope = (total_of(up) - total_of(down)) / (2 * step)
-            assert float(ours[i, t]) == pytest.approx(slope, rel=1e-5, abs=1e-7)
-    assert torch.all(ours[~ragged.mask] == 0)
-
-
-@pytest.mark.parametrize("options", POLICY_OPTIONS, ids=str)
-def test_gradient_of_the_policy_loss(options):
-    ragged = Ragged(0)
-    old, new, advantages = ragged.rows(0.5, -2), ragged.rows(0.9, -2), ragged.rows()
-    low, bound = options["clip_range"], options.get("dual_clip")
-    high = options.get("clip_range_high", low)
-    wide_old, wide_advantages = (ragged.padded(rows, torch.float64) for rows in (old, advantages))
-
-    def total(rows: Rows) -> float:
-        return ragged.total(lambda n, o, a: loops.policy_token_loss(n, o, a, low, high, bound), rows, old, advantages)
-
-    assert_gradient(
-        lambda x: losses.policy_loss(x, wide_old, wide_advantages, ragged.mask, **options)[0], total, new, ragged
-    )
-
-
-@pytest.mark.parametrize("clip_range", [None, 0.3])
-def test_gradient_of_the_value_loss(clip_range):
-    ragged = Ragged(1)
-    values, old, returns = ragged.rows(), ragged.rows(), ragged.rows(2.0)
-    wide_old, wide_returns = (ragged.padded(rows, torch.float64) for rows in (old, returns))
-
-    def total(rows: Rows) -> float:
-        return ragged.total(lambda v, o, r: loops.value_token_loss(v, o, r, clip_range), rows, old, returns)
-
-    assert_gradient(
-        lambda x: losses.value_loss(x, wide_old, wide_returns, ragged.mask, clip_range)[0], total, values, ragged
-    )
-
-
-def test_gradient_of_the_ranking_loss():
-    ragged = Ragged(2)
-    ragged.lengths = torch.tensor([2, 5, 3, 4])
+def test_ranking_loss_with_ties():
+    """Pairs of equal rank count neither in the sum nor in C(K,2); a prompt of ties alone adds nothing."""
+    ragged = Ragged(3)
+    ragged.lengths = torch.tensor([4, 5, 2, 3])
     ragged.mask = length_mask(ragged.lengths, 5)
-    scores = ragged.rows(1.5)
-    ratings = [sorted(row, reverse=True) for row in ragged.rows()]
+    scores, ranks = ragged.rows(2.0), [[0, 0, 1, 2], [0, 1, 1, 1, 2], [0, 0], [0, 1, 2]]
+    padded_ranks = torch.zeros(4, 5, dtype=torch.long)
+    for i, row in enumerate(ranks):
+        padded_ranks[i, : len(row)] = torch.tensor(row)
+    loss, _ = losses.ranking_loss(ragged.padded(scores), ragged.mask, centering_coef=0.1, ranks=padded_ranks)
+    close(loss, sum(loops.prompt_ranking_loss(s, None, 0.1, r) for s, r in zip(scores, ranks, strict=True)))
 
-    def total(rows: Rows) -> float:
-        return sum(loops.prompt_ranking_loss(r, m, 0.1) for r, m in zip(rows, ratings, strict=True))
 
-    assert_gradient(
-        lambda x: losses.ranking_loss(x, ragged.mask, ragged.padded(ratings, torch.float64), 0.1)[0],
-        total,
-        scores,
-        ragged,
-    )
+def test_entropy_bonus_and_explained_variance(ragged):
+    entropies, values, returns = ragged.rows(0.3, 2), ragged.rows(), ragged.rows(2.0)
+    loss, _ = losses.entropy_loss(ragged.padded(entropies), ragged.mask)
+    close(loss, ragged.total(lambda h: -h, entropies))
+    explained = losses.explained_variance(ragged.padded(values), ragged.padded(returns), ragged.mask)
+    close(explained, loops.explained_variance([v for r in values for v in r], [v for r in returns for v in r]))
