@@ -19,11 +19,22 @@ Make = Callable[..., dict[str, Any]]
 
 LENGTHS = {"sft": 60, "reward": 60, "ppo": 8}
 """Steps or iterations: enough for a kill to land in the middle of the run."""
+STATEFUL = {
+    "kl_target": 0.01,
+    "kl_horizon": 30,
+    "normalise_scores": "mean_std",
+    "value_warmup_iterations": 1,
+    "kl_stop": 0.003,
+    "ema_decay": 0.9,
+}
+"""What PPO carries from one iteration to the next beside its models, all of it in use."""
 
 
 def _config(make_config: Make, command: str, run_dir: Path, cluster: str) -> dict[str, Any]:
     config = make_config(command, run_dir, ranks=2, zero_stage=2, cluster=cluster)
     config["checkpoint"] = {"every_steps": 1 if command == "ppo" else 7}
+    if command == "ppo":
+        config["ppo"] |= STATEFUL
     config[command]["num_iterations" if command == "ppo" else "num_steps"] = LENGTHS[command]
     return config
 
@@ -74,9 +85,15 @@ def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
     output, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, output
 
-    expected, found = weights(whole), weights(killed)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for model in ("model", "model_ema") if command == "ppo" else ("model",):
+        expected, found = weights(whole, model), weights(killed, model)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert metrics(killed) == metrics(whole)
+    if command == "ppo":
+        steps = [line["policy/num_updates"] for _, line in metrics(whole) if "policy/num_updates" in line]
+        coefs = {line["kl/coef"] for _, line in metrics(whole) if "kl/coef" in line}
+        assert min(steps) < max(steps), "no update was stopped by its KL; lower kl_stop"
+        assert len(coefs) > 4
     summaries = [json.loads((run / "summary.json").read_text()) for run in (killed, whole)]
     for summary in summaries:
         summary.pop("wall_time_s")

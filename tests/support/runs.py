@@ -28,9 +28,9 @@ def cli(*arguments: str, **kwargs: Any) -> subprocess.Popen[str]:
     )
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+def weights(run_dir: Path, model: str = "model") -> dict[str, torch.Tensor]:
     """The parameters a run saved."""
-    return load_file(run_dir / "model" / "model.safetensors")
+    return load_file(run_dir / model / "model.safetensors")
 
 
 def metrics(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
