@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -141,3 +142,20 @@ def test_a_placement_that_cannot_be_had_is_refused_within_the_limit(small_cluste
             assert time.monotonic() - started < 60
     finally:
         session.close()
+
+
+def test_a_run_that_diverges_stops_in_plain_words_and_keeps_the_samples(make_config: Make, tmp_path: Path) -> None:
+    config = make_config("sft", tmp_path / "run", cluster="inline")
+    config["model"]["optimizer"] = {"learning_rate": 1e30, "warmup_fraction": 0.0, "schedule": "constant"}
+    process = cli("sft", str(write_config(tmp_path / "sft.yaml", config)))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 8, output
+    assert "Traceback" not in output
+    said = " ".join(output.split())
+    assert re.search(
+        r"a loss is not finite in optimiser step 1 of the update \(lm: rows [\d, ]+\)\. The step was not", said
+    )
+    (kept,) = (tmp_path / "run").glob("refused_step_*.jsonl")
+    records = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert {"record", "tokens", "loss_mask"} <= records[0].keys()
+    assert not (tmp_path / "run" / "model").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support.roles import Answer, FakeTrained
-from trainers_support import metrics, open_run
+from trainers_support import metrics, open_run, texts
 
 from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.errors import ConfigError, SampleError
 from rlhf_dist.trainers.checkpoint import Checkpoints
 from rlhf_dist.trainers.supervised import SupervisedTrainer, chunks, mean_nll, num_steps, pair_metrics
 
@@ -203,3 +204,23 @@ def test_pair_metrics_weigh_records_and_not_chunks():
     scores = [[1.0, 0.0]] * 512 + [[0.0, 1.0, 2.0]] * 8  # the second chunk is small, and its rankings are longer
     found = pair_metrics(scorer(scores), Rankings([list(range(len(row))) for row in scores]))
     assert found["reward_model/eval_accuracy"] == pytest.approx(512 / 520)
+
+
+def test_a_refused_step_names_and_keeps_its_training_records(tmp_path: Path):
+    task = FakeTask()
+    task.train = texts(10)  # pyright: ignore[reportAttributeAccessIssue]
+    drawn: list[list[int]] = []
+
+    def update(step: int, indices: torch.Tensor) -> Answer:
+        drawn.append(indices.tolist())
+        if step == 1:
+            raise SampleError("model: a loss is not finite.", {"lm": [1, 3]}, step=0)
+        return task.model.answer("update", UpdateReport({}, 1))
+
+    task.update = update
+    with open_run(tmp_path) as run, pytest.raises(SampleError, match=r"not finite\. Samples: .*refused_step_000002"):
+        trainer(run, task).run(resume=False)
+    rows = [json.loads(line) for line in (tmp_path / "refused_step_000002.jsonl").read_text("utf-8").splitlines()]
+    assert [row["record"] for row in rows] == [drawn[1][1], drawn[1][3]]
+    batch = texts(10).batch(torch.tensor(drawn[1]))
+    assert rows[1]["tokens"] == batch.tokens[3, : batch.lengths[3]].tolist()
