@@ -1,7 +1,10 @@
 """What the numbers of a sound run cannot be. Each check returns what is wrong, or "".
 
 A tolerance is what rounding explains: the log-probs that are compared come from forward passes of different shapes (other
-padding, other neighbours in the batch), whose sums are added in another order.
+padding, other neighbours in the batch), whose sums are added in another order. Measured on SmolLM2-135M in bf16, one pass
+packed, the other padded: a mean of 0.011 and, at temperature 0.3, 0.6% of tokens out of a clip range of 0.2; in fp32 less than
+1e-5. What the checks are for is far larger: on a random two-layer model, a temperature of 0.8 that is missing on one side
+gives a mean of 0.18 and 39% out of range.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from torch import Tensor
 from rlhf_dist.algo.masking import masked_mean
 from rlhf_dist.config import Precision
 
-MAX_RATIO_DEVIATION = {"fp32": 1e-3, "bf16": 5e-2}
+MAX_RATIO_DEVIATION = {"fp32": 1e-3, "bf16": 0.1}
 """Precision → largest mean |ρ − 1| of an on-policy step that rounding explains: log-probs before and during the update come
 from forward passes of different shapes."""
-MAX_CLIP_FRACTION = {"fp32": 0.0, "bf16": 1e-2}
+MAX_CLIP_FRACTION = {"fp32": 0.0, "bf16": 0.05}
 """Precision → largest share of tokens that rounding alone may move out of the clip range."""
 
 
@@ -36,7 +39,7 @@ def off_policy(ratio_deviation: float, clip_fraction: float, precision: Precisio
     )
 
 
-MAX_REFERENCE_DEVIATION = {"fp32": 1e-3, "bf16": 5e-2}
+MAX_REFERENCE_DEVIATION = {"fp32": 1e-3, "bf16": 0.1}
 """Precision → largest mean |log π − log π_ref| (nats a token) of two copies of one model that rounding explains."""
 
 
