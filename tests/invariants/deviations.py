@@ -13,6 +13,14 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]
 
+MAX_RELATIVE, MAX_LARGEST = 1e-4, 3e-5
+"""‖Δ‖ / ‖update‖ and max |Δ|.
+
+Sums are added in another order in every layout: gradients agree to about 1e-6 of their size. Adam divides a gradient by its
+size (eps is 1e-5, see `layouts.OPTIMISER`), so single parameters whose gradients almost cancel agree less well than that, and
+four steps carry it on. An error of logic moves the loss by at least one token's weight, a percent or more of the update.
+"""
+
 START, END = "<!-- deviations -->", "<!-- end of deviations -->"
 HEADER = ("what varied", "objective", "ranks", "ZeRO", "steps", "max abs. Δ", "‖Δ‖/‖update‖", "tolerance")
 
@@ -57,7 +65,7 @@ class Row:
 
 
 class Table:
-    """Rows in the order in which they were first measured."""
+    """What a run measures."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], Row] = {}
@@ -96,14 +104,15 @@ class Table:
 
 
 def bound(measured: float, published: str = "") -> str:
-    """The next power of ten, as `≤ 1e-6`; `0` for bit equality. What was published stands as long as it is true and within
-    a factor of 100: another machine's last bits are no news."""
+    """Rounded up to 1, 2 or 5 times a power of ten, as `≤ 2e-06`; `0` for bit equality. What was published stands as long as
+    it is true and within a factor of 10: another machine's last bits are no news."""
     if measured == 0:
         return "0"
-    match = re.fullmatch(r"≤ (1e-?\d+)", published)
-    if match and measured <= float(match[1]) <= 100 * measured:
+    match = re.fullmatch(r"≤ (\de-?\d+)", published)
+    if match and measured <= float(match[1]) <= 10 * measured:
         return published
-    return f"≤ 1e{math.ceil(math.log10(measured))}"
+    power = 10.0 ** math.floor(math.log10(measured))
+    return f"≤ {next(digit * power for digit in (1, 2, 5, 10) if measured <= digit * power):.0e}"
 
 
 def _listed(numbers: set[int]) -> str:
