@@ -18,7 +18,7 @@ MAX_RELATIVE, MAX_LARGEST = 1e-4, 3e-5
 
 Sums are added in another order in every layout: gradients agree to about 1e-6 of their size. Adam divides a gradient by its
 size (eps is 1e-5, see `layouts.OPTIMISER`), so single parameters whose gradients almost cancel agree less well than that, and
-four steps carry it on. An error of logic moves the loss by at least one token's weight, tenths of a percent of the update or more.
+four steps carry it on. Errors of logic move the weights by tenths of a percent of the update, or more.
 """
 
 START, END = "<!-- deviations -->", "<!-- end of deviations -->"
