@@ -285,8 +285,8 @@ class StepReport:
     """Loss term → global L2 norm of its own gradient, coefficient included; where it was measured."""
     refused: str = ""
     """Why the step was not taken (the same on every rank); "" if it was."""
-    suspects: list[tuple[str, int]] = field(default_factory=list)
-    """(loss term, micro-batch) of this rank where something was not finite."""
+    suspects: list[tuple[str, int, int]] = field(default_factory=list)
+    """(loss term, micro-batch, row in it) of this rank whose loss or gradient by itself is not finite."""
 
 
 @dataclass(frozen=True)

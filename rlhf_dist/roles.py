@@ -78,9 +78,11 @@ class Policy(Trained, Protocol):
         steps: Sequence[Tensor],
         ptx: Sequence[TokenBatch] | None,
         kl_loss_coef: float = 0.0,
+        measure_terms: bool = False,
     ) -> Future[UpdateReport]:
         """One optimiser step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i and
-        `kl_loss_coef` times the KL to the reference; fewer where the policy has moved too far."""
+        `kl_loss_coef` times the KL to the reference; fewer where the policy has moved too far. `measure_terms`: report the
+        gradient norm of PTX against that of PPO in the first step."""
         ...
 
     def save_average(self, path: Path) -> Future[None]:

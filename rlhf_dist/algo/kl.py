@@ -20,9 +20,10 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = ½ (log π − log π_ref)²: biased, never negative; its gradient on policy is the exact gradient of KL(π ‖ π_ref).
+    """k2 = ½ (log π − log π_ref)²: biased, never negative. Source as `kl_k1`.
 
-    Source as `kl_k1`.
+    As a loss, on policy, its gradient is exactly that of KL(π(·|s) ‖ π_ref(·|s)) at the states s that were visited. How a token
+    moves the KL of the tokens after it, which a KL in the rewards counts, is not in it.
     """
     return 0.5 * (logprobs - ref_logprobs).square()
 
@@ -43,7 +44,7 @@ MAX_PROPORTIONAL_ERROR = 0.2
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, num_responses: int) -> float:
-    """β of the next iteration, moved towards a target KL in log space.
+    """β of the next iteration, moved so that the KL comes to a target.
 
         e = clip(KL / KL_target − 1, ±0.2)
         β ← β · (1 + e · n / horizon)
@@ -55,7 +56,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, n
         kl: its mean KL, nats a response.
         target: KL_target, nats a response, > 0.
         horizon: responses over which β can change by a factor of about e^±0.2.
-        num_responses: n, responses of the iteration.
+        num_responses: n ≤ horizon, responses of the iteration. (With more, one step could turn β negative.)
     """
     error = min(max(kl / target - 1, -MAX_PROPORTIONAL_ERROR), MAX_PROPORTIONAL_ERROR)
     return kl_coef * (1 + error * num_responses / horizon)

@@ -126,7 +126,7 @@ def policy_loss(
 
     Returns:
         (sum over tokens, sums over tokens: `loss`, `clip_fraction`, `dual_clip_fraction`, `approx_kl` (k3 of old against
-        new), `ratio`, `ratio_deviation` (|ρ − 1|)).
+        new), `ratio`, `ratio_deviation` (min(|ρ − 1|, 1): no single token decides)).
     """
     high = clip_range if clip_range_high is None else clip_range_high
     # Padding is replaced before the exponential: an overflow there would give NaN gradients even when masked after.
@@ -146,7 +146,7 @@ def policy_loss(
             "dual_clip_fraction": masked_sum(bounded.to(ratio.dtype), response_mask),
             "approx_kl": masked_sum(kl_k3(old_logprobs, logprobs), response_mask),
             "ratio": masked_sum(ratio, response_mask),
-            "ratio_deviation": masked_sum((ratio - 1).abs(), response_mask),
+            "ratio_deviation": masked_sum((ratio - 1).abs().clamp(max=1), response_mask),
         }
     return loss, sums
 

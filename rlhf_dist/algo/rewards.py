@@ -42,8 +42,8 @@ class RunningMoments:
         return (self.sum_squares / self.count) ** 0.5 if self.count else 0.0
 
 
-def normalise_scores(scores: Tensor, moments: RunningMoments, *, subtract_mean: bool, eps: float = 1e-8) -> Tensor:
-    """(s − mean) / (std + eps), or s / (std + eps).
+def normalise_scores(scores: Tensor, moments: RunningMoments, *, subtract_mean: bool) -> Tensor:
+    """(s − mean) / std, or s / std; without the division while all scores so far are the same.
 
     Dividing alone keeps the sign and the zero of the reward model; subtracting too removes what is common to all responses.
 
@@ -53,7 +53,8 @@ def normalise_scores(scores: Tensor, moments: RunningMoments, *, subtract_mean: 
         subtract_mean: whether to subtract.
     """
     wide = scores.double() - (moments.mean if subtract_mean else 0.0)
-    return (wide / (moments.std + eps)).to(scores.dtype)
+    varies = moments.std > 1e-6 * abs(moments.mean)
+    return (wide / moments.std if varies else wide).to(scores.dtype)
 
 
 def overlong_penalty(

@@ -29,6 +29,8 @@ class Prepared:
     data: Any
     facts: dict[str, Any]
     """Derived numbers, for the start of the run and for `validate`."""
+    decode: Callable[[Tensor], str] | None = None
+    """[n] token ids → text."""
 
 
 def check_model(path: str, max_length_tokens: int, role: str) -> Any:
@@ -107,7 +109,9 @@ def prepare_sft(config: SFTConfig) -> Prepared:
     check_causal_lm(check_model(config.model.model_path, config.data.max_length_tokens, "trained"), "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     data = load_sft(config.data, tokenizer, config.seed)
-    return _prepare_supervised(config, data, config.sft, "sft", f"{WORKERS}.language_model:LanguageModelWorker")
+    return _prepare_supervised(
+        config, data, config.sft, "sft", f"{WORKERS}.language_model:LanguageModelWorker", tokenizer
+    )
 
 
 def prepare_reward(config: RewardConfig) -> Prepared:
@@ -126,14 +130,20 @@ def prepare_reward(config: RewardConfig) -> Prepared:
         )
     worker = f"{WORKERS}.preference_model:PreferenceModelWorker"
     objective = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
-    prepared = _prepare_supervised(config, data, config.reward, "reward", worker, objective)
+    prepared = _prepare_supervised(config, data, config.reward, "reward", worker, tokenizer, objective)
     if margin_coef > 0:
         prepared.facts["training records with margins"] = num_with_margins
     return prepared
 
 
 def _prepare_supervised(
-    config: Any, data: Any, settings: Any, section: str, worker: str, objective: dict[str, float] | None = None
+    config: Any,
+    data: Any,
+    settings: Any,
+    section: str,
+    worker: str,
+    tokenizer: Any,
+    objective: dict[str, float] | None = None,
 ) -> Prepared:
     check_ds_config(config.model)
     check_ranks(settings.batch_size, config.model.num_ranks, f"{section}.batch_size", "model")
@@ -150,7 +160,7 @@ def _prepare_supervised(
         "records a step": settings.batch_size,
         "epochs": round(steps * settings.batch_size / len(data.train), 3),
     }
-    return Prepared([spec], data, facts)
+    return Prepared([spec], data, facts, decoder(tokenizer))
 
 
 def decoder(tokenizer: Any) -> Callable[[Tensor], str]:

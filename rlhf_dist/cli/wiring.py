@@ -108,6 +108,7 @@ def checkpoints(config: RunConfig, prepared: Prepared) -> Checkpoints:
     """The run's checkpoints, which carry what a run must share with them: its configuration and the sizes of its data."""
     free = {"run_dir", "resume", "overwrite", "checkpoint", "tracking", "ray"}
     identity = _flat(json.loads(config.model_dump_json(exclude=free)))
+    identity.pop("ppo.self_checks", None)  # a check that was wrong to stop a run must not stop its resuming
     identity |= {f"number of {name}": value for name, value in prepared.facts.items() if isinstance(value, int)}
     identity["rlhf_dist version"] = __version__
     return Checkpoints(RunFolder(config.run_dir).checkpoints_dir, config.checkpoint.keep_last, identity)
@@ -152,6 +153,7 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
         total_steps=prepared.specs[0].kwargs["num_steps"],
         every_steps=config.checkpoint.every_steps,
         checkpoints=checkpoints(config, prepared),
+        decode=prepared.decode,
     )
     summary = trainer.run(resume=config.resume == "auto")
     run.save_model(task.model)
@@ -180,7 +182,7 @@ def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
             checkpoints(config, prepared),
             config.checkpoint.every_steps,
             max_response_tokens=config.rollout.max_response_tokens,
-            same_start=_same_start(config),
+            precisions=_precisions(config),
         )
         summary = trainer.run(resume=config.resume == "auto")
         run.save_model(policy)
@@ -189,11 +191,18 @@ def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
         return run.finish(summary)
 
 
-def _same_start(config: PPOConfig) -> Precision | None:
-    """The lower precision of policy and reference where both start from the same weights."""
-    if config.reference_model.model_path != config.policy.model_path:
-        return None
-    return "bf16" if "bf16" in (config.reference_model.precision, config.policy.precision) else "fp32"
+def _precisions(config: PPOConfig) -> ppo_trainer.Precisions:
+    policy, reference = config.policy, config.reference_model
+    rollout = config.rollout.precision or policy.precision
+    same = reference.model_path == policy.model_path
+    return ppo_trainer.Precisions(
+        rollout=_lower(policy.precision, rollout),
+        same_start=_lower(policy.precision, reference.precision) if same else None,
+    )
+
+
+def _lower(*precisions: Precision) -> Precision:
+    return "bf16" if "bf16" in precisions else "fp32"
 
 
 def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:

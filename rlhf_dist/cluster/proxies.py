@@ -152,6 +152,7 @@ class PolicyRole(_TrainedRole):
         steps: Sequence[Tensor],
         ptx: Sequence[TokenBatch] | None,
         kl_loss_coef: float = 0.0,
+        measure_terms: bool = False,
     ) -> Future[UpdateReport]:
         """See `roles.Policy`."""
         shares = {"ppo": [_shares_of_step(self, experience.lengths, rows) for rows in steps]}
@@ -173,7 +174,7 @@ class PolicyRole(_TrainedRole):
                 for i in range(len(steps))
             ]
             rank_ptx = [b.rows(p[0]) for b, p in zip(ptx, ptx_picks, strict=True)] if ptx is not None else None
-            calls.append((experience.rows(rows), rank_steps, rank_ptx, kl_loss_coef))
+            calls.append((experience.rows(rows), rank_steps, rank_ptx, kl_loss_coef, measure_terms))
         return mapped(
             self.group.scatter("update_ppo", calls),
             lambda ranks: update_report(self.group.role, by_step(ranks), counts, shares, POLICY_METRICS),

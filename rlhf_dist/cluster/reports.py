@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from rlhf_dist.batches import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport, UpdateReport
 from rlhf_dist.errors import SampleError, TrainingError
 
 Shares = list[list[list[int]]]
 """Rank → micro-batch → rows."""
-MetricNames = dict[str, tuple[str, str]]
-"""Metric → (loss term, sum) of a `StepReport`."""
 
-LM_METRICS: MetricNames = {"sft/loss": ("lm", "loss")}
-RM_METRICS: MetricNames = {
-    "reward_model/loss": ("rm", "loss"),
-    "reward_model/accuracy": ("rm", "accuracy"),
-    "reward_model/margin": ("rm", "margin"),
-}
-POLICY_METRICS: MetricNames = {
-    "policy/loss": ("ppo", "loss"),
-    "policy/clip_fraction": ("ppo", "clip_fraction"),
-    "policy/dual_clip_fraction": ("ppo", "dual_clip_fraction"),
-    "policy/approx_kl": ("ppo", "approx_kl"),
-    "policy/ratio_mean": ("ppo", "ratio"),
-    "policy/entropy": ("ppo", "entropy"),
-    "policy/kl_loss": ("ppo", "kl_loss"),
-    "policy/ptx_loss": ("ptx", "loss"),
-}
-VALUE_METRICS: MetricNames = {"value/loss": ("value", "loss"), "value/clip_fraction": ("value", "clip_fraction")}
+
+class MetricNames(NamedTuple):
+    """What becomes of a role's reports."""
+
+    prefix: str
+    """Of its gradient norm and learning rate."""
+    sums: dict[str, tuple[str, str]]
+    """Metric → (loss term, sum) of a `StepReport`."""
+
+
+LM_METRICS = MetricNames("train", {"sft/loss": ("lm", "loss")})
+RM_METRICS = MetricNames(
+    "train",
+    {
+        "reward_model/loss": ("rm", "loss"),
+        "reward_model/accuracy": ("rm", "accuracy"),
+        "reward_model/margin": ("rm", "margin"),
+    },
+)
+POLICY_METRICS = MetricNames(
+    "policy",
+    {
+        "policy/loss": ("ppo", "loss"),
+        "policy/clip_fraction": ("ppo", "clip_fraction"),
+        "policy/dual_clip_fraction": ("ppo", "dual_clip_fraction"),
+        "policy/approx_kl": ("ppo", "approx_kl"),
+        "policy/ratio_mean": ("ppo", "ratio"),
+        "policy/entropy": ("ppo", "entropy"),
+        "policy/kl_loss": ("ppo", "kl_loss"),
+        "policy/ptx_loss": ("ptx", "loss"),
+    },
+)
+VALUE_METRICS = MetricNames(
+    "value", {"value/loss": ("value", "loss"), "value/clip_fraction": ("value", "clip_fraction")}
+)
 
 
 def by_step(ranks: list[list[StepReport]]) -> list[list[StepReport]]:
@@ -52,33 +69,34 @@ def update_report(
         shares: loss term → step → who got which rows.
 
     Raises:
-        SampleError: a loss or the gradient was not finite; names the rows of the micro-batches where.
+        SampleError: a loss or the gradient was not finite; names the rows.
         TrainingError: the step was refused for another reason.
     """
     reason = steps[-1][0].refused if steps else ""
-    if reason == KL_STOP:
-        steps = steps[:-1]
-    elif reason:
+    if reason and reason != KL_STOP:
         raise _refusal(role, reason, steps, shares)
-    prefix = next(iter(names)).split("/")[0]
-    prefix = prefix if prefix in ("policy", "value") else "train"
-    if not steps:
-        return UpdateReport({f"{prefix}/num_updates": 0.0} if prefix == "policy" else {}, 0)
-    metrics = _means(steps, counts, names)
-    metrics[f"{prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in steps) / len(steps)
-    metrics[f"{prefix}/learning_rate"] = steps[-1][0].learning_rate
-    if prefix == "policy":
-        metrics["policy/num_updates"] = float(len(steps))
-        norms = steps[0][0].term_grad_norms
+    taken = steps[:-1] if reason == KL_STOP else steps
+    metrics = _means(taken, counts, names.sums)
+    if taken:
+        metrics[f"{names.prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in taken) / len(taken)
+        metrics[f"{names.prefix}/learning_rate"] = taken[-1][0].learning_rate
+        norms = taken[0][0].term_grad_norms
         if "ptx" in norms:
             metrics["policy/ptx_grad_ratio"] = norms["ptx"] / norms["ppo"] if norms["ppo"] else float("nan")
-    return UpdateReport(metrics, len(steps))
+    if reason == KL_STOP:
+        last = {name: ppo[len(taken) :] for name, ppo in counts.items()}
+        metrics["policy/stop_kl"] = _means(steps[-1:], last, {"kl": names.sums["policy/approx_kl"]})["kl"]
+    if names is POLICY_METRICS:
+        metrics["policy/num_updates"] = float(len(taken))
+    return UpdateReport(metrics, len(taken))
 
 
-def _means(steps: list[list[StepReport]], counts: Mapping[str, Sequence[int]], names: MetricNames) -> dict[str, float]:
+def _means(
+    steps: list[list[StepReport]], counts: Mapping[str, Sequence[int]], names: Mapping[str, tuple[str, str]]
+) -> dict[str, float]:
     metrics = {}
     for metric, (term, key) in names.items():
-        if any(key in report.sums.get(term, {}) for report in steps[0]):
+        if steps and any(key in report.sums.get(term, {}) for report in steps[0]):
             per_step = [
                 sum(report.sums.get(term, {}).get(key, 0.0) for report in ranks) / counts[term][i]
                 for i, ranks in enumerate(steps)
@@ -95,13 +113,14 @@ def _refusal(
         return TrainingError(f"{role}: {reason}. The step was not taken and no weight was touched.")
     rows: dict[str, list[int]] = {}
     for rank, report in enumerate(steps[-1]):
-        for term, micro in report.suspects:
-            rows.setdefault(term, []).extend(shares[term][number][rank][micro])
+        for term, micro, row in report.suspects:
+            rows.setdefault(term, []).append(shares[term][number][rank][micro][row])
     rows = {term: sorted(set(numbers)) for term, numbers in rows.items()}
     where = "; ".join(f"{term}: rows {', '.join(map(str, numbers))}" for term, numbers in rows.items())
     return SampleError(
         f"{role}: {reason} in optimiser step {number + 1} of the update ({where or 'in no sample by itself'}). The step was "
-        "not taken and no weight was touched by it. Look at these samples; lower the learning rate, or use precision: fp32.",
+        "not taken and no weight was touched by it. Look at these samples. A checkpoint continues with its own configuration: "
+        "to lower the learning rate or to use precision: fp32, start a new run.",
         rows,
         step=number,
     )

@@ -59,6 +59,13 @@ def read_ds_config(path: Path, zero_stage: int, precision: str) -> dict[str, Any
         raise ConfigError(
             f"ds_config_path {path} has ZeRO stage {stage} but the role's zero_stage is {zero_stage}; make them equal"
         )
+    for part in ("offload_optimizer", "offload_param"):
+        device = (config.get("zero_optimization", {}).get(part) or {}).get("device")
+        if device == "nvme":
+            raise ConfigError(
+                f"ds_config_path {path} has {part} on nvme, where gradients cannot be checked before they are applied; offload "
+                "to cpu, or shard over more ranks"
+            )
     bf16 = bool(config.get("bf16", {}).get("enabled", False))
     if bf16 != (precision == "bf16"):
         raise ConfigError(

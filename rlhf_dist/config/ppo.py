@@ -59,7 +59,7 @@ class PPOSettings(Schema):
     """Responses over which an adapted β can change by a factor of about e^±0.2."""
     kl_stop: Positive | None = None
     """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
-    mini-batch) exceeds this; null never does."""
+    mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
     discount: Fraction = 1.0
     """Discount of future token rewards (γ of GAE)."""
     gae_lambda: Fraction = 0.95
@@ -68,7 +68,7 @@ class PPOSettings(Schema):
     """Shift and scale advantages to mean 0, variance 1 over all response tokens of the iteration."""
     bootstrap_truncated: bool = False
     """Treat a cut-off response as unfinished, not as ended: the return of its last token includes the value of what follows."""
-    clip_range: Positive = 0.2
+    clip_range: float = Field(default=0.2, gt=0, lt=1)
     """ε of the clipped policy objective."""
     clip_range_high: Positive | None = None
     """Upper ε (ratio up to 1 + this), for a range that is not symmetric; null takes `clip_range`."""
@@ -91,13 +91,17 @@ class PPOSettings(Schema):
     """Subtracted from the clipped score of a response at the length limit; less for the `overlong_buffer_tokens` before it."""
     overlong_buffer_tokens: PositiveInt = 16
     """Tokens before the length limit over which the overlong penalty grows from 0."""
-    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the policy's weights, with this decay an optimiser step, and save it as
     `model_ema/`; null keeps none."""
     ptx_coef: NonNegative = 0.0
-    """γ of InstructGPT eq. 2: weight of the pretraining-mix (PTX) loss, a mean over its own tokens."""
+    """γ of InstructGPT eq. 2: weight of the pretraining-mix (PTX) loss, a mean over its own tokens. `policy.optimizer.
+    max_grad_norm` clips the gradient of both together."""
     ptx_batch_size: PositiveInt = 32
     """PTX sequences in one optimiser step, over all ranks."""
+    ptx_ratio_every_iterations: Count = 10
+    """Measure the gradient norm of PTX against that of PPO every so many iterations, for one more forward and backward pass of
+    the first optimiser step; 0 never."""
     self_checks: bool = True
     """Stop where the numbers cannot be right: an update that starts off policy, a first iteration whose policy is not its
     reference. (What is not finite stops a run in any case.)"""
@@ -148,12 +152,22 @@ class PPOSettings(Schema):
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_in is loss and kl_estimator is k1, whose gradient is 0 in expectation; use k2 (on policy the gradient of "
-                "the KL itself) or k3"
+                "each token's KL) or k3"
             )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 f"kl_target is {self.kl_target} but kl_coef is 0, and an adapted coefficient is multiplied; start from a "
                 "positive kl_coef, or set kl_target to null"
+            )
+        if self.kl_target is not None and self.responses_per_iteration > self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is shorter than one iteration of {self.responses_per_iteration} responses, "
+                "after which the KL coefficient would overshoot; raise it, best to many iterations"
+            )
+        if self.kl_stop is not None and self.updates_per_iteration == 1:
+            raise ValueError(
+                f"kl_stop is {self.kl_stop}, but an iteration has one optimiser step, which starts at a KL of 0 and cannot be "
+                "stopped; raise num_epochs, lower mini_batch_size, or set kl_stop to null"
             )
         return self
 

@@ -21,9 +21,11 @@ class WeightAverage:
     holds anyway, else the same part of the whole parameter. It costs 4 bytes / W a parameter, and no communication.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
+        """`device`: where collectives work; offloaded shards are brought there to be gathered."""
         self.model = model
         self.decay = decay
+        self.device = device
         self.shards = {name: _shard(p).float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -39,7 +41,8 @@ class WeightAverage:
 
     def _whole(self, name: str, parameter: nn.Parameter) -> Tensor:
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        return distributed.gathered_shards(self.shards[name])[: shape.numel()].view(shape).to(parameter.dtype)
+        shard = self.shards[name].to(self.device, parameter.dtype)
+        return distributed.gathered_shards(shard)[: shape.numel()].view(shape)
 
     def save_checkpoint(self, path: Path) -> None:
         """Write this rank's shards beside those of the weights."""

@@ -93,6 +93,15 @@ def num_ranks() -> int:
     return dist.get_world_size()
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of any rank, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)
+
+
 def summed(value: Tensor) -> Tensor:
     """The elementwise sum over the ranks of the role; changes `value`."""
     if dist.get_world_size() > 1:

@@ -32,8 +32,11 @@ def global_grad_norm(engine: Any, device: torch.device) -> float:
     """L2 norm of the whole gradient before clipping, the same on every rank; inf or NaN where an entry is."""
     parts, sharded = gradient_parts(engine)
     filled = [part for part in parts if part.numel()]
-    norm = torch.nn.utils.get_total_norm(filled) if filled else torch.zeros(())
-    square = norm.double().square().to(device)
+    # In fp32 whatever they are in: a bf16 norm has three digits.
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32).to(device) for part in filled]
+    square = (
+        torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    )
     return float((distributed.summed(square) if sharded else square).sqrt())
 
 

@@ -85,7 +85,7 @@ class TrainEngine:
 
     def keep_average(self, decay: float) -> None:
         """Keep an exponential moving average of the weights from now on."""
-        self.average = WeightAverage(self.module.model, decay)  # pyright: ignore[reportArgumentType]
+        self.average = WeightAverage(self.module.model, decay, self.device)  # pyright: ignore[reportArgumentType]
 
     @property
     def module(self) -> nn.Module:
@@ -108,14 +108,13 @@ class TrainEngine:
         """
         norms = {term.name: self._norm_of([term]) for term in terms} if measure_terms else {}
         report = StepReport(learning_rate=self._engine.get_lr()[0], term_grad_norms=norms)
-        self._accumulate(terms, report)
-        if distributed.any_rank(bool(report.suspects), self.device):
-            return self._refused(report, NON_FINITE_LOSS)
+        finite = self._accumulate(terms, report)
         report.grad_norm = gradients.global_grad_norm(self._engine, self.device)
-        if not math.isfinite(report.grad_norm):
+        bad_loss = distributed.any_rank(not finite, self.device)
+        if bad_loss or not math.isfinite(report.grad_norm):
             gradients.drop_gradients(self._engine)
-            report.suspects = self._bad_gradients(terms)
-            return self._refused(report, NON_FINITE_GRADIENT)
+            report.suspects = self._find_suspects(terms)
+            return self._refused(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT)
         reason = veto(self._means(terms, report)) if veto is not None else ""
         if reason:
             return self._refused(report, reason)
@@ -129,11 +128,12 @@ class TrainEngine:
         for _ in range(num_steps):
             self._engine.lr_scheduler.step()
 
-    def _accumulate(self, terms: Sequence[LossTerm], report: StepReport) -> None:
-        """Forward and backward of all micro-batches; sums and losses that are not finite go into the report."""
-        work = [(term, i, batch) for term in terms for i, batch in enumerate(term.micro_batches)]
+    def _accumulate(self, terms: Sequence[LossTerm], report: StepReport) -> bool:
+        """Forward and backward of all micro-batches, with their sums into the report; whether this rank's losses are finite."""
+        work = [(term, batch) for term in terms for batch in term.micro_batches]
+        finite = True
         self._engine.train()
-        for number, (term, i, batch) in enumerate(work):
+        for number, (term, batch) in enumerate(work):
             self._engine.set_gradient_accumulation_boundary(number == len(work) - 1)
             idle = batch is None
             loss, sums = term.loss_sum((term.idle_batch if idle else batch).to(self.device))
@@ -141,27 +141,39 @@ class TrainEngine:
             self._engine.backward(loss * scale)
             self._metric_names[term.name] = set(sums)
             if not idle:
-                if not torch.isfinite(loss.detach()):
-                    report.suspects.append((term.name, i))
+                finite = finite and bool(torch.isfinite(loss.detach()))
                 totals = report.sums.setdefault(term.name, {})
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + float(value)
+        return finite
 
     def _norm_of(self, terms: Sequence[LossTerm]) -> float:
-        """Norm of the gradient of these terms alone; leaves no gradient behind."""
-        self._accumulate(terms, StepReport())
+        """Norm of the gradient of these terms alone, NaN where a loss is not finite; leaves no gradient behind."""
+        finite = self._accumulate(terms, StepReport())
         norm = gradients.global_grad_norm(self._engine, self.device)
         gradients.drop_gradients(self._engine)
-        return norm
+        return math.nan if distributed.any_rank(not finite, self.device) else norm
 
-    def _bad_gradients(self, terms: Sequence[LossTerm]) -> list[tuple[str, int]]:
-        """(term, micro-batch) whose gradient by itself is not finite; a run that stops has time to look for them."""
-        singles = [(term, i) for term in terms for i in range(len(term.micro_batches))]
-        return [
-            (term.name, i)
-            for term, i in singles
-            if not math.isfinite(self._norm_of([replace(term, micro_batches=[term.micro_batches[i]])]))
-        ]
+    def _find_suspects(self, terms: Sequence[LossTerm]) -> list[tuple[str, int, int]]:
+        """(term, micro-batch, row) of this rank whose loss or gradient by itself is not finite.
+
+        Every rank's micro-batches in turn, then the rows of the bad ones, each while the other ranks are idle: a gradient is
+        the sum over all. A run that stops has time for that.
+        """
+        found = []
+        for term in terms:
+            for rank in range(self.world_size):
+                mine = rank == distributed.my_rank()
+                for i in range(len(term.micro_batches)):
+                    batch = term.micro_batches[i] if mine else None
+                    num_rows = distributed.largest(len(batch) if batch is not None else 0, self.device)
+                    if not num_rows or math.isfinite(self._norm_of([replace(term, micro_batches=[batch])])):
+                        continue
+                    for row in range(num_rows):
+                        one = batch.rows([row]) if batch is not None else None
+                        if not math.isfinite(self._norm_of([replace(term, micro_batches=[one])])) and mine:
+                            found.append((term.name, i, row))
+        return found
 
     def _means(self, terms: Sequence[LossTerm], report: StepReport) -> dict[str, dict[str, float]]:
         """The report's sums over all ranks, divided by their counts."""

@@ -56,12 +56,14 @@ METRICS: dict[str, Metric] = {
     "policy/num_updates": Metric(
         "steps", "optimiser steps of the policy in the iteration; fewer than planned after a ppo.kl_stop"
     ),
+    "policy/stop_kl": Metric("nats/token", "policy/approx_kl of the mini-batch at which ppo.kl_stop ended the update"),
     "policy/dual_clip_fraction": Metric("fraction", "response tokens whose loss ppo.dual_clip bounds"),
     "policy/kl_loss": Metric(
         "nats/token", "KL to the reference as a term of the loss, before it is weighted with kl/coef"
     ),
     "policy/ptx_grad_ratio": Metric(
-        "", "gradient norm of the weighted PTX term / that of the PPO loss, in the iteration's first optimiser step"
+        "",
+        "gradient norm of the weighted PTX term / that of the PPO loss, in the first optimiser step of some iterations",
     ),
     "policy/ptx_loss": Metric("nats/token", "pretraining-mix loss before it is weighted with ppo.ptx_coef"),
     "policy/learning_rate": Metric("", "learning rate of the policy's last optimiser step"),

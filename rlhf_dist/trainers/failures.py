@@ -25,8 +25,10 @@ def sample_dump(
     for row in rows:
         one = batch.rows([row])
         record: Row = {"source": source, "row": row}
-        if decode is not None and hasattr(one, "tokens") and one.tokens.dim() == 2:
+        if decode is not None and one.tokens.dim() == 2:
             record["text"] = decode(one.tokens[0, : int(one.lengths[0])])
+        elif decode is not None:  # a ranking
+            record["texts"] = [decode(row[:n]) for row, n in zip(one.tokens[0], one.lengths[0].tolist(), strict=True)]
         for f in fields(one):
             value = getattr(one, f.name)
             record[f.name] = _readable(value[0].tolist()) if isinstance(value, Tensor) else value

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.random import permutation
-from rlhf_dist.algo.selfchecks import not_the_reference
+from rlhf_dist.algo.selfchecks import disagreement
 from rlhf_dist.batches import Experience, PromptBatch, RolloutBatch, TokenBatch
 from rlhf_dist.config import PPOSettings, Precision
 from rlhf_dist.data.sampler import EpochSampler
@@ -61,6 +61,16 @@ class PPOData:
     """[n] token ids → text."""
 
 
+@dataclass(frozen=True)
+class Precisions:
+    """How closely models that should agree can be expected to: the lower precision of the two."""
+
+    rollout: Precision
+    """Of policy and rollout engine."""
+    same_start: Precision | None = None
+    """Of policy and reference, where the reference is a copy of the untrained policy; None where it is another model."""
+
+
 class PPOTrainer:
     """The central driver of PPO."""
 
@@ -74,10 +84,9 @@ class PPOTrainer:
         every_iterations: int,
         *,
         max_response_tokens: int,
-        same_start: Precision | None = None,
+        precisions: Precisions,
     ) -> None:
-        """`max_response_tokens`: where the rollout engine cuts off. `same_start`: the lower precision of policy and reference
-        where the reference is a copy of the untrained policy, which is checked then; None where it is another model."""
+        """`max_response_tokens`: where the rollout engine cuts off."""
         self.run_log = run
         self.roles = roles
         self.data = data
@@ -85,7 +94,7 @@ class PPOTrainer:
         self.checkpoints = checkpoints
         self.every_iterations = every_iterations
         self.max_response_tokens = max_response_tokens
-        self.same_start: Precision | None = same_start
+        self.precisions = precisions
         self.state = PPOState(settings.kl_coef)
         self.prompt_sampler = EpochSampler(len(data.prompts), run.seed, "prompts")
         self.ptx_sampler = EpochSampler(len(data.ptx), run.seed, "ptx") if data.ptx else None
@@ -104,7 +113,8 @@ class PPOTrainer:
             experience, metrics = make_experience(rollout, scored, self.settings, state, self.max_response_tokens)
         with phase("update"):
             metrics |= self.update(iteration, experience, state.kl_coef)
-            self.state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings)
+            trains_policy = iteration >= self.settings.value_warmup_iterations
+            self.state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings) if trains_policy else state
         with phase("sync"):
             self.roles.weight_sync.push(iteration + 1).result()
         self.log_samples(iteration, rollout, scored)
@@ -118,7 +128,9 @@ class PPOTrainer:
         updates = []
         if iteration >= self.settings.value_warmup_iterations:
             kl_loss_coef = kl_coef if self.settings.kl_in == "loss" else 0.0
-            updates.append(self.roles.policy.update(experience, steps, ptx, kl_loss_coef))
+            every = self.settings.ptx_ratio_every_iterations
+            measure = ptx is not None and every > 0 and iteration % every == 0
+            updates.append(self.roles.policy.update(experience, steps, ptx, kl_loss_coef, measure))
         updates.append(self.roles.value.update(experience, steps))
         metrics: dict[str, float] = {}
         with self._dumping(iteration, experience, ptx):
@@ -127,18 +139,30 @@ class PPOTrainer:
         return metrics
 
     def check(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
-        """Nothing of the scored responses is NaN or infinite, and the untrained policy is its reference.
+        """Nothing of the scored responses is NaN or infinite; rollouts come from the policy; the untrained policy is its
+        reference.
 
         Raises:
             SampleError: something is not finite; the samples are written down.
-            TrainingError: policy and reference differ.
+            TrainingError: two models that should be the same differ.
         """
         with self._dumping(iteration, rollout):
             check_finite(rollout, scored)
-        if iteration == 0 and self.settings.self_checks and self.same_start:
-            wrong = not_the_reference(scored.logprobs, scored.ref_logprobs, rollout.response_mask, self.same_start)
-            if wrong:
-                raise TrainingError(wrong)
+        if not self.settings.self_checks:
+            return
+        mask, precisions = rollout.response_mask, self.precisions
+        pairs: list[tuple[str, Tensor, Precision]] = [
+            ("rollout engine", rollout.behaviour_logprobs, precisions.rollout)
+        ]
+        if iteration == 0 and precisions.same_start:
+            pairs.append(("reference", scored.ref_logprobs, precisions.same_start))
+        for name, logprobs, precision in pairs:
+            if wrong := disagreement(scored.logprobs, logprobs, mask, precision):
+                raise TrainingError(
+                    f"policy and {name} have the same weights in iteration {iteration}, but their log-probs of the same tokens "
+                    f"differ by {wrong}: one of them was loaded or is run wrongly. Compare the roles' settings (precision, "
+                    "packed, attention); ppo.self_checks: false switches the check off"
+                )
 
     @contextlib.contextmanager
     def _dumping(

@@ -134,8 +134,11 @@ class SupervisedTrainer:
         total_steps: int,
         every_steps: int,
         checkpoints: Checkpoints,
+        decode: Callable[[Tensor], str] | None = None,
     ) -> None:
+        """`decode`: [n] token ids → text, for the samples of a refused step."""
         self.run_log = run
+        self.decode = decode
         self.task = task
         self.settings = settings
         self.total_steps = total_steps
@@ -180,7 +183,7 @@ class SupervisedTrainer:
         return [
             {"record": int(indices[row["row"]]), **row}
             for source, rows in error.rows.items()
-            for row in sample_dump(source, batch, rows)
+            for row in sample_dump(source, batch, rows, self.decode)
         ]
 
 

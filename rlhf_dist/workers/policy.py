@@ -47,12 +47,18 @@ class PolicyWorker(LanguageModelWorker):
         return response_logprobs(self.engine, rollout, micro_batches, self.temperature)
 
     def update_ppo(
-        self, experience: Experience, steps: list[StepShare], ptx: list[TokenBatch] | None, kl_loss_coef: float
+        self,
+        experience: Experience,
+        steps: list[StepShare],
+        ptx: list[TokenBatch] | None,
+        kl_loss_coef: float = 0.0,
+        measure_terms: bool = False,
     ) -> list[StepReport]:
         """One optimiser step an entry of `steps`, up to one that is refused.
 
         Args:
             kl_loss_coef: weight of the KL to the reference as a term of the loss; 0 leaves it out.
+            measure_terms: measure the gradient norms of PPO and PTX by themselves in the first step.
         """
         reports: list[StepReport] = []
         for i, step in enumerate(steps):
@@ -62,21 +68,21 @@ class PolicyWorker(LanguageModelWorker):
             if ptx is not None:
                 texts = pick(ptx[i], step.ptx_micro_batches)
                 terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
-            first = i == 0
-            reports.append(self.engine.step(terms, veto=self._veto(first), measure_terms=first and ptx is not None))
+            veto = self._veto(i == 0, step.num_tokens)
+            reports.append(self.engine.step(terms, veto=veto, measure_terms=measure_terms and i == 0))
             if reports[-1].refused == KL_STOP:
                 self.engine.pass_over(len(steps) - i)
             if reports[-1].refused:
                 break
         return reports
 
-    def _veto(self, first: bool) -> Veto:
+    def _veto(self, first: bool, num_tokens: int) -> Veto:
         """The first step of an update is on policy, which is checked; the others may have moved too far, and end it."""
 
         def decide(means: dict[str, dict[str, float]]) -> str:
             ppo = means["ppo"]
             if first and self.settings.self_checks:
-                return off_policy(ppo["ratio_deviation"], ppo["clip_fraction"], self.precision)
+                return off_policy(ppo["ratio_deviation"], ppo["clip_fraction"], num_tokens, self.precision)
             limit = self.settings.kl_stop
             return KL_STOP if limit is not None and ppo["approx_kl"] > limit else ""
 

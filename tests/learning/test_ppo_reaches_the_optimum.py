@@ -30,7 +30,7 @@ from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.store import DataReport
 from rlhf_dist.tracking.run_folder import RunFolder
 from rlhf_dist.trainers.checkpoint import Checkpoints
-from rlhf_dist.trainers.ppo import PPOData, PPORoles, PPOTrainer
+from rlhf_dist.trainers.ppo import PPOData, PPORoles, PPOTrainer, Precisions
 from rlhf_dist.trainers.run import Run
 
 PROMPTS = [[5, 9, 3], [7, 7, 2, 11]]
@@ -123,7 +123,7 @@ def test_ppo_reaches_the_closed_form_optimum(tiny_lm: Path, tiny_rm: Path, tmp_p
             Checkpoints(folder.checkpoints_dir, keep_last=1),
             every_iterations=0,
             max_response_tokens=1,
-            same_start="fp32",
+            precisions=Precisions(rollout="fp32", same_start="fp32"),
         )
         trainer.run(resume=False)
         found = distributions(policy.worker.model)  # pyright: ignore[reportAttributeAccessIssue]

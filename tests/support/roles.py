@@ -56,7 +56,9 @@ class FakePolicy(FakeTrained):
     def logprobs(self, rollout: RolloutBatch) -> Answer:
         return self.answer("logprobs", torch.where(rollout.response_mask, -1.0, 0.0))
 
-    def update(self, experience: Any, steps: Any, ptx: Any, kl_loss_coef: float = 0.0) -> Answer:
+    def update(
+        self, experience: Any, steps: Any, ptx: Any, kl_loss_coef: float = 0.0, measure_terms: bool = False
+    ) -> Answer:
         for rows in steps:
             # Not linear, so that the order of rows and steps matters.
             for row in rows.tolist():

@@ -55,9 +55,11 @@ def test_normalised_scores():
     moments = RunningMoments().updated(scores)  # mean 2, standard deviation 1
     assert normalise_scores(scores, moments, subtract_mean=True).tolist() == pytest.approx([-1, 1])
     assert normalise_scores(scores, moments, subtract_mean=False).tolist() == pytest.approx([1, 3])
-    # A reward model that says the same of everything must not blow up.
-    same = torch.full((3,), 7.0)
-    assert normalise_scores(same, RunningMoments().updated(same), subtract_mean=True).tolist() == [0, 0, 0]
+    # A reward that is the same for everything so far has no scale to divide by.
+    for same in (torch.full((3,), 7.3), torch.zeros(2), torch.tensor([0.1])):
+        moments = RunningMoments().updated(same)
+        assert torch.allclose(normalise_scores(same, moments, subtract_mean=True), torch.zeros_like(same), atol=1e-6)
+        assert torch.equal(normalise_scores(same, moments, subtract_mean=False), same)
 
 
 def test_the_overlong_penalty_grows_over_the_buffer():

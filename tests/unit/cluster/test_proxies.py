@@ -98,7 +98,9 @@ class Echo:
             sums["loss"] += float(batch.rows(micro).loss_mask.sum()) * 2
         return StepReport({"lm": sums}, grad_norm=1.5, learning_rate=0.1)
 
-    def update_ppo(self, experience: Any, steps: Any, ptx: Any, kl_loss_coef: float) -> list[StepReport]:
+    def update_ppo(
+        self, experience: Any, steps: Any, ptx: Any, kl_loss_coef: float, measure_terms: bool
+    ) -> list[StepReport]:
         self.calls.append((experience, steps, ptx))
         reports = []
         for i, step in enumerate(steps):

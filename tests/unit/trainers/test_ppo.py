@@ -14,6 +14,7 @@ from rlhf_dist.batches import FINISHED, TRUNCATED, RolloutBatch, concat_rows
 from rlhf_dist.config import PPOSettings
 from rlhf_dist.errors import SampleError, TrainingError
 from rlhf_dist.trainers.experience import PPOState, Scored, make_experience
+from rlhf_dist.trainers.ppo import Precisions
 
 SETTINGS = PPOSettings(
     num_iterations=4,
@@ -312,13 +313,51 @@ def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
 def test_a_policy_that_is_not_its_reference_is_refused_before_its_first_update(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS)  # the fakes differ by 0.5 nats a token
-        ppo.trainer.same_start = "bf16"
-        with pytest.raises(TrainingError, match=r"differ by 0\.5 nats a token .*at most 0\.1 in bf16"):
+        ppo.trainer.precisions = Precisions(rollout="fp32", same_start="bf16")
+        said = r"policy and reference have the same weights .*differ by 0\.5 nats a token .*at most 0\.369 in bf16"
+        with pytest.raises(TrainingError, match=said):
             ppo.trainer.step(0)
         assert calls(ppo.events, "policy.update", "value.update") == []
         ppo.trainer.step(1)  # later they differ, and should
         ppo.trainer.settings = SETTINGS.model_copy(update={"self_checks": False})
         ppo.trainer.step(0)
+
+
+def test_rollouts_of_other_weights_or_another_temperature_are_refused(tmp_path: Path):
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, SETTINGS)
+        healthy = ppo.trainer.roles.rollout.generate
+
+        def stale(prompts, **kwargs):
+            answer = healthy(prompts, **kwargs)
+            answer.result().behaviour_logprobs.mul_(1.25)
+            return answer
+
+        ppo.trainer.roles.rollout.generate = stale  # pyright: ignore[reportAttributeAccessIssue]
+        said = "policy and rollout engine have the same weights in iteration 1, .*differ by 0.25 nats"
+        with pytest.raises(TrainingError, match=said):
+            ppo.trainer.step(1)
+    assert calls(ppo.events, "policy.update", "value.update") == []
+
+
+def test_the_coefficient_waits_for_the_policy(tmp_path: Path):
+    changes = {"kl_coef": 0.1, "kl_target": 0.5, "kl_horizon": 12, "value_warmup_iterations": 2}
+    with open_run(tmp_path) as run:
+        PPO(run, SETTINGS.model_copy(update=changes)).trainer.run(resume=False)
+    coefs = [metrics(tmp_path)[step]["kl/coef"] for step in range(1, 5)]
+    assert coefs == pytest.approx([0.1, 0.1, 0.1, 0.11])
+
+
+def test_the_gradients_of_ppo_and_ptx_are_compared_now_and_then(tmp_path: Path):
+    settings = SETTINGS.model_copy(update={"ptx_ratio_every_iterations": 3})
+    for ptx, expected in ((texts(7), [True, False, False, True]), (None, [False] * 4)):
+        with open_run(tmp_path / str(bool(ptx))) as run:
+            ppo = PPO(run, settings, ptx=ptx)
+            measured = []
+            healthy = ppo.policy.update
+            ppo.policy.update = lambda *args, h=healthy, m=measured: m.append(args[4]) or h(*args)  # pyright: ignore
+            ppo.trainer.run(resume=False)
+        assert measured == expected
 
 
 def test_bootstrapping_counts_what_follows_a_cut_off_response_only():

@@ -17,7 +17,7 @@ from rlhf_dist.data.store import DataReport
 from rlhf_dist.tracking.run_folder import RunFolder
 from rlhf_dist.tracking.trackers import read_metrics
 from rlhf_dist.trainers.checkpoint import Checkpoints
-from rlhf_dist.trainers.ppo import PPOData, PPORoles, PPOTrainer
+from rlhf_dist.trainers.ppo import PPOData, PPORoles, PPOTrainer, Precisions
 from rlhf_dist.trainers.run import Run
 
 
@@ -73,4 +73,14 @@ class PPO:
         )
         data = PPOData(prompts(10), eval_prompts, ptx, decode)
         checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
-        self.trainer = PPOTrainer(run, roles, data, settings, checkpoints, every_iterations=2, max_response_tokens=4)
+        precisions = Precisions(rollout="fp32")
+        self.trainer = PPOTrainer(
+            run,
+            roles,
+            data,
+            settings,
+            checkpoints,
+            every_iterations=2,
+            max_response_tokens=4,
+            precisions=precisions,
+        )

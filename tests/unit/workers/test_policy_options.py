@@ -104,7 +104,9 @@ def test_an_update_that_starts_off_policy_is_refused(tiny_lm: Path, stage: int):
         role, before = PolicyRole(group, 2), weights(group)
         experience = on_policy(role)
         shifted = torch.roll(experience.old_logprobs, 1, dims=1) * experience.response_mask
-        with pytest.raises(TrainingError, match=r"off policy: mean \|ratio - 1\| is .* clip fraction .*not taken"):
+        with pytest.raises(
+            TrainingError, match=r"off policy: mean \|ratio - 1\| over its 14 tokens is .* clip fraction .*not taken"
+        ):
             role.update(Experience(**{**vars(experience), "old_logprobs": shifted}), STEPS, None).result()
         assert all(torch.equal(t, before[name]) for name, t in weights(group).items())
 
@@ -122,7 +124,8 @@ def test_a_policy_that_moves_too_far_ends_its_update(tiny_lm: Path, stage: int):
     assert free.num_steps == free.metrics["policy/num_updates"] == 6
     assert free.metrics["policy/approx_kl"] > 0.05
     assert 1 <= stopped.num_steps == stopped.metrics["policy/num_updates"] < 6
-    assert stopped.metrics["policy/approx_kl"] <= 0.05
+    assert stopped.metrics["policy/approx_kl"] <= 0.05 < stopped.metrics["policy/stop_kl"]
+    assert "policy/stop_kl" not in free.metrics
     assert rate == 0  # linear: the schedule is where six steps would have brought it
 
 
@@ -131,12 +134,14 @@ def test_ptx_changes_nothing_of_how_the_ppo_loss_is_scaled(tiny_lm: Path):
     for coef in (0.0, 0.5, 1.0):
         with policy(tiny_lm, ptx_coef=coef) as group:
             role = PolicyRole(group, 2)
-            report = role.update(on_policy(role), STEPS[:1], PTX[:1] if coef else None).result()
+            report = role.update(on_policy(role), STEPS[:1], PTX[:1] if coef else None, 0.0, True).result()
             norms[coef] = report.metrics["policy/grad_norm"]
             if coef:
                 ratio = report.metrics["policy/ptx_grad_ratio"]
                 # Measured in the same run: the norm of the PPO gradient is what it is without PTX.
                 norms[f"ptx {coef}"] = ratio * norms[0.0]
+                again = role.update(on_policy(role), STEPS[:1], PTX[:1]).result()
+                assert "policy/ptx_grad_ratio" not in again.metrics
             else:
                 assert "policy/ptx_grad_ratio" not in report.metrics
     assert norms["ptx 1.0"] / norms["ptx 0.5"] == pytest.approx(2, rel=1e-4)
@@ -157,11 +162,11 @@ def test_old_logprobs_that_are_not_finite_stop_the_update_and_name_the_rows(tiny
 
 
 def test_the_average_follows_the_policy_and_is_saved(tiny_lm: Path, tmp_path: Path):
-    with policy(tiny_lm, ema_decay=0.0) as group:
+    with policy(tiny_lm, ema_decay=1e-9) as group:
         role = PolicyRole(group, 2)
         role.update(EXPERIENCE, STEPS, PTX).result()
         role.save_average(tmp_path / "model").result()
         current = weights(group)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    # Without memory the average is the weights after the last step.
-    assert all(torch.equal(saved.get_parameter(name), t) for name, t in current.items())
+    # Almost without memory the average is the weights after the last step.
+    assert all(torch.allclose(saved.get_parameter(name), t, rtol=1e-6) for name, t in current.items())
