@@ -88,7 +88,9 @@ class Watch:
 
     def _micro_batch(self, found: dict[str, Any]) -> None:
         record = copied(found, MICRO_BATCH)
-        record |= {"entropy": found["entropy"].mean(), "ratio": found["ratio"].mean()}
+        # The means that TRL reports, out of the tables that it keeps them in.
+        place = (found["ppo_epoch_idx"], found["minibatch_idx"], found["gradient_accumulation_idx"])
+        record |= {name: found[f"{name}_stats"][place].clone() for name in ("entropy", "ratio")}
         record["is_optimizer_step"] = bool(found["accelerator"].sync_gradients)
         if not self.micro_batches:
             record["logits"] = self._logits
