@@ -9,8 +9,8 @@ policy must condition on x. Everything but the reward is the product's: trainer,
 weight sync. A KL with the wrong sign, factor or position, a score on the wrong token, a reward that is scaled or shifted
 differently for different tokens, or a biased advantage would move the fixed point away from π*.
 
-With the KL in the rewards, responses have up to two tokens (one, if the first is EOS): the first token's optimum depends on what
-it lets the second gain. As a term of the loss, the KL is that of each token at the states visited, whose optimum is π* for
+With the KL in the rewards, responses have up to two tokens (one, if the first is EOS): the first token's optimum depends on
+what it lets the second gain. As a term of the loss, the KL is that of each token at the states visited, whose optimum is π* for
 responses of one token.
 """
 
@@ -177,8 +177,8 @@ def test_ppo_reaches_the_closed_form_optimum(
     first = total_variation(found.sum(2, keepdim=True), best.sum(2, keepdim=True))
     others = {beta: total_variation(found, optimum(ref, eos, num_tokens, beta)) for beta in (0.8 * BETA, 1.2 * BETA)}
     print(
-        f"KL in the {ppo.kl_in}, responses of {num_tokens} token(s): total variation distance to the optimum {end:.4f} (untrained "
-        f"{start:.4f}), of the first token {first:.4f} (tolerances {TOLERANCE[ppo.kl_in]}); to the optima of other β: "
+        f"KL in the {ppo.kl_in}, responses of {num_tokens} token(s): total variation distance to the optimum {end:.4f} "
+        f"(untrained {start:.4f}), of the first token {first:.4f} (tolerances {TOLERANCE[ppo.kl_in]}); to the optima of other β: "
         + ", ".join(f"{beta:.1f}: {distance:.4f}" for beta, distance in others.items())
     )
     assert start > 0.4
