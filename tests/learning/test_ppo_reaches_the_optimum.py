@@ -178,7 +178,8 @@ def test_ppo_reaches_the_closed_form_optimum(
     others = {beta: total_variation(found, optimum(ref, eos, num_tokens, beta)) for beta in (0.8 * BETA, 1.2 * BETA)}
     print(
         f"KL in the {ppo.kl_in}, responses of {num_tokens} token(s): total variation distance to the optimum {end:.4f} "
-        f"(untrained {start:.4f}), of the first token {first:.4f} (tolerances {TOLERANCE[ppo.kl_in]}); to the optima of other β: "
+        f"(untrained {start:.4f}), of the first token {first:.4f} (tolerances {TOLERANCE[ppo.kl_in]}); to the optima of "
+        + "other β: "
         + ", ".join(f"{beta:.1f}: {distance:.4f}" for beta, distance in others.items())
     )
     assert start > 0.4

@@ -3,17 +3,18 @@
     python tests/support/mutations.py            all of them, about three minutes each; writes the table of tests/README.md
     python tests/support/mutations.py "mask"     those whose name contains a text; writes nothing
 
-Each mutation is made in a copy of the files that git knows; the checkout is never touched. `tests/unit/algo` and
+Each mutation is made in a copy of the last commit; the checkout is never touched. `tests/unit/algo` and
 `tests/golden` run to their end, `tests/invariants` up to its first failure.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -137,10 +138,9 @@ def caught_by(mutation: Mutation | None) -> list[str]:
     """Names of the tests that fail with a mutation (with none: of those that fail anyway)."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "rlhf_dist"
-        known = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, known.split("\0")):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
+        archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(copy, filter="data")
         if mutation is not None:
             mutate(copy / "rlhf_dist", mutation)
         found = []
@@ -168,6 +168,9 @@ def table(results: dict[str, list[str]]) -> str:
 
 def main() -> int:
     """Run the mutations asked for; 1 if one was not caught, or if the tests fail without any."""
+    if START not in README.read_text(encoding="utf-8"):
+        print(f"{README} has no line {START.strip()} for the table to go to; put it back, with {END}")
+        return 1
     wanted = [mutation for mutation in MUTATIONS if not sys.argv[1:] or sys.argv[1] in mutation.name]
     if healthy := caught_by(None):
         print("these tests fail without any mutation:", *healthy, sep="\n  ")
@@ -177,8 +180,7 @@ def main() -> int:
         results[mutation.name] = caught_by(mutation)
         print(f"{mutation.name}: {', '.join(results[mutation.name]) or 'NOT CAUGHT'}", flush=True)
     if not sys.argv[1:]:
-        text = README.read_text(encoding="utf-8")
-        before, rest = text.split(START)
+        before, rest = README.read_text(encoding="utf-8").split(START)
         README.write_text(f"{before}{START}{table(results)}{END}{rest.split(END)[1]}", encoding="utf-8")
     return 0 if all(results.values()) else 1
 

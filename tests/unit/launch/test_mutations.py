@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -22,4 +23,8 @@ def test_every_mutation_was_caught():
     rows = README.read_text(encoding="utf-8").split(START)[1].split(END)[0].splitlines()[2:]
     found = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in rows}
     assert found.keys() == {mutation.name for mutation in MUTATIONS}
-    assert all(found.values())
+    for caught in found.values():
+        tests = re.findall(r"`([\w/]+): (\w+)`", caught)
+        assert tests
+        for path, test in tests:
+            assert f"def {test}(" in (ROOT / "tests" / f"{path}.py").read_text(encoding="utf-8")
