@@ -87,6 +87,15 @@ class TokenBatch(_Rows):
 
     _widths: ClassVar[dict[str, str]] = {"tokens": "lengths", "loss_mask": "lengths"}
 
+    def __post_init__(self) -> None:
+        # On the CPU, where batches are made: on a GPU, `to` would have to wait for it.
+        if self.loss_mask.is_cpu and self.loss_mask[:, :1].any():
+            rows = self.loss_mask[:, 0].nonzero().flatten().tolist()
+            raise ValueError(
+                f"loss_mask is True at position 0 of rows {rows}, but no token is before a first token to predict it from; "
+                "begin targets at position 1"
+            )
+
     @property
     def num_targets(self) -> int:
         """Tokens that enter the loss."""

@@ -30,10 +30,10 @@ def partition(
 ) -> list[list[list[int]]]:
     """Rank → micro-batch → rows.
 
-    Rows are sorted by length and dealt back and forth over the ranks, so that ranks have equal work and a micro-batch
-    little padding. Every rank gets the same number of micro-batches; where rows do not suffice, they are empty, and the
-    worker still runs them, so that ZeRO-3's collectives stay aligned. Ceiling division alone would leave a rank out:
-    5 rows over 4 ranks by twos.
+    Rows are sorted by their tokens (sequences x length) and dealt back and forth over the ranks, so that ranks have equal
+    work; each rank then takes its own by length, so that a micro-batch has little padding. Every rank gets the same number
+    of micro-batches; where rows do not suffice, they are empty, and the worker still runs them, so that ZeRO-3's
+    collectives stay aligned. Ceiling division alone would leave a rank out: 5 rows over 4 ranks by twos.
 
     Args:
         lengths: of each row's longest sequence, in tokens.
@@ -47,11 +47,14 @@ def partition(
     limit = limit if isinstance(limit, MicroBatching) else MicroBatching(limit)
     lengths = [int(length) for length in lengths]
     sequences = [num_sequences] * len(lengths) if isinstance(num_sequences, int) else [int(n) for n in num_sequences]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(lengths)), key=lambda i: (-sequences[i] * lengths[i], i))
     rows: list[list[int]] = [[] for _ in range(num_ranks)]
     for position, row in enumerate(order):
         turn, place = divmod(position, num_ranks)
         rows[place if turn % 2 == 0 else num_ranks - 1 - place].append(row)
+    if not limit.packed:
+        for share in rows:
+            share.sort(key=lambda i: (-lengths[i], i))
     if limit.tokens is None:
         shares = [[r[i : i + limit.size] for i in range(0, len(r), limit.size)] for r in rows]
     else:
@@ -63,7 +66,7 @@ def partition(
 def _within_budget(
     rows: list[int], lengths: list[int], sequences: list[int], budget: int, packed: bool
 ) -> list[list[int]]:
-    """Rows, longest first, each into the first micro-batch that has room for it."""
+    """Rows, longest first (`packed`: most tokens first), each into the first micro-batch that has room for it."""
     micro_batches: list[list[int]] = []
     room: list[int] = []
     for row in rows:

@@ -69,7 +69,9 @@ class ModelHost(Placement):
     precision: Precision = "bf16"
     """Compute precision. Trained models keep fp32 master weights in either case."""
     micro_batch_size: PositiveInt = 8
-    """Sequences in one forward pass of one rank. Changes memory and speed, never the result."""
+    """Records in one forward pass of one rank. A record is one sequence; in reward modelling it is a ranking, and its K
+    responses are K sequences of the pass (a pair: 2), so bound memory by `micro_batch_tokens` where K varies. Changes memory
+    and speed, never the result."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one forward pass of one rank, in place of `micro_batch_size`: sequences x longest sequence, or, when `packed`,
     the sum of their lengths. No less than `data.max_length_tokens` (in reward modelling, times the responses of a prompt,

@@ -26,7 +26,7 @@ class ForwardPass(nn.Module):
         """What the model takes. Before its first packed batch, the model is checked.
 
         Raises:
-            ModelError: the model does not keep packed sequences apart.
+            ModelError: see `check_packing`.
         """
         if self._unchecked:
             check_packing(self.model, tokens.device)
@@ -53,7 +53,8 @@ class TargetLogprobs(ForwardPass):
         Args:
             tokens: [B, T] int64, padded on the right.
             lengths: [B] int64.
-            target_mask: [B, T] bool; True at t asks for log p(token t | tokens < t). Column 0 is False; N ≥ 1 are True.
+            target_mask: [B, T] bool; True at t asks for log p(token t | tokens < t); N ≥ 1 are True. Column 0 is False:
+                nothing predicts a first token. `TokenBatch` sees to that, since a look here would wait for the GPU.
             temperature: divides the logits.
             with_entropy: whether to compute entropies.
 
@@ -108,7 +109,7 @@ def check_now(engine: Any, module: ForwardPass) -> None:
         module: not yet run.
 
     Raises:
-        ModelError: the model does not keep packed sequences apart.
+        ModelError: see `check_packing`.
     """
     if module.packed:
         engine.infer(*(argument.to(engine.device) for argument in module.smallest_batch()))

@@ -80,12 +80,12 @@ def random_rows(lengths: Sequence[int], seed: int) -> list[torch.Tensor]:
 
 
 def token_batch(lengths: Sequence[int], seed: int = 0) -> TokenBatch:
-    """Sequences whose first token is never a target and every other one is by chance, the last always."""
+    """Sequences whose first token is never a target and every other one is by chance, the last of two or more always."""
     g = generator(seed + 1000)
     tokens = pad_rows(random_rows(lengths, seed))
     mask = torch.rand(tokens.shape, generator=g) < 0.6
-    mask[:, 0] = False
     mask[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = True
+    mask[:, 0] = False
     return TokenBatch(tokens, torch.tensor(lengths), mask & length_mask(torch.tensor(lengths), tokens.shape[1]))
 
 

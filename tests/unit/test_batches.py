@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.tiny import experience_batch, prompt_batch, rollout_batch, token_batch
 
-from rlhf_dist.batches import PreferenceBatch, concat_rows, length_mask, pad_rows
+from rlhf_dist.batches import PreferenceBatch, TokenBatch, concat_rows, length_mask, pad_rows
 
 
 def test_pad_rows():
@@ -114,3 +115,17 @@ def test_concat_rows_keeps_masks_bool():
     joined = concat_rows([token_batch([3]), token_batch([6])])
     assert joined.loss_mask.dtype == torch.bool
     assert not joined.loss_mask[0, 3:].any()
+
+
+def test_a_first_token_cannot_be_a_target():
+    """A padded pass would skip it, and a packed one would predict it from the sequence before."""
+    mask = torch.tensor([[False, True], [True, True], [True, False]])
+    with pytest.raises(ValueError, match=r"loss_mask is True at position 0 of rows \[1, 2\].*position 1"):
+        TokenBatch(torch.ones(3, 2, dtype=torch.long), torch.full((3,), 2), mask)
+
+
+def test_no_rows_and_rows_elsewhere_are_no_first_targets():
+    batch = token_batch([4, 1, 3])
+    assert batch.rows([]).loss_mask.shape == (0, 0)
+    assert batch.rows([1]).num_targets == 0
+    assert batch.to(torch.device("meta")).loss_mask.is_meta  # as on a GPU, where a look would wait for it

@@ -116,3 +116,37 @@ def test_ranks_with_less_to_do_idle_through_their_last_micro_batches():
 def test_a_row_over_the_budget_is_refused():
     with pytest.raises(ConfigError, match=r"micro_batch_tokens is 19 .* 20 tokens .*\(2 x 10\); raise .* at least 20"):
         partition([10, 3], 2, MicroBatching(8, tokens=19), 2)
+
+
+def test_rankings_of_varying_length_are_dealt_by_all_their_tokens():
+    """By length alone, all the rankings of 9 responses would go to one rank: 18,432 tokens against 4,096."""
+    sequences = [9, 2, 2, 9, 9, 2, 2, 9]
+    for limit in (2, MicroBatching(1, tokens=9 * 512), MicroBatching(1, tokens=9 * 512, packed=True)):
+        shares = partition([512] * 8, 2, limit, sequences)
+        assert [sum(sequences[row] for micro in share for row in micro) for share in shares] == [22, 22]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 500), st.integers(1, 9)), min_size=0, max_size=40),
+    num_ranks=st.integers(1, 9),
+    size=st.integers(1, 7),
+)
+def test_no_rank_has_more_than_one_rankings_tokens_above_another(
+    rows: list[tuple[int, int]], num_ranks: int, size: int
+):
+    lengths, sequences = [length for length, _ in rows], [count for _, count in rows]
+    shares = partition(lengths, num_ranks, size, sequences)
+    assert sorted(row for share in shares for micro in share for row in micro) == list(range(len(rows)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(micro) <= size for share in shares for micro in share)
+    work = [sum(lengths[row] * sequences[row] for micro in share for row in micro) for share in shares]
+    # Dealt back and forth in falling order, differences between ranks telescope to at most one row.
+    assert max(work) - min(work) <= max((length * count for length, count in rows), default=0)
+
+
+def test_a_ranks_rankings_share_micro_batches_by_length():
+    lengths, sequences = [100, 500] * 8, [9, 1] * 8
+    for share in partition(lengths, 2, 4, sequences):
+        widths = [lengths[row] for micro in share for row in micro]
+        assert widths == sorted(widths, reverse=True)
