@@ -93,13 +93,7 @@ def describe_data(**datasets: Any) -> dict[str, Any]:
         facts[label] = len(dataset) if dataset is not None else 0
         if dataset is None:
             continue
-        report = dataset.report
-        if report.num_skipped:
-            facts[f"{label}: left out"] = (
-                f"{report.num_skipped} of {report.num_records} ({', '.join(report.skipped[:3])}, ...)"
-            )
-        if report.num_truncated:
-            facts[f"{label}: response cut"] = f"{report.num_truncated} of {report.num_records}"
+        facts |= {f"{label}: {loss}": found for loss, found in dataset.report.losses().items()}
     return facts
 
 
@@ -119,7 +113,7 @@ def prepare_reward(config: RewardConfig) -> Prepared:
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=2)  # a pair is the smallest
     check_model(config.model.model_path, config.data.max_length_tokens, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
-    data = load_preferences(config.data, tokenizer, config.seed)
+    data = load_preferences(config.data, tokenizer, config.seed, use_margins=config.reward.margin_coef > 0)
     most = max(part.most_responses for part in (data.train, data.eval) if part is not None)
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=most)
     margin_coef, num_with_margins = config.reward.margin_coef, data.train.num_with_margins
@@ -266,7 +260,7 @@ def prepare_eval(config: EvalConfig) -> Prepared:
         "instructions": load_sequences(config.data.instructions, config.data, tokenizer)
         if config.data.instructions
         else None,
-        "preferences": load_pairs(config.data.preferences, config.data, tokenizer, config.seed)
+        "preferences": load_pairs(config.data.preferences, config.data, tokenizer, config.seed, use_margins=False)
         if config.data.preferences
         else None,
         "prompts": load_prompts(config.data.prompts, tokenizer, limit, config.data.on_too_long)

@@ -42,7 +42,8 @@ class DataSettings(Schema):
     """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
     on_too_long: Literal["error", "skip", "truncate"] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
-    cut), `skip` leaves it out, `error` stops before anything is started. What was cut or left out is counted."""
+    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started. What was cut or left
+    out is counted."""
     template_path: AbsolutePath | None = None
     """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
 
@@ -51,7 +52,8 @@ class TrainingData(DataSettings):
     """What the supervised trainers' data sections share."""
 
     eval_fraction: Fraction = 0.0
-    """Share of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed."""
+    """Share of the records of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed. Of
+    preferences whole prompts are held out, so that none is on both sides."""
 
 
 class SFTData(TrainingData):

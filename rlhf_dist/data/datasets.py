@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.algo.random import permutation
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
-from rlhf_dist.data.fitting import Encoded, all_targets, fit, fit_text
+from rlhf_dist.data.fitting import Encoded, fit, fit_responses, fit_text
 from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.data.store import DataReport, Ragged, Tally
 from rlhf_dist.errors import DataError
 
@@ -130,7 +130,9 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sp
     Raises:
         DataError: a file or record that cannot be used (with its place), or nothing left to train or evaluate on.
     """
-    train, held_out = _split(data, data.train, data.eval, read_sequences, seed)
+    train = [record for source in data.train for record in read_sequences(source)]
+    held_out = [record for source in data.eval for record in read_sequences(source)]
+    train, held_out = _split(data, train, held_out, seed)
     return Split(
         _encode_sequences(train, data, tokenizer),
         None if held_out is None else _encode_sequences(held_out, data, tokenizer),
@@ -144,9 +146,17 @@ def load_sequences(
     return _encode_sequences([record for source in sources for record in read_sequences(source)], settings, tokenizer)
 
 
-def load_preferences(data: RewardData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[PreferenceDataset]:
-    """Training and held-out pairs and rankings. `seed` draws the pairs of `ratings` and the split. Errors as `load_sft`."""
-    train, held_out = _split(data, data.train, data.eval, lambda source: read_preferences(source, seed), seed)
+def load_preferences(
+    data: RewardData, tokenizer: PreTrainedTokenizerBase, seed: int, use_margins: bool = True
+) -> Split[PreferenceDataset]:
+    """Training and held-out pairs and rankings; no prompt is on both sides of a split by `eval_fraction`.
+
+    `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read; those of `eval` never
+    are, since the held-out loss is without them. Errors as `load_sft`.
+    """
+    train = [record for source in data.train for record in read_preferences(source, seed, use_margins)]
+    held_out = [record for source in data.eval for record in read_preferences(source, seed, use_margins=False)]
+    train, held_out = _split(data, train, held_out, seed, _prompt_of)
     return Split(
         _encode_preferences(train, data, tokenizer),
         None if held_out is None else _encode_preferences(held_out, data, tokenizer),
@@ -154,10 +164,14 @@ def load_preferences(data: RewardData, tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def load_pairs(
-    sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int
+    sources: Sequence[DataSource],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    use_margins: bool = True,
 ) -> PreferenceDataset:
-    """All pairs and rankings of kinds `preference` and `ratings`. Errors as `load_sft`."""
-    records = [record for source in sources for record in read_preferences(source, seed)]
+    """All pairs and rankings of kinds `preference` and `ratings`; the arguments as in `load_preferences`."""
+    records = [record for source in sources for record in read_preferences(source, seed, use_margins)]
     return _encode_preferences(records, settings, tokenizer)
 
 
@@ -192,26 +206,24 @@ def load_prompts(
 
 def _split(
     settings: TrainingData,
-    train: Iterable[DataSource],
-    held_out: Sequence[DataSource],
-    read: Callable[[DataSource], Sequence[R]],
+    train: list[R],
+    held_out: list[R],
     seed: int,
+    together: Callable[[R], Hashable] | None = None,
 ) -> tuple[list[R], list[R] | None]:
     """Records to train on and to hold out. Records are split, not chunks: no text is on both sides."""
-    records = [record for source in train for record in read(source)]
     if held_out:
-        return records, [record for source in held_out for record in read(source)]
+        return train, held_out
     if settings.eval_fraction == 0:
-        return records, None
-    num_eval = round(len(records) * settings.eval_fraction)
-    if not 0 < num_eval < len(records):
-        raise DataError(
-            f"data.eval_fraction {settings.eval_fraction} of {len(records)} records holds out {num_eval} and leaves "
-            f"{len(records) - num_eval} to train on; both must be at least 1: change eval_fraction or give more records"
-        )
-    order = permutation(seed, "data/eval_split", 0, len(records)).tolist()
-    # In file order on both sides, so that neither depends on how the other was drawn.
-    return [records[i] for i in sorted(order[num_eval:])], [records[i] for i in sorted(order[:num_eval])]
+        return train, None
+    return hold_out(train, settings.eval_fraction, seed, together)
+
+
+def _prompt_of(preference: Preference) -> Hashable:
+    """What a split keeps on one side: records of one prompt. Plain texts have none, and each record stands alone."""
+    if not preference.prompt:
+        return preference.location
+    return tuple((message["role"], message["content"].strip()) for message in preference.prompt)
 
 
 def _encode_sequences(
@@ -242,29 +254,19 @@ def _encode_preferences(
     tally = Tally()
     for preference in preferences:
         tally.num_records += 1
-        cut = Tally()
         with _at(preference.location):
-            sides = [
-                fit(_encode_side(tokenizer, preference.prompt, side), settings, cut) for side in preference.responses
-            ]
-        record = [ids for side in sides for ids, _ in side]
-        # Cutting the ends can leave two responses the same; so can a tokenizer that folds case or accents.
-        if len(set(map(tuple, record))) < len(sides):
+            record, kept, num_cut = fit_responses(tokenizer, preference, settings)
+        left = preference.of(kept)
+        if not any(left.ranks):
             tally.skip(preference.location)
             continue
-        tally.num_truncated += bool(cut.num_truncated)
+        tally.drop(preference.num_repeated + len(preference.responses) - len(kept), preference.location)
+        tally.num_truncated += bool(num_cut)
         tally.num_tokens += sum(map(len, record))
         records.append(record)
-        used.append(preference)
+        used.append(left)
     _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
     return PreferenceDataset(records, used, tally.report())
-
-
-def _encode_side(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...], side: tuple[Message, ...]) -> Encoded:
-    """A continuation with its prompt; without a prompt, as plain text."""
-    if prompt:
-        return encode_conversation(tokenizer, (*prompt, *side), first_target=len(prompt))
-    return all_targets(encode_text(tokenizer, side[-1]["content"]))
 
 
 def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:

@@ -1,6 +1,8 @@
 """Preference records in the forms they are published in, to prompt and continuations, the best first.
 
-Two continuations are in `chosen` and `rejected`, two or more in the list `responses`.
+Two continuations are in `chosen` and `rejected`, two or more in the list `responses`. A row may have columns of these names
+that mean something else: `chosen` and `rejected` are the pair unless `fields` maps `responses`, and only columns that it
+maps contradict each other.
 
 - `prompt` with continuations: strings, or lists of messages that begin with the assistant's.
 - The HH form (Bai et al. 2022): continuations each hold the whole dialogue, as text with "\\n\\nHuman: " and
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 from rlhf_dist.data.encoding import Message
@@ -26,21 +27,20 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
-    """Prompt and continuations (the best first) of a preference record.
+    """Prompt and continuations (the best first) of a preference record. Some of a ranking may be equal, but not all.
 
     Raises:
-        DataError: a missing field, mixed forms, dialogues that differ before the last turn, equal continuations.
+        DataError: a missing field, mixed forms, dialogues that differ before the last turn, nothing but equal continuations.
     """
     values = _continuations(row)
     names = list(values)
     turns = [_continuation(row, name, value) for name, value in values.items()]
-    for i, j in combinations(range(len(turns)), 2):
-        if turns[i] == turns[j]:
-            raise row.error(
-                names[i],
-                f"equals its {names[j]} ({turns[i][-1]['content'][:40]!r}), so nothing can be learnt from the pair",
-                "remove the row" if len(turns) == 2 else "remove one of the two",
-            )
+    if all(messages == turns[0] for messages in turns):
+        raise row.error(
+            names[0],
+            f"equals its {names[1]} ({turns[0][-1]['content'][:40]!r}), so nothing can be learnt from the row",
+            "remove the row",
+        )
     whole = [messages[0]["role"] != "assistant" for messages in turns]
     if len(set(whole)) > 1:
         dialogue, other = names[whole.index(True)], names[whole.index(False)]
@@ -59,17 +59,42 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
     return prompt, tuple(turns)
 
 
-def _continuations(row: Fields) -> dict[str, Any]:
-    """Name in messages → value; the best first."""
-    if row.get("responses") is None:
-        return {name: row.required(name) for name in ("chosen", "rejected")}
-    beside = [name for name in ("chosen", "rejected", "margin") if row.get(name) is not None]
+def is_ranking(row: Fields) -> bool:
+    """Whether a preference record is a ranking (`responses`) rather than a pair (`chosen` and `rejected`).
+
+    Raises:
+        DataError: it is both, as far as the fields that the config maps say, or a ranking and half a pair.
+    """
+    sides = [name for name in ("chosen", "rejected") if row.get(name) is not None]
+    if row.get("responses") is None or (len(sides) == 2 and not row.is_mapped("responses")):
+        if sides and row.is_mapped("ratings") and row.get("ratings") is not None:
+            raise row.error(
+                "ratings",
+                f"stands beside {_listed(sides)}, and ratings are those of a ranking",
+                "map responses too if the record is a ranking; if it is a pair, remove the mapping and use margin",
+            )
+        return False
+    # Half a pair beside an unmapped `responses` may be a broken pair of a file in which that column means something else.
+    doubtful = [] if row.is_mapped("responses") else sides
+    beside = [
+        name
+        for name in ("chosen", "rejected", "margin")
+        if name in doubtful or (row.is_mapped(name) and row.get(name) is not None)
+    ]
     if beside:
         raise row.error(
             "responses",
             f"stands beside {_listed(beside)}, and a record is a ranking or a pair",
-            "keep either responses (and ratings) or chosen and rejected (and margin)",
+            "keep either responses (and ratings) or chosen and rejected (and margin), or map only those of one form, "
+            "as with fields: {responses: responses}",
         )
+    return True
+
+
+def _continuations(row: Fields) -> dict[str, Any]:
+    """Name in messages → value; the best first."""
+    if not is_ranking(row):
+        return {name: row.required(name) for name in ("chosen", "rejected")}
     values = row.items("responses")
     if len(values) < 2:
         raise row.error(

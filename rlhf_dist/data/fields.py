@@ -27,6 +27,10 @@ class Fields:
         """Whether the row has that column, filled or not."""
         return _lookup(self._values, column) is not _MISSING
 
+    def is_mapped(self, field: str) -> bool:
+        """Whether the config says which column the field is, be it one of the field's own name."""
+        return field in self._mapping
+
     def get(self, field: str) -> Any:
         """The field's value; None where it is absent."""
         value = _lookup(self._values, self._mapping.get(field, field))

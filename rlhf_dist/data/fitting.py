@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 from rlhf_dist.config import DataSettings
+from rlhf_dist.data.encoding import Message, encode_conversation, encode_text
+from rlhf_dist.data.records import Preference
 from rlhf_dist.data.store import Tally
 from rlhf_dist.errors import DataError
 
@@ -51,6 +55,34 @@ def fit(encoded: Encoded, settings: DataSettings, tally: Tally) -> list[Encoded]
     # What is left of a later prompt behind the last target would only be computed, never learnt from.
     end = limit - mask[:limit][::-1].index(True)
     return [(ids[:end], mask[:end])]
+
+
+def fit_responses(
+    tokenizer: PreTrainedTokenizerBase, preference: Preference, settings: DataSettings
+) -> tuple[list[list[int]], list[int], int]:
+    """The sequences (prompt and response) that can be compared, the positions of their responses, and how many were cut.
+
+    Left out are those that are too long under `skip`, and those that a better one equals: cutting the ends can make two
+    the same, and so can a tokenizer that folds case or accents.
+    """
+    sequences: list[list[int]] = []
+    kept: list[int] = []
+    num_cut = 0
+    for i, response in enumerate(preference.responses):
+        cut = Tally()
+        for ids, _ in fit(_encode(tokenizer, preference.prompt, response), settings, cut):
+            if ids not in sequences:
+                sequences.append(ids)
+                kept.append(i)
+                num_cut += cut.num_truncated
+    return sequences, kept, num_cut
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...], response: tuple[Message, ...]) -> Encoded:
+    """A continuation with its prompt; without a prompt, as plain text."""
+    if prompt:
+        return encode_conversation(tokenizer, (*prompt, *response), first_target=len(prompt))
+    return all_targets(encode_text(tokenizer, response[-1]["content"]))
 
 
 def _too_long(num_tokens: int, limit: int) -> DataError:

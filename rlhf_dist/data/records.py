@@ -8,7 +8,8 @@ How the kinds are read:
 - `text`: plain text, trained on every token.
 - `preference`: a pair (`chosen`, `rejected`, and where it is known the `margin` between them) or a ranking (`responses`,
   the best first, and where they are known their `ratings`, whose differences are the margins). Responses of equal rating
-  are tied: of the two nothing is learnt. The forms of texts and dialogues: `dialogues.py`.
+  are tied: of the two nothing is learnt. A response that a better one equals is left out. The forms of texts and
+  dialogues, and of rows that could be both: `dialogues.py`.
 - `ratings`: responses of one prompt with a number each become pairs (`ratings.py`). Without a `prompt`, a response is
   judged as plain text.
 - `prompt`: one user message, or a chat that ends with one.
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rlhf_dist.config import DataSource, RecordKind
-from rlhf_dist.data.dialogues import preference_messages
+from rlhf_dist.data.dialogues import is_ranking, preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.files import read_rows
@@ -69,10 +70,22 @@ class Preference:
     """Of each response, falling; by how much one is preferred is their difference. None where the data does not say."""
     ranks: tuple[int, ...] = ()
     """Of each response, rising from 0; equal ranks are a tie. Default: no ties."""
+    num_repeated: int = 0
+    """Responses of the record that are not here, since a better one has the same text."""
 
     def __post_init__(self) -> None:
         if not self.ranks:
             object.__setattr__(self, "ranks", tuple(range(len(self.responses))))
+
+    def of(self, kept: Sequence[int]) -> Preference:
+        """With the responses `kept` only (rising positions). A rank counts the responses that stand higher."""
+        ranks = [self.ranks[i] for i in kept]
+        return replace(
+            self,
+            responses=tuple(self.responses[i] for i in kept),
+            ratings=None if self.ratings is None else tuple(self.ratings[i] for i in kept),
+            ranks=tuple(map(ranks.index, ranks)),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,9 +116,10 @@ def read_sequences(source: DataSource) -> list[Conversation | Text]:
     return records
 
 
-def read_preferences(source: DataSource, seed: int) -> list[Preference]:
+def read_preferences(source: DataSource, seed: int, use_margins: bool = True) -> list[Preference]:
     """Pairs and rankings of kind `preference`, and pairs made of kind `ratings` (drawn by `seed`).
 
+    `use_margins` False: the field `margin` of pairs is not read, so that an unrelated column of that name does no harm.
     Errors as `read_sequences`.
     """
     _check_kind(source, ("preference", "ratings"), "reward modelling")
@@ -114,12 +128,23 @@ def read_preferences(source: DataSource, seed: int) -> list[Preference]:
     records = []
     for row in _fields(source):
         prompt, responses = preference_messages(row)
-        if row.get("responses") is None:
-            records.append(Preference(prompt, responses, row.location, _margin(row)))
+        if is_ranking(row):
+            records.append(_ranking(row, prompt, responses))
         else:
-            ratings = _ratings(row, len(responses))
-            records.append(Preference(prompt, responses, row.location, ratings, _ranks(ratings) if ratings else ()))
+            records.append(Preference(prompt, responses, row.location, _margin(row) if use_margins else None))
     return records
+
+
+def _ranking(row: Fields, prompt: tuple[Message, ...], responses: tuple[tuple[Message, ...], ...]) -> Preference:
+    """Without responses that a better one equals: of equal texts nothing can be learnt."""
+    ratings = _ratings(row, len(responses))
+    whole = Preference(prompt, responses, row.location, ratings, _ranks(ratings) if ratings else ())
+    kept = whole.of([i for i, response in enumerate(responses) if response not in responses[:i]])
+    if kept.ratings and kept.ratings[0] == kept.ratings[-1]:
+        raise row.error(
+            "ratings", f"are all {kept.ratings[0]:g}, so nothing can be learnt from the row", "remove the row"
+        )
+    return replace(kept, num_repeated=len(responses) - len(kept.responses))
 
 
 def _margin(row: Fields) -> tuple[float, float] | None:
@@ -131,7 +156,7 @@ def _margin(row: Fields) -> tuple[float, float] | None:
         raise row.error(
             "margin",
             f"is {margin:g}, less than 0, though chosen is the better",
-            "exchange chosen and rejected, or mend it",
+            "exchange chosen and rejected, mend it, or set reward.margin_coef to 0",
         )
     return margin, 0.0
 
@@ -152,8 +177,6 @@ def _ratings(row: Fields, num_responses: int) -> tuple[float, ...] | None:
                 f"is {here:g}, less than the {after:g} of the next response, though the best stands first",
                 "order responses and ratings from best to worst",
             )
-    if ratings[0] == ratings[-1]:
-        raise row.error("ratings", f"are all {ratings[0]:g}, so nothing can be learnt from the row", "remove the row")
     return ratings
 
 

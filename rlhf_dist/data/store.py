@@ -22,13 +22,28 @@ class DataReport:
     num_used: int = 0
     """Records that are trained on."""
     num_skipped: int = 0
-    """Records left out: too long under on_too_long=skip, or two of the responses are the same tokens."""
+    """Records left out: too long under on_too_long=skip, or fewer than two responses of different rank are left."""
     num_truncated: int = 0
     """Records whose response was cut at max_length_tokens."""
     num_tokens: int = 0
     """Tokens kept, prompts included."""
     skipped: tuple[str, ...] = ()
     """Places of the records left out, the first `MAX_LISTED`."""
+    num_dropped: int = 0
+    """Responses left out of rankings that are used: too long under on_too_long=skip, or the same as a better one."""
+    dropped: tuple[str, ...] = ()
+    """Places of those rankings, the first `MAX_LISTED`."""
+
+    def losses(self) -> dict[str, str]:
+        """What was left out or cut, each with its number and the first places; empty where nothing was."""
+        found = {}
+        if self.num_skipped:
+            found["left out"] = f"{self.num_skipped} of {self.num_records} ({', '.join(self.skipped[:3])}, ...)"
+        if self.num_dropped:
+            found["responses left out of rankings"] = f"{self.num_dropped} ({', '.join(self.dropped[:3])}, ...)"
+        if self.num_truncated:
+            found["response cut"] = f"{self.num_truncated} of {self.num_records}"
+        return found
 
 
 class Tally:
@@ -38,12 +53,20 @@ class Tally:
         self.num_records = self.num_truncated = self.num_tokens = 0
         self._num_skipped = 0
         self._skipped: list[str] = []
+        self._num_dropped = 0
+        self._dropped: list[str] = []
 
     def skip(self, location: str) -> None:
         """Count a record as left out."""
         self._num_skipped += 1
         if len(self._skipped) < MAX_LISTED:
             self._skipped.append(location)
+
+    def drop(self, num_responses: int, location: str) -> None:
+        """Count responses as left out of a ranking that is used."""
+        self._num_dropped += num_responses
+        if num_responses and len(self._dropped) < MAX_LISTED:
+            self._dropped.append(location)
 
     def report(self) -> DataReport:
         """The counts so far."""
@@ -54,6 +77,8 @@ class Tally:
             num_truncated=self.num_truncated,
             num_tokens=self.num_tokens,
             skipped=tuple(self._skipped),
+            num_dropped=self._num_dropped,
+            dropped=tuple(self._dropped),
         )
 
 

@@ -12,7 +12,8 @@ import torch
 from support.runs import metrics, weights
 
 from rlhf_dist.cli import wiring
-from rlhf_dist.config import RewardConfig
+from rlhf_dist.cli.prepare import prepare_eval, prepare_reward
+from rlhf_dist.config import EvalConfig, RewardConfig
 from rlhf_dist.errors import ConfigError, DataError
 
 Make = Callable[..., dict[str, Any]]
@@ -63,6 +64,59 @@ def test_margins_and_centering_are_in_the_loss_of_a_run(run_reward: Callable[...
     found = [weights(path)["score.weight"] for path in (plain, margins, centred)]
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+UNRELATED = [row | {"margin": "n/a"} if "margin" in row else row for row in ROWS] + [
+    {
+        "prompt": f"say {word}",
+        "chosen": f"good {word}",
+        "rejected": "bad",
+        "margin": -1,
+        "responses": ["x"],
+        "ratings": 7,
+    }
+    for word in WORDS
+]
+"""With columns that mean something else, beside pairs."""
+
+
+def reward_config(make_config: Make, tmp_path: Path, rows: list[dict[str, Any]], **data: Any) -> RewardConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = make_config("reward", tmp_path / "run", zero_stage=0, cluster="inline")
+    config["data"] |= {"train": [{"path": str(path), "kind": "preference"}]} | data
+    return RewardConfig.model_validate(config)
+
+
+def test_margins_that_the_loss_does_not_use_are_not_checked(make_config: Make, tmp_path: Path):
+    config = reward_config(make_config, tmp_path, UNRELATED)
+    assert len(prepare_reward(config).data.train) > 0
+    used = config.model_copy(update={"reward": config.reward.model_copy(update={"margin_coef": 0.5})})
+    with pytest.raises(DataError, match=r"rows\.jsonl:25: field 'margin' is 'n/a', which is not a finite number"):
+        prepare_reward(used)
+
+
+def test_an_evaluation_does_not_check_margins(make_config: Make, tmp_path: Path, tiny_rm: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, UNRELATED)), encoding="utf-8")
+    config = EvalConfig.model_validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "device": "cpu",
+            "reward": {"model_path": str(tiny_rm), "precision": "fp32"},
+            "data": {"preferences": [{"path": str(path), "kind": "preference"}], "max_length_tokens": 64},
+        }
+    )
+    assert prepare_eval(config).facts["preferences"] == len(UNRELATED)
+
+
+def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_path: Path):
+    rows = [*ROWS, {"prompt": "p", "responses": ["good", "good", "bad", "good"]}]
+    prepared = prepare_reward(reward_config(make_config, tmp_path, rows, eval_fraction=0))
+    found = prepared.facts["training records: responses left out of rankings"]
+    assert found.startswith("2 (")
+    assert "rows.jsonl:26" in found
+    assert "training records: left out" not in prepared.facts
 
 
 @pytest.mark.parametrize(

@@ -161,18 +161,68 @@ def test_rankings_and_pairs_in_one_set(source, tokenizer):
     assert data.report.num_tokens == sum(data.lengths)
 
 
-def test_a_ranking_is_left_out_when_a_response_is_too_long_or_becomes_another(source, tokenizer):
-    same = "a b c d " * 10
+LONG = "a b c d " * 10
+
+
+def responses_of(data, index: int, tokenizer) -> list[str]:
+    sequences = data.batch([index]).sequences
+    return [text.partition("Response:\n")[2].removesuffix("</s>") for text in decoded(tokenizer, sequences)]
+
+
+def test_responses_that_cutting_makes_equal_are_one_with_the_better_rank(source, tokenizer):
     rows = [
-        {"prompt": "p", "responses": ["x", same + "x", same + "y"]},
-        {"prompt": "p", "responses": ["x", same, "y"]},
+        {"prompt": "p", "responses": ["x", LONG + "x", "y", LONG + "y", "z"], "ratings": [5, 4, 3, 2, 1]},
         {"prompt": "p", "responses": ["x", "y", "z"]},
     ]
-    cut = load_pairs([source("preference", rows)], DataSettings(max_length_tokens=45), tokenizer, 0)
-    assert (cut.report.num_used, cut.report.num_skipped, cut.report.num_truncated) == (2, 1, 1)
-    assert cut.batch([0]).lengths.amax() == 45
-    skip = DataSettings(max_length_tokens=45, on_too_long="skip")
-    assert load_pairs([source("preference", rows)], skip, tokenizer, 0).report.num_skipped == 2
+    data = load_pairs([source("preference", rows)], DataSettings(max_length_tokens=45), tokenizer, 0)
+    report = data.report
+    assert (report.num_used, report.num_skipped, report.num_truncated, report.num_dropped) == (2, 0, 1, 1)
+    assert [place.endswith(":1") for place in report.dropped] == [True]
+    batch = data.batch([0])
+    assert batch.num_responses.tolist() == [4]
+    assert batch.ratings.tolist() == [[5, 4, 3, 1]]
+    assert batch.ranks.tolist() == [[0, 1, 2, 3]]
+    assert batch.lengths[0].amax() == batch.lengths[0, 1] == 45
+    assert responses_of(data, 0, tokenizer)[2:] == ["y", "z"]
+    assert report.num_tokens == sum(data.lengths)
+
+
+def test_under_skip_a_ranking_keeps_the_responses_that_fit(source, tokenizer):
+    rows = [
+        {"prompt": "p", "responses": [LONG, "x", "y", "y2", LONG + "y", "z"], "ratings": [6, 5, 4, 4, 3, 1]},
+        {"prompt": "p", "responses": [LONG, "x", LONG + "y"]},  # one left: out
+        {"prompt": "p", "responses": [LONG, "x", "y"], "ratings": [6, 1, 1]},  # a tie left: out
+        {"prompt": "p", "chosen": LONG, "rejected": "x"},
+    ]
+    settings = DataSettings(max_length_tokens=45, on_too_long="skip")
+    data = load_pairs([source("preference", rows)], settings, tokenizer, 0)
+    assert responses_of(data, 0, tokenizer) == ["x", "y", "y2", "z"]
+    batch = data.batch([0])
+    assert batch.ranks.tolist() == [[0, 1, 1, 3]]
+    assert batch.ratings.tolist() == [[5, 4, 4, 1]]
+    assert (data.report.num_used, data.report.num_skipped, data.report.num_dropped) == (1, 3, 2)
+    assert (data.report.num_truncated, data.most_responses) == (0, 4)
+
+
+def test_repeated_responses_are_counted(source, tokenizer):
+    rows = [{"prompt": "p", "responses": ["x", "y", "x", "x"]}, {"prompt": "p", "responses": ["x", "y"]}]
+    report = load_pairs([source("preference", rows)], DataSettings(), tokenizer, 0).report
+    assert (report.num_used, report.num_dropped, len(report.dropped)) == (2, 2, 1)
+
+
+def test_only_the_training_records_need_usable_margins(source, write, tokenizer):
+    bad = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}
+    good = bad | {"margin": 1}
+    held_out = DataSource(path=write("eval.jsonl", [bad]), kind="preference")
+
+    def load(row, use_margins):
+        data = RewardData(train=(source("preference", [row]),), eval=(held_out,))
+        return load_preferences(data, tokenizer, 0, use_margins).train.num_with_margins
+
+    assert load(bad, use_margins=False) == 0
+    assert load(good, use_margins=True) == 1
+    with pytest.raises(DataError, match=r"data\.jsonl:1: field 'margin' is -1, less than 0"):
+        load(bad, use_margins=True)
 
 
 def test_pairs_that_truncation_makes_equal_are_left_out(source, tokenizer):

@@ -91,6 +91,70 @@ def test_ratings_of_a_ranking_give_its_ties(source):
     assert ranking.ranks == (0, 1, 1, 3, 3)
 
 
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_a_pair_may_have_unrelated_columns(source):
+    for responses in (["c", "a", "b"], "the judge's answer", 3):
+        record = PAIR | {"responses": responses, "ratings": [1, 5]}
+        pair = one(source, [record])
+        assert (pair.responses, pair.ratings, pair.ranks) == (((bot("a"),), (bot("b"),)), None, (0, 1))
+        assert read_prompts(source("preference", [record]))[0].messages == (user("p"),)
+
+
+def test_a_ranking_may_have_unrelated_columns_when_it_is_mapped(source):
+    record = PAIR | {"responses": ["c", "a", "b"], "ratings": [3, 3, 1], "margin": -1}
+    ranking = one(source, [record], fields={"responses": "responses"})
+    assert ranking.responses == ((bot("c"),), (bot("a"),), (bot("b"),))
+    assert (ranking.ratings, ranking.ranks) == ((3, 3, 1), (0, 0, 2))
+    assert len(one(source, [{"prompt": "p", "responses": ["a", "b"], "margin": "n/a"}]).responses) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"responses": "all", "chosen": "chosen"}, r"'responses' \(column 'all'\) stands beside chosen, and a record"),
+        ({"responses": "all", "margin": "margin"}, r"'responses' \(column 'all'\) stands beside margin, and a record"),
+        ({"ratings": "scores"}, r"'ratings' \(column 'scores'\) stands beside chosen and rejected, .*map responses"),
+    ],
+)
+def test_both_forms_mapped_and_filled_are_refused(source, fields, words):
+    with pytest.raises(DataError, match=words):
+        one(source, [PAIR | {"all": ["a", "b"], "scores": [2, 1], "margin": 1}], fields=fields)
+
+
+def test_pairs_and_rankings_in_one_file_with_every_field_mapped(source):
+    fields = {"chosen": "win", "rejected": "lose", "margin": "by", "responses": "all", "ratings": "scores"}
+    rows = [
+        {"prompt": "p", "win": "a", "lose": "b", "by": 2, "all": None, "scores": None},
+        {"prompt": "p", "win": None, "lose": None, "by": None, "all": ["a", "b"], "scores": [5, 4]},
+    ]
+    pair, ranking = read_preferences(source("preference", rows, fields=fields), 0)
+    assert (pair.ratings, ranking.ratings) == ((2, 0), (5, 4))
+
+
+@pytest.mark.parametrize("margin", [-0.5, "n/a", float("nan"), [1], 2])
+def test_margins_that_nothing_uses_are_not_read(source, margin):
+    [pair] = read_preferences(source("preference", [PAIR | {"margin": margin}]), 0, use_margins=False)
+    assert pair.ratings is None
+
+
+def test_ties_of_a_ranking_do_not_depend_on_margins_being_used(source):
+    record = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [2, 1, 1]}
+    [ranking] = read_preferences(source("preference", [record]), 0, use_margins=False)
+    assert ranking.ranks == (0, 1, 1)
+
+
+def test_responses_of_equal_text_are_one_with_the_better_rank(source):
+    record = {"prompt": "p", "responses": ["a", "b", "a", "c", "c"], "ratings": [5, 4, 3, 3, 1]}
+    ranking = one(source, [record])
+    assert ranking.responses == ((bot("a"),), (bot("b"),), (bot("c"),))
+    assert (ranking.ratings, ranking.ranks, ranking.num_repeated) == ((5, 4, 3), (0, 1, 2), 2)
+    unrated = one(source, [{"responses": [[*DIALOGUE, bot(x)] for x in "abac"]}])
+    assert (unrated.responses, unrated.ranks) == (((bot("a"),), (bot("b"),), (bot("c"),)), (0, 1, 2))
+    assert unrated.prompt == DIALOGUE
+
+
 def test_a_margin_of_0_is_not_a_tie(source):
     pair = one(source, [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0}])
     assert (pair.ratings, pair.ranks) == ((0, 0), (0, 1))
@@ -163,7 +227,7 @@ def test_a_response_may_talk_about_the_hh_form(source):
         (
             "preference",
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5},
-            r":1: field 'margin' is -0.5, less than 0, though .*; exchange chosen and rejected",
+            r":1: field 'margin' is -0.5, less than 0, though .*; exchange chosen and rejected, .*reward\.margin_coef",
         ),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "inf"}, "not a finite number"),
         ("preference", {"prompt": "p", "responses": ["a"]}, r":1: field 'responses' holds 1, .*at least 2; add"),
@@ -171,13 +235,18 @@ def test_a_response_may_talk_about_the_hh_form(source):
         ("preference", {"prompt": "p", "responses": ["a", ""]}, r"'responses\[1\]' is '', which holds no text"),
         (
             "preference",
-            {"prompt": "p", "responses": ["a", "b", "a"]},
-            r"'responses\[0\]' equals its responses\[2\] \('a'\).*; remove one of the two",
+            {"prompt": "p", "responses": ["a", "a", "a"], "ratings": [3, 2, 1]},
+            r":1: field 'responses\[0\]' equals its responses\[1\] \('a'\).*; remove the row",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b", "b", "a"], "ratings": [2, 2, 1, 1]},
+            "'ratings' are all 2, so nothing can be learnt",
         ),
         (
             "preference",
             {"prompt": "p", "responses": ["a", "b"], "chosen": "a", "margin": 1},
-            "'responses' stands beside chosen and margin, .*; keep either",
+            r"'responses' stands beside chosen, .*; keep either .*fields: \{responses: responses\}",
         ),
         ("preference", {"responses": ["a", "b", "c"]}, r"is missing, and responses\[0\] to responses\[2\] are not"),
         (
