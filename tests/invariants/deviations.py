@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+Case = tuple[int, int]
+"""(number of ranks, ZeRO stage)."""
 
 MAX_RELATIVE, MAX_LARGEST = 1e-4, 3e-5
 """‖Δ‖ / ‖update‖ and max |Δ|.
@@ -22,7 +26,9 @@ four steps carry it on. Errors of logic move the weights by tenths of a percent 
 """
 
 START, END = "<!-- deviations -->", "<!-- end of deviations -->"
-HEADER = ("what varied", "objective", "ranks", "ZeRO", "steps", "max abs. Δ", "‖Δ‖/‖update‖", "tolerance")
+HEADER = ("what varied", "objective", "ranks × ZeRO stage", "steps", "max abs. Δ", "‖Δ‖/‖update‖", "tolerance")
+KEY = 4
+"""Columns that say what was measured."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,14 @@ class Row:
     objective: str
     steps: int
     tolerance: str
-    ranks: set[int]
-    stages: set[int]
+    cases: set[Case]
     largest: float = 0.0
     relative: float = 0.0
 
     @property
     def key(self) -> tuple[str, ...]:
         """What tells rows apart."""
-        return (self.varied, self.objective, _listed(self.ranks), _listed(self.stages), str(self.steps))
+        return (self.varied, self.objective, ", ".join(f"{r}×{z}" for r, z in sorted(self.cases)), str(self.steps))
 
 
 class Table:
@@ -74,33 +79,43 @@ class Table:
         self,
         varied: str,
         objective: str,
-        rank_and_stage: tuple[int, int],
+        case: Case,
         steps: int,
         measured: Deviation,
         tolerance: str,
     ) -> None:
-        """A measured case; cases of one line are told apart by their ranks and ZeRO stages."""
-        row = self.rows.setdefault((varied, objective), Row(varied, objective, steps, tolerance, set(), set()))
-        row.ranks.add(rank_and_stage[0])
-        row.stages.add(rank_and_stage[1])
+        """A measured case."""
+        row = self.rows.setdefault((varied, objective), Row(varied, objective, steps, tolerance, set()))
+        row.cases.add(case)
         row.largest = max(row.largest, measured.largest)
         row.relative = max(row.relative, measured.relative)
 
     def write(self, readme: Path) -> None:
-        """Replace what stands between the markers, if it changes; a checkout that is read-only stays as it is."""
+        """Replace what stands between the markers, if it changes and can be replaced. Whoever reads meanwhile finds the old
+        file or the new one."""
+        with contextlib.suppress(OSError):
+            self._write(readme)
+
+    def _write(self, readme: Path) -> None:
         text = readme.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)
         old, _, after = rest.partition(END)
-        published = {tuple(cells[:5]): cells for cells in map(_cells, old.splitlines()) if len(cells) == len(HEADER)}
+        published = {tuple(cells[:KEY]): cells for cells in map(_cells, old.splitlines()) if len(cells) == len(HEADER)}
         lines = [HEADER, ("---",) * len(HEADER)]
         for row in sorted(self.rows.values(), key=lambda row: (row.varied, row.objective)):
             cells = published.get(row.key, [""] * len(HEADER))
-            lines.append((*row.key, bound(row.largest, cells[5]), bound(row.relative, cells[6]), row.tolerance))
+            lines.append((*row.key, bound(row.largest, cells[KEY]), bound(row.relative, cells[KEY + 1]), row.tolerance))
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         new = f"{before}{START}\n\n{table}\n\n{END}{after}"
-        if new != text and START in text:
-            with contextlib.suppress(OSError):
-                readme.write_text(new, encoding="utf-8")
+        if new == text or START not in text or END not in text:
+            return
+        aside = readme.with_name(f".{readme.name}.{os.getpid()}")
+        try:
+            aside.write_text(new, encoding="utf-8")
+            shutil.copymode(readme, aside)
+            aside.replace(readme)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def bound(measured: float, published: str = "") -> str:
@@ -113,10 +128,6 @@ def bound(measured: float, published: str = "") -> str:
         return published
     power = 10.0 ** math.floor(math.log10(measured))
     return f"≤ {next(digit * power for digit in (1, 2, 5, 10) if measured <= digit * power):.0e}"
-
-
-def _listed(numbers: set[int]) -> str:
-    return ", ".join(str(n) for n in sorted(numbers))
 
 
 def _cells(line: str) -> list[str]:

@@ -24,7 +24,11 @@ BASE = Layout(ranks=2, zero_stage=2, micro_batch_size=2)
 
 Rows = Sequence[Tensor]
 
-NUM_STEPS, EPS, MAX_LENGTH = 4, 1e-5, 40
+NUM_STEPS, EPS = 4, 1e-5
+MAX_LENGTH = 16
+"""Of a sequence, hence the smallest token budget of a forward pass; the data come close to it, so that it splits them."""
+RM_MAX_LENGTH = 40
+"""A record of preferences is rendered by a chat template, which alone is longer than `MAX_LENGTH`."""
 # Warm-up over one of four steps, then linearly to 0 one step after the last: every step has a rate of its own.
 OPTIMISER = {
     "learning_rate": 1e-3,
@@ -149,7 +153,7 @@ def reward_spec(models: Models, layout: Layout) -> tuple[Any, WorkerSpec]:
         {
             "run_dir": "never-written",
             "model": trained(layout, models.reward, "RM"),
-            "data": {"train": _data(models, "preference"), "max_length_tokens": MAX_LENGTH},
+            "data": {"train": _data(models, "preference"), "max_length_tokens": RM_MAX_LENGTH},
             "reward": {"num_steps": NUM_STEPS, "batch_size": 4} | RANKING,
         }
     )
@@ -157,9 +161,9 @@ def reward_spec(models: Models, layout: Layout) -> tuple[Any, WorkerSpec]:
 
 
 def ppo_config(
-    models: Models, layout: Layout, terms: plain.PolicyTerms = INSTRUCT, rollout_batch_size: int = 4
+    models: Models, layout: Layout, terms: plain.PolicyTerms = INSTRUCT, rollout_batch_size: int = 4, **ppo: Any
 ) -> PPOConfig:
-    """A PPO run of four optimiser steps."""
+    """A PPO run of four optimiser steps; `ppo`: further settings of that section."""
     return PPOConfig.model_validate(
         {
             "run_dir": "never-written",
@@ -172,7 +176,7 @@ def ppo_config(
             "rollout": {
                 "num_ranks": layout.ranks,
                 "temperature": TEMPERATURE,
-                "max_response_tokens": 24,
+                "max_response_tokens": MAX_LENGTH - 1,
                 "batch_size": rollout_batch_size,
             },
             "data": {
@@ -199,6 +203,7 @@ def ppo_config(
                 "dual_clip": terms.dual_clip,
                 "entropy_coef": terms.entropy_coef,
                 **({"kl_in": "loss", "kl_estimator": "k3"} if terms.kl_coef else {}),
+                **ppo,
             },
         }
     )

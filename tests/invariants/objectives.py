@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_dist.batches import Experience
 from rlhf_dist.cluster.proxies import LanguageModelRole, PolicyRole, PreferenceModelRole, ValueRole
+from rlhf_dist.cluster.reports import Shares
 
 SFT, RM, POLICY, EXTENDED_POLICY, VALUE = OBJECTIVES = tuple(MAX_GRAD_NORM)
 
@@ -42,19 +43,36 @@ class Outcome:
     weights: Weights
     metrics: dict[str, float]
     """Means over the steps: `loss`, `grad_norm`, and what else an update reports of its terms."""
+    shares: list[Shares] = field(default_factory=list)
+    """How the rows of each step were split; for PPO with PTX, the responses of all steps and then the texts."""
 
 
 @dataclass(frozen=True)
 class Reference(Outcome):
     """By the reference loop, which also says where it started and what it saw."""
 
-    start: Weights
-    trace: plain.Trace
+    start: Weights = field(default_factory=dict)
+    trace: plain.Trace = field(default_factory=plain.Trace)
+    steps: list[Weights] = field(default_factory=list)
+    """The weights after each step."""
 
 
 def role_of(role_class: Any, group: Any, model: Any) -> Any:
     """A role as the command line makes it."""
     return role_class.of(group, model)
+
+
+def splits_of(role: Any) -> list[Shares]:
+    """Fills up with how the role splits what it is given from now on."""
+    seen: list[Shares] = []
+    split = role.split
+
+    def watched(*args: Any, **kwargs: Any) -> Shares:
+        seen.append(split(*args, **kwargs))
+        return seen[-1]
+
+    role.split = watched
+    return seen
 
 
 def language_model(path: Path) -> Any:
@@ -112,9 +130,11 @@ class Trainings:
         model, spec = spec_of(self.models, layout)
         with self.bench.hosted(spec, layout) as group:
             role = role_of(role_class, group, model)
+            shares = splits_of(role)
             reports = [role.update(batch, step).result().metrics for step, batch in enumerate(batches)]
             mean = {key: sum(report[key] for report in reports) / NUM_STEPS for key in reports[0]}
-            return Outcome(saved_weights(role), {"loss": mean[f"{prefix}/loss"], "grad_norm": mean["train/grad_norm"]})
+            metrics = {"loss": mean[f"{prefix}/loss"], "grad_norm": mean["train/grad_norm"]}
+            return Outcome(saved_weights(role), metrics, shares)
 
     def update_policy(
         self, layout: Layout, experience: Experience, steps: Any, ptx: Any, terms: plain.PolicyTerms = INSTRUCT
@@ -123,18 +143,21 @@ class Trainings:
         config = layouts.ppo_config(self.models, layout, terms)
         with self.bench.hosted(layouts.ppo_spec(config, "policy"), layout) as group:
             role = role_of(PolicyRole, group, config.policy)
+            shares = splits_of(role)
             metrics = role.update(experience, steps, ptx, terms.kl_coef).result().metrics
-            names = ["loss", "grad_norm", "clip_fraction", "entropy"]
+            names = ["loss", "grad_norm", "clip_fraction", "entropy", "approx_kl"]
             names += (["ptx_loss"] if ptx else []) + (["kl_loss"] if terms.kl_coef else [])
-            return Outcome(saved_weights(role), {name: metrics[f"policy/{name}"] for name in names})
+            return Outcome(saved_weights(role), {name: metrics[f"policy/{name}"] for name in names}, shares)
 
     def update_value(self, layout: Layout, experience: Experience, steps: Any) -> Outcome:
         """The value function's steps on `experience`."""
         config = layouts.ppo_config(self.models, layout)
         with self.bench.hosted(layouts.ppo_spec(config, "value"), layout) as group:
             role = role_of(ValueRole, group, config.value_model)
+            shares = splits_of(role)
             metrics = role.update(experience, steps).result().metrics
-            return Outcome(saved_weights(role), {name: metrics[f"value/{name}"] for name in ("loss", "grad_norm")})
+            named = {name: metrics[f"value/{name}"] for name in ("loss", "grad_norm")}
+            return Outcome(saved_weights(role), named, shares)
 
     # -- by the reference loop -------------------------------------------------------------------------------------------
 
@@ -179,7 +202,7 @@ class Trainings:
     def _descend(
         self, model: Any, objective: str, loss_of_step: Callable[[Any, int, plain.Trace], Tensor]
     ) -> Reference:
-        start = copied(model)
+        start, after = copied(model), []
 
         def loss(i: int, trace: plain.Trace) -> Tensor:
             value = loss_of_step(model, i, trace)
@@ -187,8 +210,11 @@ class Trainings:
                 trace.see("loss", value)
             return value
 
-        trace = plain.descend(model, layouts.optimiser(MAX_GRAD_NORM[objective]), loss)
-        return Reference(copied(model), trace.means(), start, trace)
+        def keep() -> None:
+            after.append(copied(model))
+
+        trace = plain.descend(model, layouts.optimiser(MAX_GRAD_NORM[objective]), loss, keep)
+        return Reference(after[-1], trace.means(), start=start, trace=trace, steps=after)
 
 
 def copied(model: Any) -> Weights:

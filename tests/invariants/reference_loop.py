@@ -43,7 +43,9 @@ class Trace:
         return {name: sum(values) / len(values) for name, values in self.seen.items()}
 
 
-def descend(model: Any, optimiser: Optimiser, loss_of_step: Callable[[int, Trace], Tensor]) -> Trace:
+def descend(
+    model: Any, optimiser: Optimiser, loss_of_step: Callable[[int, Trace], Tensor], after_step: Callable[[], None]
+) -> Trace:
     """A step of AdamW on `loss_of_step(i, trace)` for each learning rate."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -61,7 +63,18 @@ def descend(model: Any, optimiser: Optimiser, loss_of_step: Callable[[int, Trace
         loss_of_step(i, trace).backward()
         trace.see("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.max_grad_norm))
         adam.step()
+        after_step()
     return trace
+
+
+def moving_average(start: dict[str, Tensor], steps: Sequence[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """What θ̄ ← d θ̄ + (1 − d) θ comes to: after n steps dⁿ θ₀ + (1 − d) Σ_i dⁿ⁻ⁱ θ_i, in float64 (Polyak and Juditsky 1992)."""
+    n = len(steps)
+    average = {name: decay**n * t.double() for name, t in start.items()}
+    for i, weights in enumerate(steps, start=1):
+        for name, t in weights.items():
+            average[name] += (1 - decay) * decay ** (n - i) * t.double()
+    return average
 
 
 def padding_mask(lengths: Tensor, width: int) -> Tensor:
@@ -157,7 +170,7 @@ def policy_objective(model: Any, experience: Any, terms: PolicyTerms, trace: Tra
 
     Schulman et al. 2017, eq. 7 and 9; Ye et al. 2020, eq. 5; Schulman 2020 (k3).
     """
-    losses, held, bounded, kl = [], [], [], []
+    losses, held, bounded, kl, moved = [], [], [], [], []
     logprobs, entropies = response_logprobs(model, experience, terms.temperature)
     for b, row in enumerate(logprobs):
         for t, new in enumerate(row):
@@ -168,6 +181,7 @@ def policy_objective(model: Any, experience: Any, terms: PolicyTerms, trace: Tra
                 bounded.append(objective < terms.dual_clip * advantage)
                 objective = torch.max(objective, terms.dual_clip * advantage)
             losses.append(-objective)
+            moved.append(ratio - 1 - torch.log(ratio))
             # The clip holds a token where going on would have raised the objective.
             held.append((ratio > 1 + terms.clip_high) if advantage > 0 else (ratio < 1 - terms.clip_low))
             other = torch.exp(experience.ref_logprobs[b, t] - new)
@@ -176,6 +190,7 @@ def policy_objective(model: Any, experience: Any, terms: PolicyTerms, trace: Tra
     trace.see("num_bounded", sum(bounded, torch.tensor(0)))
     trace.see("loss", mean(losses))
     trace.see("entropy", mean(entropies))
+    trace.see("approx_kl", mean(moved))
     if terms.kl_coef:
         trace.see("kl_loss", mean(kl))
     return mean(losses) - terms.entropy_coef * mean(entropies) + terms.kl_coef * mean(kl)

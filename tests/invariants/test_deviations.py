@@ -47,20 +47,33 @@ def test_only_what_stands_between_the_markers_changes(tmp_path: Path):
     first = readme.read_text(encoding="utf-8")
     assert first.startswith(f"before\n\n{START}\n")
     assert first.endswith(f"{END}\n\nafter\n")
-    assert "| size | SFT | 1, 3 | 0, 2 | 4 | ≤ 2e-06 | ≤ 5e-05 | 1e-04 |" in first
+    assert "| size | SFT | 1×2, 3×0 | 4 | ≤ 2e-06 | ≤ 5e-05 | 1e-04 |" in first
     table(1.1e-6, 2e-5).write(readme)
     assert readme.read_text(encoding="utf-8") == first
     table(2.5e-6, 2e-5).write(readme)
     assert readme.read_text(encoding="utf-8") == first.replace("≤ 2e-06", "≤ 5e-06")
 
 
-def test_a_checkout_that_cannot_be_written_to_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_replaced_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     readme = tmp_path / "README.md"
+    table(1e-6, 1e-5).write(readme)
+    assert list(tmp_path.iterdir()) == []
     readme.write_text(TEXT, encoding="utf-8")
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    for name in ("replace", "write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refuse)
+            table(1e-6, 1e-5).write(readme)
+        assert readme.read_text(encoding="utf-8") == TEXT
+        assert list(tmp_path.iterdir()) == [readme]
+
+
+@pytest.mark.parametrize("text", ["no markers\n", f"only the first {START}\n"])
+def test_without_both_markers_nothing_is_written(tmp_path: Path, text: str):
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
     table(1e-6, 1e-5).write(readme)
-    assert readme.read_text(encoding="utf-8") == TEXT
+    assert readme.read_text(encoding="utf-8") == text

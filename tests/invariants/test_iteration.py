@@ -14,7 +14,7 @@ import pytest
 import reference_loop as plain
 import torch
 from deviations import MAX_LARGEST, MAX_RELATIVE, Table, deviation
-from layouts import BASE, NUM_STEPS, PTX, SHAPING, TEMPERATURE
+from layouts import BASE, MAX_LENGTH, NUM_STEPS, PTX, SHAPING, TEMPERATURE
 from objectives import Reference, Trainings, language_model, role_of, scalar_model
 from support.bench import Layout
 from torch import Tensor
@@ -29,6 +29,8 @@ REASONS = torch.tensor(
 ROLLOUT = replace(layouts.rollout(), finish_reasons=REASONS)
 STEPS = [torch.tensor(rows) for rows in ([3, 8, 1, 0, 6], [9, 2, 5, 4, 7], [7, 0, 4, 8, 2], [1, 9, 6, 3, 5])]
 """Two epochs of two mini-batches."""
+VARIED = {"micro_batch_tokens": "token budget", "packed": "packed"}
+"""Key of a hosted model → its words in the table."""
 
 
 def experience_of(trainings: Trainings, layout: Layout) -> tuple[Experience, dict[str, float]]:
@@ -85,7 +87,16 @@ def expected(trainings: Trainings) -> PlainIteration:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", [replace(BASE, ranks=1), BASE, replace(BASE, ranks=3), replace(BASE, ranks=3, zero_stage=3)], ids=str
+    "layout",
+    [
+        replace(BASE, ranks=1),
+        BASE,
+        replace(BASE, ranks=3),
+        replace(BASE, ranks=3, zero_stage=3),
+        replace(BASE, hosting={"packed": True, "micro_batch_tokens": MAX_LENGTH}),
+        replace(BASE, zero_stage=3, hosting={"micro_batch_tokens": MAX_LENGTH}),
+    ],
+    ids=str,
 )
 def test_scores_to_weights(trainings: Trainings, table: Table, expected: PlainIteration, layout: Layout):
     experience, metrics = experience_of(trainings, layout)
@@ -101,7 +112,10 @@ def test_scores_to_weights(trainings: Trainings, table: Table, expected: PlainIt
         measured = deviation(actual.weights, reference.weights, reference.start)
         print(f"{name}, {layout}: {measured}")
         where = (layout.ranks, layout.zero_stage)
-        table.add("whole iteration", f"PPO {name}", where, NUM_STEPS, measured, f"{MAX_RELATIVE:.0e}")
+        varied = [words for key, words in VARIED.items() if layout.hosting.get(key)]
+        table.add(
+            ", ".join(["whole iteration", *varied]), f"PPO {name}", where, NUM_STEPS, measured, f"{MAX_RELATIVE:.0e}"
+        )
         assert measured.relative <= MAX_RELATIVE, name
         assert measured.largest <= MAX_LARGEST, name
 

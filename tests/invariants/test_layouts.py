@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from deviations import MAX_LARGEST, MAX_RELATIVE, Table, deviation
-from layouts import BASE, MAX_GRAD_NORM, MAX_LENGTH, NUM_STEPS
-from objectives import EXTENDED_POLICY, OBJECTIVES, POLICY, RM, VALUE, Outcome, Trainings
+from layouts import BASE, MAX_GRAD_NORM, MAX_LENGTH, NUM_STEPS, RM_MAX_LENGTH
+from objectives import EXTENDED_POLICY, OBJECTIVES, POLICY, RM, SFT, VALUE, Outcome, Trainings
 from support.bench import Layout
 
 Ranks = pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -63,11 +63,13 @@ def test_micro_batch_sizes(trainings: Trainings, table: Table, objective: str, s
 
 
 @Objectives
-@pytest.mark.parametrize("stage", [2, 3])
-def test_token_budgets(trainings: Trainings, table: Table, objective: str, stage: int):
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (2, 3), (3, 3)])
+def test_token_budgets(trainings: Trainings, table: Table, objective: str, ranks: int, stage: int):
     """Micro-batches of as many rows as the tokens allow: not the same number on every rank."""
-    layout = replace(BASE, ranks=3, zero_stage=stage, hosting=budget(objective))
-    compare(trainings, table, objective, layout, "token budget")
+    layout = replace(BASE, ranks=ranks, zero_stage=stage, hosting=budget(objective))
+    outcome = compare(trainings, table, objective, layout, "token budget")
+    if ranks == 2:
+        check_splits(outcome)
 
 
 @Objectives
@@ -78,7 +80,9 @@ def test_packed_forward_passes(
     """Sequences end to end in one row, without padding; micro-batches by rows and by tokens."""
     hosting = {"packed": True} | (budget(objective) if budgeted else {})
     layout = replace(BASE, ranks=ranks, zero_stage=stage, micro_batch_size=3, hosting=hosting)
-    compare(trainings, table, objective, layout, "packed, not padded")
+    outcome = compare(trainings, table, objective, layout, "packed, not padded")
+    if budgeted:
+        check_splits(outcome)
 
 
 @Objectives
@@ -106,6 +110,28 @@ def test_a_reward_model_gets_the_same_new_head(trainings: Trainings, stage: int,
     assert all(torch.allclose(actual[name], expected[name], rtol=0, atol=MAX_LARGEST) for name in expected)
 
 
+TIED_OBJECTIVES = (SFT, POLICY)
+
+
+@pytest.mark.parametrize("objective", TIED_OBJECTIVES)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_tied_embeddings_and_gradient_checkpointing(
+    tied_trainings: Trainings, table: Table, objective: str, stage: int
+):
+    """A matrix that is used twice, in passes that run twice."""
+    layout = replace(BASE, zero_stage=stage, training={"gradient_checkpointing": True})
+    compare(tied_trainings, table, objective, layout, "tied embeddings, gradient checkpointing")
+
+
+def check_splits(outcome: Outcome) -> None:
+    """Of each loss term, some step has several micro-batches, and some fill up differently on different ranks."""
+    assert len(outcome.shares) in (NUM_STEPS, 2 * NUM_STEPS)
+    for first in range(0, len(outcome.shares), NUM_STEPS):
+        sizes = [[[len(rows) for rows in rank] for rank in step] for step in outcome.shares[first : first + NUM_STEPS]]
+        assert any(len(ranks[0]) > 1 for ranks in sizes)
+        assert any(ranks[0] != ranks[1] and len(ranks[0]) > 1 for ranks in sizes)
+
+
 def budget(objective: str) -> dict[str, int]:
-    """No less than the longest row of a forward pass may need: a ranking has up to four sequences."""
-    return {"micro_batch_tokens": MAX_LENGTH * (4 if objective == RM else 1)}
+    """No more than the longest row of a forward pass may need: a pair of responses in reward modelling."""
+    return {"micro_batch_tokens": 2 * RM_MAX_LENGTH if objective == RM else MAX_LENGTH}

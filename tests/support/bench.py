@@ -32,6 +32,8 @@ class Layout:
     cluster: str = "ray"
     hosting: dict[str, Any] = field(default_factory=dict)
     """Further keys of a hosted model."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Further keys of a trained model."""
 
     def host(self, model_path: Path) -> dict[str, Any]:
         """Keys of any hosted model in a configuration; a frozen one is sharded where the trained ones' parameters are."""
@@ -46,10 +48,10 @@ class Layout:
 
     def trained(self, model_path: Path) -> dict[str, Any]:
         """Keys of a trained model, less its optimiser."""
-        return self.host(model_path) | {"zero_stage": self.zero_stage}
+        return self.host(model_path) | {"zero_stage": self.zero_stage} | self.training
 
     def __str__(self) -> str:
-        rest = "".join(f" {key}={value}" for key, value in self.hosting.items())
+        rest = "".join(f" {key}={value}" for key, value in (self.hosting | self.training).items())
         return f"{self.cluster} ranks={self.ranks} zero={self.zero_stage} micro={self.micro_batch_size}{rest}"
 
 

@@ -1,0 +1,28 @@
+"""What a run of the whole suite has measured, row by row: a table with less in it is not published."""
+
+from __future__ import annotations
+
+from deviations import Case
+from layouts import MAX_GRAD_NORM
+
+SFT, RM, POLICY, _, VALUE = OBJECTIVES = tuple(MAX_GRAD_NORM)
+
+
+def expected_rows() -> dict[tuple[str, str], set[Case]]:
+    """(what varied, objective) → (ranks, ZeRO stage) of every case."""
+    cases: dict[str, tuple[tuple[str, ...], set[Case]]] = {
+        "micro-batches of 1 and 8 rows": (OBJECTIVES, {(2, 2)}),
+        "token budget": (OBJECTIVES, {(2, 2), (2, 3), (3, 3)}),
+        "packed, not padded": (OBJECTIVES, {(1, 0), (2, 2), (3, 3)}),
+        "inline": (OBJECTIVES, {(1, 2), (1, 3)}),
+        "Ray against inline": (OBJECTIVES, {(1, 2), (1, 3)}),
+        "tied embeddings, gradient checkpointing": ((SFT, POLICY), {(2, stage) for stage in range(4)}),
+        "whole iteration": (("PPO policy", "PPO value"), {(1, 2), (2, 2), (3, 2), (3, 3)}),
+        "whole iteration, token budget": (("PPO policy", "PPO value"), {(2, 3)}),
+        "whole iteration, token budget, packed": (("PPO policy", "PPO value"), {(2, 2)}),
+        "moving average of the weights": ((POLICY,), {(ranks, stage) for ranks in (2, 3) for stage in range(4)}),
+        "update ended by kl_stop": ((POLICY,), {(ranks, stage) for ranks in (2, 3) for stage in range(4)}),
+    }
+    for stage in range(4):
+        cases[f"ZeRO {stage}, number of ranks"] = (OBJECTIVES, {(ranks, stage) for ranks in (1, 2, 3)})
+    return {(varied, objective): pairs for varied, (objectives, pairs) in cases.items() for objective in objectives}
