@@ -166,6 +166,22 @@ def policy_token_is_clipped(
     return (advantage > 0 and ratio > 1 + clip_high) or (advantage < 0 and ratio < 1 - clip_low)
 
 
+def policy_token_is_bounded(
+    logprob: float, old_logprob: float, advantage: float, clip_low: float, dual_clip: float | None
+) -> bool:
+    """Whether Ye et al.'s bound took effect: a ratio above c where A < 0."""
+    ratio = math.exp(logprob - old_logprob)
+    return dual_clip is not None and advantage < 0 and max(ratio, 1 - clip_low) > dual_clip
+
+
+def policy_token_distance(logprob: float, old_logprob: float) -> float:
+    """How far the ratio is from 1; a token that is more than twice as likely as before counts as that."""
+    ratio = math.exp(logprob - old_logprob)
+    if ratio > 2:
+        return 1.0
+    return ratio - 1 if ratio > 1 else 1 - ratio
+
+
 def value_token_loss(value: float, old_value: float, target: float, clip_range: float | None) -> float:
     """½ (V − R)², or of V held within ±ε of the old value, whichever is larger."""
     error = 0.5 * (value - target) ** 2
@@ -190,13 +206,28 @@ def prompt_ranking_loss(
 ) -> float:
     """InstructGPT, eq. 1: the mean over all C(K,2) pairs of one prompt's responses, the best first. A tie is no pair."""
     losses = []
-    for better, worse in combinations(range(len(scores)), 2):
-        if ranks is not None and ranks[better] == ranks[worse]:
-            continue
+    for better, worse in ranked_pairs(len(scores), ranks):
         margin = 0.0 if ratings is None else ratings[better] - ratings[worse]
         losses.append(pair_loss(scores[better], scores[worse], margin, centering_coef))
     assert ranks is not None or len(losses) == math.comb(len(scores), 2)
     return mean(losses) if losses else 0.0
+
+
+def prompt_ranking_accuracy(scores: Row, ranks: Sequence[int] | None = None) -> float:
+    """The share of one prompt's pairs whose better response has the higher score."""
+    found = [scores[i] > scores[j] for i, j in ranked_pairs(len(scores), ranks)]
+    return found.count(True) / len(found) if found else 0.0
+
+
+def prompt_ranking_margin(scores: Row, ranks: Sequence[int] | None = None) -> float:
+    """By how much the better response's score is higher, over one prompt's pairs."""
+    found = [scores[i] - scores[j] for i, j in ranked_pairs(len(scores), ranks)]
+    return mean(found) if found else 0.0
+
+
+def ranked_pairs(num: int, ranks: Sequence[int] | None) -> list[tuple[int, int]]:
+    """(better, worse) of responses in order, the best first. A tie is no pair."""
+    return [(i, j) for i, j in combinations(range(num), 2) if ranks is None or ranks[i] != ranks[j]]
 
 
 def explained_variance(values: Row, returns: Row) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from rlhf_dist.algo.advantages import gae
 from rlhf_dist.algo.kl import kl_k2
 from rlhf_dist.algo.logprobs import taken_logprobs
-from rlhf_dist.algo.losses import nll_loss, policy_loss, value_loss
+from rlhf_dist.algo.losses import policy_loss, value_loss
 from rlhf_dist.algo.masking import masked_mean, masked_sum, masked_whiten
 from rlhf_dist.algo.rewards import token_rewards
 
@@ -148,31 +149,42 @@ def test_trl_averages_the_entropy_over_padding():
     assert abs(float(masked_mean(entropies, mask)) - first["entropy"]) > 0.01
 
 
+def optimiser_steps(run: PpoRun) -> list[list[dict[str, Any]]]:
+    """TRL's micro-batches, by the optimiser step that they belong to."""
+    steps: list[list[dict[str, Any]]] = [[]]
+    for m in run.micro_batches:
+        steps[-1].append(m)
+        if m["is_optimizer_step"]:
+            steps.append([])
+    assert not steps.pop(), "the last micro-batch ends a step"
+    return steps
+
+
 def test_trl_averages_micro_batches_of_different_lengths_alike(run):
-    """Its loss is the mean of its micro-batches' means, so a token of a short micro-batch weighs more, and the result depends
-    on the micro-batch size. Ours is a sum, divided by the count of the optimiser step: any split gives the same."""
-    seen = 0.0
-    for first, second in zip(run.micro_batches[::2], run.micro_batches[1::2], strict=True):
-        rows, counts, sums = torch.cat([first["rows"], second["rows"]]), [], []
-        for m in (first, second):
-            mask = run.response_mask[m["rows"]]
-            old, advantages = run.rollout["logprobs"][m["rows"]], run.rollout["advantages"][m["rows"]]
-            loss, _ = policy_loss(m["logprobs"], old, advantages, mask, run.config["cliprange"])
-            counts.append(int(mask.sum()))
-            sums.append(float(loss))
-        whole, _ = policy_loss(
-            torch.cat([first["logprobs"], second["logprobs"]]),
+    """Its loss is the mean of its micro-batches' means (accelerate divides each by `gradient_accumulation_steps`), so a token
+    of a short micro-batch weighs more, and the result depends on the micro-batch size. Ours is a sum, divided by the count of
+    the optimiser step: the loss of all its rows at once."""
+    steps, seen = optimiser_steps(run), []
+    assert len(steps) == run.config["num_ppo_epochs"]
+    for step in steps:
+        assert len(step) == run.config["gradient_accumulation_steps"]
+        rows = torch.cat([m["rows"] for m in step])
+        assert rows.sort().values.tolist() == list(range(len(run.lengths)))
+        mask = run.response_mask[rows]
+        loss, _ = policy_loss(
+            torch.cat([m["logprobs"] for m in step]),
             run.rollout["logprobs"][rows],
             run.rollout["advantages"][rows],
-            run.response_mask[rows],
+            mask,
             run.config["cliprange"],
         )
-        ours, theirs = float(whole) / sum(counts), (first["pg_loss"] + second["pg_loss"]) / 2
-        assert sum(sums) / sum(counts) == pytest.approx(ours, rel=1e-5, abs=2e-6)
-        reweighted = sum(s / n for s, n in zip(sums, counts, strict=True)) / 2
-        assert reweighted == pytest.approx(theirs, rel=1e-5, abs=2e-6)
-        seen = max(seen, abs(ours - theirs))
-    assert seen > 0.005
+        theirs = sum(m["pg_loss"] for m in step) / run.config["gradient_accumulation_steps"]
+        # Theirs from ours: every micro-batch weighted by the same, not by its tokens.
+        sizes = [int(run.response_mask[m["rows"]].sum()) for m in step]
+        weighted = sum(m["pg_loss"] * n for m, n in zip(step, sizes, strict=True)) / sum(sizes)
+        assert float(loss / mask.sum()) == pytest.approx(weighted, rel=1e-5, abs=2e-6)
+        seen.append(abs(float(loss / mask.sum()) - theirs))
+    assert max(seen) > 0.005
 
 
 # ----------------------------------------------------------------------------------------- TRL: an invalid probability
@@ -223,41 +235,3 @@ def test_deepspeed_chat_does_not_whiten(run):
     plain, scaled = gradient(advantages), gradient(10 * advantages)
     assert_close(scaled, 10 * plain, rtol=1e-5, atol=1e-6)
     assert_near(gradient(masked_whiten(10 * advantages, mask)), gradient(masked_whiten(advantages, mask)))
-
-
-def ppo_and_ptx_gradients() -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised gradients of both losses with respect to the logits of one token distribution that they share."""
-    logits = torch.tensor([0.3, -1.2, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
-    taken, text = torch.tensor([[0, 2, 1]]), torch.tensor([3, 3, 0, 1, 2])
-    logprobs = torch.log_softmax(logits, 0)
-    response_logprobs = logprobs[taken]
-    mask = torch.ones_like(taken, dtype=torch.bool)
-    advantages = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
-    ppo, _ = policy_loss(response_logprobs, response_logprobs.detach(), advantages, mask, clip_range=0.2)
-    ptx, _ = nll_loss(logprobs[text])
-    (g_ppo,) = torch.autograd.grad(ppo / mask.sum(), logits, retain_graph=True)
-    (g_ptx,) = torch.autograd.grad(ptx / len(text), logits)
-    return g_ppo, g_ptx
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_deepspeed_chat_halves_both_losses_when_ptx_is_on(accumulation):
-    """Its rule: with an unsupervised data set, `gradient_accumulation_steps_actor` is doubled, since each iteration runs
-    backward twice (PPO, then PTX). DeepSpeed divides every backward by that number, although each of the two losses has only
-    half as many.
-
-    Here the two losses have their own counts, and the PTX term does not touch how the PPO loss is scaled.
-    """
-    g_ppo, g_ptx = ppo_and_ptx_gradients()
-    ptx_coef = 27.8  # InstructGPT's γ
-    micro_batches = [(g_ppo, ptx_coef * g_ptx)] * accumulation
-
-    without_ptx, with_ptx = torch.zeros_like(g_ppo), torch.zeros_like(g_ppo)
-    for ppo, ptx in micro_batches:
-        without_ptx += ppo / accumulation
-        with_ptx += ppo / (2 * accumulation) + ptx / (2 * accumulation)
-
-    objective = g_ppo + ptx_coef * g_ptx
-    assert_close(without_ptx, g_ppo)
-    assert_close(with_ptx, objective / 2)
-    assert_close(with_ptx - ptx_coef * g_ptx / 2, g_ppo / 2)  # γ → 0 does not give PPO back

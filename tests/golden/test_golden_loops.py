@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import reference_loops as loops
 import torch
 from golden_ragged import POLICY_OPTIONS, Ragged, close
+from torch.testing import assert_close
 
 from rlhf_dist.algo import kl, losses
 from rlhf_dist.algo.advantages import gae
@@ -98,10 +100,29 @@ def test_running_score_normalisation(ragged):
     seen = [score for batch in batches for score in batch]
     close(moments.std, loops.running_std(batches))
     close(moments.mean, loops.mean(seen))
-    for subtract in (False, True):
-        ours = normalise_scores(torch.tensor(batches[-1]), moments, subtract_mean=subtract)
-        for score, normal in zip(batches[-1], ours, strict=True):
-            close(normal, (score - subtract * loops.mean(seen)) / loops.running_std(batches))
+    # What normalising is for: of all scores so far, the spread is 1, and the mean 0 where it is subtracted.
+    scaled = normalise_scores(torch.tensor(seen), moments, subtract_mean=False)
+    centred = normalise_scores(torch.tensor(seen), moments, subtract_mean=True)
+    for normal in (scaled, centred):
+        close(loops.variance(normal.tolist()), 1)
+    close(loops.mean(centred.tolist()), 0)
+    # Dividing alone keeps signs and ratios; subtracting moves every score by the same.
+    for score, normal in zip(seen, scaled, strict=True):
+        close(normal * seen[0], score * float(scaled[0]))
+    apart = (scaled - centred).tolist()
+    assert max(apart) - min(apart) < 1e-5
+    # Nothing of that is particular to the scores it was made of: a batch by itself is mapped as it was among them.
+    last = normalise_scores(torch.tensor(batches[-1]), moments, subtract_mean=True)
+    assert torch.equal(last, centred[-len(batches[-1]) :])
+
+
+def test_running_score_normalisation_by_hand():
+    moments = (
+        RunningMoments().updated(torch.tensor([1.0, 3.0])).updated(torch.tensor([5.0, 7.0, 9.0]))
+    )  # mean 5, variance 8
+    scores = torch.tensor([5.0, 5.0 + 8**0.5, -(8**0.5)])
+    assert_close(normalise_scores(scores, moments, subtract_mean=False), torch.tensor([5 / 8**0.5, 1 + 5 / 8**0.5, -1]))
+    assert_close(normalise_scores(scores, moments, subtract_mean=True), torch.tensor([0, 1, -1 - 5 / 8**0.5]))
 
 
 @pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
@@ -146,6 +167,12 @@ def test_policy_loss(ragged, options):
     assert clipped > 0
     close(sums["clip_fraction"], clipped)
     close(sums["approx_kl"], ragged.total(lambda n, o: loops.k3(o, n), new, old))
+    bounded = ragged.total(lambda n, o, a: loops.policy_token_is_bounded(n, o, a, low, bound), new, old, advantages)
+    assert (bounded > 0) == (bound is not None), "there are tokens at the bound"
+    close(sums["dual_clip_fraction"], bounded)
+    close(sums["ratio"], ragged.total(lambda n, o: math.exp(n - o), new, old))
+    close(sums["ratio_deviation"], ragged.total(loops.policy_token_distance, new, old))
+    assert any(n - o > math.log(2) for x, y in zip(new, old, strict=True) for n, o in zip(x, y, strict=True))
 
 
 @pytest.mark.parametrize("clip_range", [None, 0.3])
@@ -184,13 +211,18 @@ def test_ranking_loss(seed, centering, with_ratings):
     ragged.mask = length_mask(ragged.lengths, 9)
     scores = ragged.rows(2.0)
     ratings = [sorted(row, reverse=True) for row in ragged.rows()] if with_ratings else None
-    loss, _ = losses.ranking_loss(
+    loss, sums = losses.ranking_loss(
         ragged.padded(scores), ragged.mask, None if ratings is None else ragged.padded(ratings), centering
     )
     expected = 0.0
     for i, row in enumerate(scores):
         expected += loops.prompt_ranking_loss(row, None if ratings is None else ratings[i], centering)
     close(loss, expected)
+    # The margin that was reached, whatever margin was asked for.
+    close(sums["margin"], sum(loops.prompt_ranking_margin(row) for row in scores))
+    accuracy = sum(loops.prompt_ranking_accuracy(row) for row in scores)
+    assert 0 < accuracy < len(scores)
+    close(sums["accuracy"], accuracy)
 
 
 def test_ranking_loss_with_ties():
@@ -202,8 +234,10 @@ def test_ranking_loss_with_ties():
     padded_ranks = torch.zeros(4, 5, dtype=torch.long)
     for i, row in enumerate(ranks):
         padded_ranks[i, : len(row)] = torch.tensor(row)
-    loss, _ = losses.ranking_loss(ragged.padded(scores), ragged.mask, centering_coef=0.1, ranks=padded_ranks)
+    loss, sums = losses.ranking_loss(ragged.padded(scores), ragged.mask, centering_coef=0.1, ranks=padded_ranks)
     close(loss, sum(loops.prompt_ranking_loss(s, None, 0.1, r) for s, r in zip(scores, ranks, strict=True)))
+    for name, loop in (("accuracy", loops.prompt_ranking_accuracy), ("margin", loops.prompt_ranking_margin)):
+        close(sums[name], sum(loop(s, r) for s, r in zip(scores, ranks, strict=True)))
 
 
 def test_entropy_bonus_and_explained_variance(ragged):
