@@ -37,7 +37,8 @@ class StepReport:
     refused: str = ""
     """Why the step was not taken (the same on every rank); "" if it was."""
     suspects: list[tuple[str, int, int]] = field(default_factory=list)
-    """(loss term, micro-batch, row in it) of this rank whose loss or gradient by itself is not finite."""
+    """(loss term, micro-batch, row in it) of this rank whose loss or gradient by itself is not finite; where no row's is, all
+    that took part."""
 
 
 @dataclass(frozen=True)

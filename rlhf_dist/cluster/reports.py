@@ -118,7 +118,7 @@ def _refusal(
     rows = {term: sorted(set(numbers)) for term, numbers in rows.items()}
     where = "; ".join(f"{term}: rows {', '.join(map(str, numbers))}" for term, numbers in rows.items())
     return SampleError(
-        f"{role}: {reason} in optimiser step {number + 1} of the update ({where or 'in no sample by itself'}). The step was "
+        f"{role}: {reason} in optimiser step {number + 1} of the update ({where}). The step was "
         "not taken and no weight was touched by it. Look at these samples. A checkpoint continues with its own configuration: "
         "to lower the learning rate or to use precision: fp32, start a new run.",
         rows,

@@ -22,6 +22,8 @@ from rlhf_dist.engine.schedule import learning_rate_factor
 from rlhf_dist.errors import RunFolderError
 
 CHECKPOINT_TAG = "state"
+Suspect = tuple[str, int, int]
+"""(loss term, micro-batch, row in it)."""
 Veto = Callable[[dict[str, dict[str, float]]], str]
 """Loss term → metric → mean over an optimiser step; returns why the step must not be taken, or ""."""
 
@@ -108,12 +110,15 @@ class TrainEngine:
         """
         norms = {term.name: self._norm_of([term]) for term in terms} if measure_terms else {}
         report = StepReport(learning_rate=self._engine.get_lr()[0], term_grad_norms=norms)
-        finite = self._accumulate(terms, report)
+        bad_losses = self._accumulate(terms, report)
         report.grad_norm = gradients.global_grad_norm(self._engine, self.device)
-        bad_loss = distributed.any_rank(not finite, self.device)
+        bad_loss = distributed.any_rank(bool(bad_losses), self.device)
         if bad_loss or not math.isfinite(report.grad_norm):
             gradients.drop_gradients(self._engine)
             report.suspects = self._find_suspects(terms)
+            if not distributed.any_rank(bool(report.suspects), self.device):
+                # It does not happen again, or in no sample by itself: then all that took part.
+                report.suspects = bad_losses if bad_loss else _rows_of(terms)
             return self._refused(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT)
         reason = veto(self._means(terms, report)) if veto is not None else ""
         if reason:
@@ -128,12 +133,13 @@ class TrainEngine:
         for _ in range(num_steps):
             self._engine.lr_scheduler.step()
 
-    def _accumulate(self, terms: Sequence[LossTerm], report: StepReport) -> bool:
-        """Forward and backward of all micro-batches, with their sums into the report; whether this rank's losses are finite."""
-        work = [(term, batch) for term in terms for batch in term.micro_batches]
-        finite = True
+    def _accumulate(self, terms: Sequence[LossTerm], report: StepReport) -> list[Suspect]:
+        """Forward and backward of all micro-batches, with their sums into the report; the rows of this rank's micro-batches
+        whose loss is not finite."""
+        work = [(term, i, batch) for term in terms for i, batch in enumerate(term.micro_batches)]
+        bad: list[Suspect] = []
         self._engine.train()
-        for number, (term, batch) in enumerate(work):
+        for number, (term, i, batch) in enumerate(work):
             self._engine.set_gradient_accumulation_boundary(number == len(work) - 1)
             idle = batch is None
             loss, sums = term.loss_sum((term.idle_batch if idle else batch).to(self.device))
@@ -141,21 +147,22 @@ class TrainEngine:
             self._engine.backward(loss * scale)
             self._metric_names[term.name] = set(sums)
             if not idle:
-                finite = finite and bool(torch.isfinite(loss.detach()))
+                if not torch.isfinite(loss.detach()):
+                    bad += [(term.name, i, row) for row in range(len(batch))]
                 totals = report.sums.setdefault(term.name, {})
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + float(value)
-        return finite
+        return bad
 
     def _norm_of(self, terms: Sequence[LossTerm]) -> float:
         """Norm of the gradient of these terms alone, NaN where a loss is not finite; leaves no gradient behind."""
-        finite = self._accumulate(terms, StepReport())
+        bad_losses = self._accumulate(terms, StepReport())
         norm = gradients.global_grad_norm(self._engine, self.device)
         gradients.drop_gradients(self._engine)
-        return math.nan if distributed.any_rank(not finite, self.device) else norm
+        return math.nan if distributed.any_rank(bool(bad_losses), self.device) else norm
 
-    def _find_suspects(self, terms: Sequence[LossTerm]) -> list[tuple[str, int, int]]:
-        """(term, micro-batch, row) of this rank whose loss or gradient by itself is not finite.
+    def _find_suspects(self, terms: Sequence[LossTerm]) -> list[Suspect]:
+        """Rows of this rank whose loss or gradient by itself is not finite.
 
         Every rank's micro-batches in turn, then the rows of the bad ones, each while the other ranks are idle: a gradient is
         the sum over all. A run that stops has time for that.
@@ -236,6 +243,13 @@ def _undo_trial_step(optimizer: Any) -> None:
             for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
                 for master, parameter in zip(masters, parameters, strict=True):
                     master.copy_(parameter)
+
+
+def _rows_of(terms: Sequence[LossTerm]) -> list[Suspect]:
+    batches = [
+        (term.name, i, batch) for term in terms for i, batch in enumerate(term.micro_batches) if batch is not None
+    ]
+    return [(name, i, row) for name, i, batch in batches for row in range(len(batch))]
 
 
 def _num_dims(parameter: nn.Parameter) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_dist.batches import TokenBatch
 from rlhf_dist.cluster.proxies import LanguageModelRole
 from rlhf_dist.engine import zero
-from rlhf_dist.errors import RunFolderError, TrainingError
+from rlhf_dist.errors import RunFolderError, SampleError
 
 LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13, 6, 7], seed=step) for step in range(3)]
@@ -120,12 +120,13 @@ def test_a_loss_that_is_not_finite_touches_no_weight(tiny_lm: Path, stage: int):
             return (loss * math.nan if len(calls) == 2 else loss), sums
 
         worker._nll = one_bad_micro_batch
-        with pytest.raises(
-            TrainingError, match=r"a loss is not finite in optimiser step 1 of the update \(lm: rows .*not taken"
-        ):
+        said = r"a loss is not finite in optimiser step 1 of the update \(lm: rows .*not taken"
+        with pytest.raises(SampleError, match=said) as caught:
             role.update(BATCHES[1], 1).result()
         after = weights(group)
-    assert len(calls) == 3
+        micro_batches = role.split(BATCHES[1].lengths)[0]
+    # It did not happen again: all of the micro-batch are named.
+    assert caught.value.rows == {"lm": sorted(micro_batches[1])}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
