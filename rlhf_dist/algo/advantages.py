@@ -20,8 +20,8 @@ def gae(
         A_t = δ_t + γ·λ·A_{t+1}
         R_t = A_t + V_t
 
-    Source: Schulman et al. 2016, eq. 11 and 16; V_end ≠ 0 where an episode was cut off rather than ended: Pardo et al. 2018,
-    "Time limits in reinforcement learning", eq. 6. Padding never enters: the recursion restarts at each row's own end.
+    Source: Schulman et al. 2016, eq. 11 and 16; V_end ≠ 0 where an episode was cut off rather than ended: "partial-episode
+    bootstrapping" of Pardo et al. 2018, "Time limits in reinforcement learning". Padding never enters: the recursion restarts at each row's own end.
 
     Args:
         rewards, values: [B, R] fp32.
