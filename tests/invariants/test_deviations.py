@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from deviations import END, START, Deviation, Table, bound, deviation
+from whole_suite import expected_rows, is_whole
 
 TEXT = f"before\n\n{START}\n{END}\n\nafter\n"
 
@@ -77,3 +78,14 @@ def test_without_both_markers_nothing_is_written(tmp_path: Path, text: str):
     readme.write_text(text, encoding="utf-8")
     table(1e-6, 1e-5).write(readme)
     assert readme.read_text(encoding="utf-8") == text
+
+
+def test_only_the_whole_suite_is_published():
+    tests, passed, rows = ["a", "b"], {"a": "passed", "b": "passed"}, expected_rows()
+    assert is_whole(tests, passed, [], rows)
+    assert not is_whole(["a"], passed, ["b"], rows)
+    assert not is_whole(tests, passed | {"b": "failed"}, [], rows)
+    assert not is_whole(tests, {"a": "passed"}, [], rows), "the run was interrupted"
+    for key, cases in rows.items():
+        assert not is_whole(tests, passed, [], {k: v for k, v in rows.items() if k != key})
+        assert not is_whole(tests, passed, [], rows | {key: set(list(cases)[1:])})

@@ -59,7 +59,7 @@ class State:
 
 def state_of(role: PolicyRole) -> State:
     rollout = layouts.rollout()
-    said = role.group.call("logprobs", rollout, [[row] for row in range(len(rollout))]).result()
+    said = role.group.call("logprobs", rollout, [list(range(5)), list(range(5, 10))]).result()
     assert all(torch.equal(logprobs, said[0]) for logprobs in said)
     with tempfile.TemporaryDirectory() as folder:
         role.save_average(Path(folder)).result()
