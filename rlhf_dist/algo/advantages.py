@@ -21,8 +21,8 @@ def gae(
         R_t = A_t + V_t
 
     Source: Schulman et al. 2016, eq. 11 and 16; V_end ≠ 0 where an episode was cut off rather than ended: "partial-episode
-    bootstrapping" of Pardo et al. 2018, "Time limits in reinforcement learning". Padding never enters: the recursion restarts at
-    each row's own end.
+    bootstrapping" of Pardo et al. 2018, "Time limits in reinforcement learning". Padding never enters: the recursion restarts
+    at each row's own end.
 
     Args:
         rewards, values: [B, R] fp32.
