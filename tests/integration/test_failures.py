@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import signal
 import subprocess
@@ -123,11 +124,11 @@ def small_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s
         head.wait()
 
 
-def test_a_placement_that_cannot_be_had_is_refused_within_the_limit(small_cluster: str, tmp_path: Path) -> None:
+def _ask_for_too_much(address: str, logs_dir: Path) -> None:
     def spec(role: str, num_ranks: int) -> WorkerSpec:
         return WorkerSpec(role, "rlhf_dist.workers.reward:RewardWorker", Placement(num_ranks=num_ranks))
 
-    session = RaySession(RayConfig(address=small_cluster, placement_timeout_s=3), "auto")
+    session = RaySession(RayConfig(address=address, placement_timeout_s=3), "auto")
     try:
         with pytest.raises(PlacementError, match=r"ask for 3 CPUs .*the cluster has 2; lower num_ranks"):
             session.check([spec("reward", 3)])
@@ -137,11 +138,20 @@ def test_a_placement_that_cannot_be_had_is_refused_within_the_limit(small_cluste
             refusal = pytest.raises(
                 PlacementError, match=r"did not grant reward 2 x 1 CPU within 3 s \(free now: 1 CPUs"
             )
-            with refusal, session.place([spec("reward", 2)], seed=0, logs_dir=lambda: tmp_path):
+            with refusal, session.place([spec("reward", 2)], seed=0, logs_dir=lambda: logs_dir):
                 pass
             assert time.monotonic() - started < 60
     finally:
         session.close()
+
+
+def test_a_placement_that_cannot_be_had_is_refused_within_the_limit(small_cluster: str, tmp_path: Path) -> None:
+    # In a process of its own: Ray keeps the authentication mode of a process's first connection, and later tests connect to
+    # private clusters, which have a token.
+    process = multiprocessing.get_context("spawn").Process(target=_ask_for_too_much, args=(small_cluster, tmp_path))
+    process.start()
+    process.join(timeout=200)
+    assert process.exitcode == 0
 
 
 def test_a_run_that_diverges_stops_in_plain_words_and_keeps_the_samples(make_config: Make, tmp_path: Path) -> None:
