@@ -14,6 +14,7 @@ from support.bench import Bench
 from support.tiny import save_tiny_lm, save_tiny_rm
 from whole_suite import expected_rows, is_whole
 
+_BENCHES: list[Bench] = []
 HERE = Path(__file__).resolve().parent
 TABLE = Table()
 _OUTCOMES: dict[str, str] = {}
@@ -28,8 +29,17 @@ _NOTES: list[str] = []
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Actors are started when a layout first needs them."""
     bench = Bench(tmp_path_factory.mktemp("invariants") / "logs")
+    _BENCHES.append(bench)
     yield bench
     bench.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Stop the actors after the last test of this folder: a process has one Ray at a time, and other folders need it, too."""
+    if nextitem is None or "tests/invariants/" not in nextitem.nodeid:
+        for bench in _BENCHES:
+            bench.close()
 
 
 @pytest.fixture(scope="session")
