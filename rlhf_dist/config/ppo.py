@@ -103,8 +103,8 @@ class PPOSettings(Schema):
     """Measure the gradient norm of PTX against that of PPO every so many iterations, for one more forward and backward pass of
     the first optimiser step; 0 never."""
     self_checks: bool = True
-    """Stop where the numbers cannot be right: an update that starts off policy, a first iteration whose policy is not its
-    reference. (What is not finite stops a run in any case.)"""
+    """Stop where the numbers cannot be right: an update that starts off policy, rollouts that are not the policy's, a first
+    iteration whose policy is not its reference. (What is not finite stops a run in any case.)"""
     eval_every_iterations: Count = 0
     """Generate from and score the held-out prompts every so many iterations; 0 only before the first and after the last."""
 

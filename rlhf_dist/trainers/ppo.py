@@ -113,8 +113,9 @@ class PPOTrainer:
             experience, metrics = make_experience(rollout, scored, self.settings, state, self.max_response_tokens)
         with phase("update"):
             metrics |= self.update(iteration, experience, state.kl_coef)
-            trains_policy = iteration >= self.settings.value_warmup_iterations
-            self.state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings) if trains_policy else state
+            if self.trains_policy(iteration):
+                state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings)
+            self.state = state
         with phase("sync"):
             self.roles.weight_sync.push(iteration + 1).result()
         self.log_samples(iteration, rollout, scored)
@@ -124,9 +125,10 @@ class PPOTrainer:
 
     def update(self, iteration: int, experience: Experience, kl_coef: float) -> dict[str, float]:
         """All epochs and mini-batches of an iteration; the policy's only once the value function is warm."""
-        steps, ptx = self.draw_steps(iteration), self.draw_ptx(iteration)
+        steps, ptx = self.draw_steps(iteration), None
         updates = []
-        if iteration >= self.settings.value_warmup_iterations:
+        if self.trains_policy(iteration):
+            ptx = self.draw_ptx(iteration)
             kl_loss_coef = kl_coef if self.settings.kl_in == "loss" else 0.0
             every = self.settings.ptx_ratio_every_iterations
             measure = ptx is not None and every > 0 and iteration % every == 0
@@ -137,6 +139,10 @@ class PPOTrainer:
             for update in updates:
                 metrics |= update.result().metrics
         return metrics
+
+    def trains_policy(self, iteration: int) -> bool:
+        """Whether the value function is warm."""
+        return iteration >= self.settings.value_warmup_iterations
 
     def check(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
         """Nothing of the scored responses is NaN or infinite; rollouts come from the policy; the untrained policy is its
@@ -212,11 +218,13 @@ class PPOTrainer:
         return [rows for order in orders for rows in order.split(self.settings.mini_batch_size)]
 
     def draw_ptx(self, iteration: int) -> list[TokenBatch] | None:
-        """A batch of pretraining text for each optimiser step; None without the PTX term."""
+        """A batch of pretraining text for each optimiser step of an iteration that trains the policy; None without PTX."""
         if self.ptx_sampler is None or self.data.ptx is None or self.settings.ptx_coef == 0:
             return None
         size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration
-        trained = max(0, iteration - self.settings.value_warmup_iterations)
+        trained = (
+            iteration - self.settings.value_warmup_iterations
+        )  # no text is passed over while the value function warms up
         indices = self.ptx_sampler.indices(trained * num * size, num * size)
         return [self.data.ptx.batch(part) for part in indices.split(size)]
 

@@ -14,6 +14,7 @@ from rlhf_dist.batches import FINISHED, Experience, PromptBatch, RolloutBatch, T
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec
 from rlhf_dist.cluster.inline import InlineSession
 from rlhf_dist.config import OptimizerConfig, Placement, TrainedModel
+from rlhf_dist.engine import zero
 from rlhf_dist.starter.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 300
@@ -147,3 +148,9 @@ def hosted(worker: str, seed: int = 0, **kwargs: Any) -> Iterator[WorkerGroup]:
 def worker_of(group: Any) -> Any:
     """The worker of a group hosted in this process."""
     return group.worker
+
+
+def whole_weights(group: Any) -> dict[str, torch.Tensor]:
+    """Copies of the whole parameters of a trained worker hosted in this process, by name, whatever the ZeRO stage."""
+    parts = zero.whole_parameters(worker_of(group).model, 1)
+    return {name: t.clone() for bucket in parts for name, t in bucket.items()}

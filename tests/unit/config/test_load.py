@@ -213,3 +213,24 @@ def test_help_and_schema_have_every_key():
     assert "weight of the per-token KL penalty" in words
     assert "(default: 0.05)" in words
     assert '"kl_coef"' in json_schema(PPOConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["value_warmup_iterations", "100"], "value_warmup_iterations 100 leaves none of the 100 iterations"),
+        (["kl_in", "loss"], "kl_in is loss and kl_estimator is k1, whose gradient is 0"),
+        (["kl_target", "6", "--ppo.kl_coef", "0"], "kl_target is 6.0 but kl_coef is 0"),
+        (["kl_target", "6", "--ppo.kl_horizon", "32"], "kl_horizon 32 is shorter than one iteration of 64 responses"),
+        (
+            ["kl_stop", "1", "--ppo.num_epochs", "1", "--ppo.mini_batch_size", "64"],
+            "an iteration has one optimiser step",
+        ),
+        (["overlong_penalty", "1", "--ppo.overlong_buffer_tokens", "999"], "overlong_buffer_tokens 999 is more than"),
+        (["clip_range", "1"], "clip_range"),
+        (["dual_clip", "1"], "dual_clip"),
+        (["ema_decay", "0"], "ema_decay"),
+    ],
+)
+def test_settings_of_ppo_that_cannot_work_are_refused(ppo: Path, overrides: list[str], said: str):
+    assert said in refusal(ppo, f"--ppo.{overrides[0]}", *overrides[1:])

@@ -6,21 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import hosted, token_batch, trained, worker_of
+from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.cluster.proxies import LanguageModelRole
-from rlhf_dist.engine import zero
 from rlhf_dist.errors import RunFolderError
 
 LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13], seed=step) for step in range(4)]
 DECAY = 0.75
-
-
-def weights(group) -> dict[str, torch.Tensor]:
-    model = worker_of(group).model
-    return {name: t.clone() for bucket in zero.whole_parameters(model, 1) for name, t in bucket.items()}
 
 
 def averaged(group) -> dict[str, torch.Tensor]:
@@ -35,14 +29,14 @@ def test_the_average_is_that_of_the_weights_after_every_step(tiny_lm: Path, tmp_
     with hosted(LM, config=trained(tiny_lm, zero_stage=stage, precision=precision), num_steps=4) as group:
         worker, role = worker_of(group), LanguageModelRole(group, 2)
         worker.engine.keep_average(DECAY)
-        expected = {name: t.float() for name, t in weights(group).items()}
+        expected = {name: t.float() for name, t in whole_weights(group).items()}
         for step, batch in enumerate(BATCHES):
             role.update(batch, step).result()
-            for name, t in weights(group).items():
+            for name, t in whole_weights(group).items():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * t.float()
-        actual, current = averaged(group), weights(group)
+        actual, current = averaged(group), whole_weights(group)
         worker.save_model(tmp_path / "average", average=worker.engine.average)
-        assert all(torch.equal(t, current[name]) for name, t in weights(group).items())
+        assert all(torch.equal(t, current[name]) for name, t in whole_weights(group).items())
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     assert saved.dtype == next(iter(actual.values())).dtype
     for name, tensor in expected.items():

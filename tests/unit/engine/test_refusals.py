@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import hosted, token_batch, trained, worker_of
+from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS
 from rlhf_dist.cluster.proxies import LanguageModelRole
-from rlhf_dist.engine import zero
 from rlhf_dist.errors import SampleError
 from rlhf_dist.workers.passes import pick
 
@@ -19,11 +18,6 @@ LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13, 6, 7], seed=step) for step in range(3)]
 MICRO = [[0, 1], [2, 3], [4]]
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-
-
-def weights(group) -> dict[str, torch.Tensor]:
-    model = worker_of(group).model
-    return {name: t.clone() for bucket in zero.whole_parameters(model, 1) for name, t in bucket.items()}
 
 
 def term(worker, batch, loss=None):
@@ -64,7 +58,7 @@ def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: st
             worker = worker_of(group)
             engine = worker.engine
             engine.step([term(worker, BATCHES[0])])
-            before = weights(group)
+            before = whole_weights(group)
             if refuse:
                 infinite = term(worker, BATCHES[1], poisoned(worker, 2, lambda x: x * math.inf))
                 nan = term(worker, BATCHES[1], poisoned(worker, 2, FiniteWithNaNGradient.apply))
@@ -74,9 +68,9 @@ def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: st
                     assert report.suspects == [("lm", 1, 0)]  # row 2 of the batch is row 0 of micro-batch 1
                 report = engine.step([term(worker, BATCHES[1])], veto=lambda means: f"{means['lm']['loss']:.3f}")
                 assert float(report.refused) > 1
-                assert all(torch.equal(t, before[name]) for name, t in weights(group).items())
+                assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
             last = engine.step([term(worker, BATCHES[2])])
-            results.append((weights(group), last.grad_norm, last.learning_rate))
+            results.append((whole_weights(group), last.grad_norm, last.learning_rate))
     (expected, *numbers), (actual, *others) = results
     assert others == numbers
     assert all(torch.equal(t, expected[name]) for name, t in actual.items())
@@ -103,7 +97,7 @@ def test_measuring_a_terms_gradient_changes_nothing(tiny_lm: Path, stage: int, p
             twice = worker.nll_term("twice", pick(BATCHES[1], MICRO), BATCHES[1].num_targets, coefficient=2.0)
             half = worker.nll_term("half", pick(BATCHES[1], MICRO), BATCHES[1].num_targets, coefficient=0.5)
             reports = [worker.engine.step([twice, half], measure_terms=measure) for _ in range(2)]
-            results.append((weights(group), [report.grad_norm for report in reports]))
+            results.append((whole_weights(group), [report.grad_norm for report in reports]))
             norms = reports[0].term_grad_norms
     assert results[0][1] == results[1][1]
     assert all(torch.equal(t, results[0][0][name]) for name, t in results[1][0].items())

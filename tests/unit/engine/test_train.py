@@ -7,23 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import hosted, token_batch, trained, worker_of
+from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.batches import TokenBatch
 from rlhf_dist.cluster.proxies import LanguageModelRole
-from rlhf_dist.engine import zero
 from rlhf_dist.errors import RunFolderError, SampleError
 
 LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13, 6, 7], seed=step) for step in range(3)]
 FACTORS = [0.5, 1.0, 0.5]
 """Warm-up over one of three steps, then linear."""
-
-
-def weights(group) -> dict[str, torch.Tensor]:
-    model = worker_of(group).model
-    return {name: t.clone() for bucket in zero.whole_parameters(model, 1) for name, t in bucket.items()}
 
 
 def targets_nll(model, batch: TokenBatch) -> list[torch.Tensor]:
@@ -72,7 +66,7 @@ def test_three_steps_equal_a_plain_torch_loop(tiny_lm: Path, plain, stage, micro
     with hosted(LM, config=config, num_steps=3) as group:
         role = LanguageModelRole(group, micro_batch_size)
         reports = [role.update(batch, step).result().metrics for step, batch in enumerate(BATCHES)]
-        actual = weights(group)
+        actual = whole_weights(group)
     assert [r["sft/loss"] for r in reports] == pytest.approx(losses, rel=1e-5)
     assert [r["train/grad_norm"] for r in reports] == pytest.approx(norms, rel=1e-4)
     assert [r["train/learning_rate"] for r in reports] == pytest.approx([1e-3 * factor for factor in FACTORS])
@@ -98,9 +92,9 @@ def test_evaluation_takes_no_step_and_equals_the_plain_loss(tiny_lm: Path, stage
     with torch.no_grad():
         nll = targets_nll(model, BATCHES[0])
     with hosted(LM, config=trained(tiny_lm, zero_stage=stage), num_steps=3) as group:
-        before = weights(group)
+        before = whole_weights(group)
         sums = LanguageModelRole(group, 2).evaluate(BATCHES[0]).result()
-        after = weights(group)
+        after = whole_weights(group)
     assert sums["num_targets"] == len(nll)
     assert sums["nll"] == pytest.approx(float(sum(nll)), rel=1e-5)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -111,7 +105,7 @@ def test_a_loss_that_is_not_finite_touches_no_weight(tiny_lm: Path, stage: int):
     with hosted(LM, config=trained(tiny_lm, zero_stage=stage), num_steps=3) as group:
         role, worker = LanguageModelRole(group, 2), worker_of(group)
         role.update(BATCHES[0], 0).result()
-        before = weights(group)
+        before = whole_weights(group)
         healthy, calls = worker._nll, []
 
         def one_bad_micro_batch(batch):
@@ -123,7 +117,7 @@ def test_a_loss_that_is_not_finite_touches_no_weight(tiny_lm: Path, stage: int):
         said = r"a loss is not finite in optimiser step 1 of the update \(lm: rows .*not taken"
         with pytest.raises(SampleError, match=said) as caught:
             role.update(BATCHES[1], 1).result()
-        after = weights(group)
+        after = whole_weights(group)
         micro_batches = role.split(BATCHES[1].lengths)[0]
     # It did not happen again: all of the micro-batch are named.
     assert caught.value.rows == {"lm": sorted(micro_batches[1])}
@@ -141,12 +135,12 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(tiny_lm: Path, tmp_path: Path
             role.update(BATCHES[step], step).result()
         role.save_checkpoint(tmp_path / "model").result()
         last = role.update(BATCHES[2], 2).result()
-        expected = weights(group)
+        expected = whole_weights(group)
     with hosted(LM, config=config, num_steps=3) as group:
         role = LanguageModelRole(group, 2)
         role.load_checkpoint(tmp_path / "model").result()
         again = role.update(BATCHES[2], 2).result()
-        actual = weights(group)
+        actual = whole_weights(group)
     assert again == last
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 

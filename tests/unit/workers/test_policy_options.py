@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import experience_batch, hosted, rollout_batch, token_batch, trained, worker_of
+from support.tiny import experience_batch, hosted, rollout_batch, token_batch, trained, whole_weights, worker_of
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.batches import Experience
 from rlhf_dist.cluster.proxies import PolicyRole
 from rlhf_dist.config import PPOSettings
-from rlhf_dist.engine import zero
 from rlhf_dist.errors import SampleError, TrainingError
 
 POLICY = "policy:PolicyWorker"
@@ -21,11 +20,6 @@ EXPERIENCE = experience_batch(PROMPTS, RESPONSES, seed=1)
 STEPS = [torch.tensor([4, 0, 2]), torch.tensor([1, 3])]
 PTX = [token_batch([6, 4], seed=5), token_batch([3, 9, 5], seed=6)]
 TEMPERATURE = 0.8
-
-
-def weights(group) -> dict[str, torch.Tensor]:
-    model = worker_of(group).model
-    return {name: t.clone() for bucket in zero.whole_parameters(model, 1) for name, t in bucket.items()}
 
 
 def policy(path: Path, num_steps: int = 2, stage: int = 0, learning_rate: float = 1e-3, **settings):
@@ -101,14 +95,14 @@ def test_an_update_that_starts_on_policy_passes_the_check(tiny_lm: Path):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_update_that_starts_off_policy_is_refused(tiny_lm: Path, stage: int):
     with policy(tiny_lm, stage=stage, self_checks=True) as group:
-        role, before = PolicyRole(group, 2), weights(group)
+        role, before = PolicyRole(group, 2), whole_weights(group)
         experience = on_policy(role)
         shifted = torch.roll(experience.old_logprobs, 1, dims=1) * experience.response_mask
         with pytest.raises(
             TrainingError, match=r"off policy: mean \|ratio - 1\| over its 14 tokens is .* clip fraction .*not taken"
         ):
             role.update(Experience(**{**vars(experience), "old_logprobs": shifted}), STEPS, None).result()
-        assert all(torch.equal(t, before[name]) for name, t in weights(group).items())
+        assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -154,10 +148,10 @@ def test_old_logprobs_that_are_not_finite_stop_the_update_and_name_the_rows(tiny
     broken = EXPERIENCE.old_logprobs.clone()
     broken[3, 0] = float("nan")
     with policy(tiny_lm, stage=stage) as group:
-        role, before = PolicyRole(group, 1), weights(group)
+        role, before = PolicyRole(group, 1), whole_weights(group)
         with pytest.raises(SampleError, match=r"ppo: rows 3\)") as caught:
             role.update(Experience(**{**vars(EXPERIENCE), "old_logprobs": broken}), STEPS[1:], None).result()
-        assert all(torch.equal(t, before[name]) for name, t in weights(group).items())
+        assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
     assert (caught.value.rows, caught.value.step) == ({"ppo": [3]}, 0)
 
 
@@ -166,7 +160,7 @@ def test_the_average_follows_the_policy_and_is_saved(tiny_lm: Path, tmp_path: Pa
         role = PolicyRole(group, 2)
         role.update(EXPERIENCE, STEPS, PTX).result()
         role.save_average(tmp_path / "model").result()
-        current = weights(group)
+        current = whole_weights(group)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     # Almost without memory the average is the weights after the last step.
     assert all(torch.allclose(saved.get_parameter(name), t, rtol=1e-6) for name, t in current.items())

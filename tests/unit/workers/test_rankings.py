@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import hosted, random_rows, trained, worker_of
+from support.tiny import hosted, random_rows, trained, whole_weights, worker_of
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_dist.batches import PreferenceBatch
 from rlhf_dist.cluster.proxies import PreferenceModelRole
-from rlhf_dist.engine import zero
 
 RM = "preference_model:PreferenceModelWorker"
 FLAT = {"schedule": "constant", "warmup_fraction": 0.0, "max_grad_norm": 100.0}  # so that gradients are not clipped
@@ -29,16 +28,11 @@ def kwargs(path: Path, **coefs: float) -> dict[str, Any]:
     return {"config": trained(path, optimizer=FLAT), "num_steps": 1, **coefs}
 
 
-def weights(group: Any) -> dict[str, torch.Tensor]:
-    model = worker_of(group).model
-    return {name: t.clone() for bucket in zero.whole_parameters(model, 1) for name, t in bucket.items()}
-
-
 def one_step(path: Path, batch: PreferenceBatch, size: int = 8, **coefs: float) -> tuple[dict, dict[str, torch.Tensor]]:
     """Metrics and weights of one update with micro-batches of `size` prompts."""
     with hosted(RM, **kwargs(path, **coefs)) as group:
         metrics = PreferenceModelRole(group, size).update(batch, 0).result().metrics
-        return metrics, weights(group)
+        return metrics, whole_weights(group)
 
 
 def assert_same_step(one: tuple[dict, dict], other: tuple[dict, dict]) -> None:
@@ -130,5 +124,5 @@ def test_idle_micro_batches_of_rankings_change_nothing(tiny_rm: Path, stage: int
         config = trained(tiny_rm, zero_stage=stage, optimizer=FLAT)
         with hosted(RM, config=config, num_steps=1, centering_coef=0.3) as group:
             report = worker_of(group).update(MIXED, micro_batches, 4, 0)
-            results.append((report.sums["rm"] | {"grad_norm": report.grad_norm}, weights(group)))
+            results.append((report.sums["rm"] | {"grad_norm": report.grad_norm}, whole_weights(group)))
     assert_same_step(*results)

@@ -15,6 +15,7 @@ from support.tiny import (
     save_tiny_lm,
     token_batch,
     trained,
+    whole_weights,
     worker_of,
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -30,7 +31,6 @@ from rlhf_dist.cluster.proxies import (
     ValueRole,
 )
 from rlhf_dist.config import FrozenModel, PPOSettings, RolloutConfig
-from rlhf_dist.engine import zero
 from rlhf_dist.errors import ModelError
 
 POLICY, VALUE = "policy:PolicyWorker", "value:ValueWorker"
@@ -41,11 +41,6 @@ EXPERIENCE = experience_batch([3, 6, 2, 4, 5], [4, 2, 7, 1, 3], seed=1)
 STEPS = [torch.tensor([4, 0, 2]), torch.tensor([1, 3])]
 PTX = [token_batch([6, 4], seed=5), token_batch([3, 9, 5], seed=6)]
 TEMPERATURE, CLIP, PTX_COEF = 0.8, 0.2, 0.7
-
-
-def weights(group) -> dict[str, torch.Tensor]:
-    model = worker_of(group).model
-    return {name: t.clone() for bucket in zero.whole_parameters(model, 1) for name, t in bucket.items()}
 
 
 def policy_kwargs(path: Path, **changes) -> dict:
@@ -114,7 +109,7 @@ def test_a_policy_update_equals_plain_torch(tiny_lm: Path, plain_ppo, stage: int
     (surrogate, nll), model = plain_ppo
     with hosted(POLICY, **policy_kwargs(tiny_lm, zero_stage=stage)) as group:
         report = PolicyRole(group, size).update(EXPERIENCE, STEPS, PTX).result()
-        assert_close(weights(group), model)
+        assert_close(whole_weights(group), model)
     assert report.metrics["policy/loss"] == pytest.approx(surrogate, rel=1e-4, abs=1e-5)
     assert report.metrics["policy/ptx_loss"] == pytest.approx(nll, rel=1e-4)
     assert report.num_steps == 2
@@ -129,7 +124,7 @@ def test_idle_micro_batches_change_nothing(tiny_lm: Path, stage: int):
     for idle in ([], [[]]):
         with hosted(POLICY, **policy_kwargs(tiny_lm, zero_stage=stage)) as group:
             reports = worker_of(group).update_ppo(EXPERIENCE.rows([4, 0, 2]), [share(idle)], [PTX[0]], 0.0)
-            results.append((reports, weights(group)))
+            results.append((reports, whole_weights(group)))
     (busy, expected), (also_idle, actual) = results
     assert also_idle[0].sums == busy[0].sums
     assert also_idle[0].grad_norm == pytest.approx(busy[0].grad_norm, rel=1e-6)
@@ -190,7 +185,7 @@ def test_a_value_update_equals_plain_torch(tiny_rm: Path, stage: int, clip: floa
     kwargs = {"config": trained(tiny_rm, zero_stage=stage, optimizer=FLAT), "num_steps": 2, "clip_range": clip}
     with hosted(VALUE, **kwargs) as group:
         report = ValueRole(group, 2).update(EXPERIENCE, STEPS).result()
-        assert_close(weights(group), model)
+        assert_close(whole_weights(group), model)
     assert report.metrics["value/loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
@@ -220,7 +215,7 @@ def test_a_reward_model_update_equals_plain_torch(tiny_rm: Path, stage: int):
         assert torch.allclose(role.score_pairs(batch).result(), scores, atol=1e-4)
         metrics = role.update(batch, 0).result().metrics
         take(model, optimizer, loss)
-        assert_close(weights(group), model)
+        assert_close(whole_weights(group), model)
     assert metrics["reward_model/loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["reward_model/accuracy"] == (margin > 0).float().mean()
     assert metrics["reward_model/margin"] == pytest.approx(margin.mean().item(), abs=1e-4)
@@ -253,7 +248,7 @@ def test_dropout_is_a_function_of_the_step_and_off_in_rl(tmp_path: Path):
         with hosted("language_model:LanguageModelWorker", config=trained(path, optimizer=FLAT), num_steps=2) as group:
             torch.manual_seed(global_seed)
             worker_of(group).update(batch, [[0, 1, 2]], batch.num_targets, step)
-            results.append(weights(group)["lm_head.weight"])
+            results.append(whole_weights(group)["lm_head.weight"])
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
     with hosted(POLICY, **policy_kwargs(path)) as group:
