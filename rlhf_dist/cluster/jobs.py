@@ -41,7 +41,7 @@ EXCLUDED = (
 
 _PATIENCE = 10
 """Tries in a row to reach a cluster that is lost, before following ends."""
-_NEW_CLUSTER_S = 60.0
+_NEW_CLUSTER_S = 180.0
 """How long a cluster may take until it can start jobs."""
 
 
@@ -107,8 +107,9 @@ class JobClient:
         # After the token is in the environment: Ray reads the mode when it is imported.
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every upload and web socket
         self._client: Any = self._asked(lambda: JobSubmissionClient(address), "answers")
+        for name in ("ray", "ray.dashboard", "ray._private"):  # they tell of every upload and web socket
+            logging.getLogger(name).setLevel(logging.WARNING)
 
     def submit(self, job: Job) -> str:
         """Send the job; returns its id."""

@@ -139,10 +139,11 @@ def _read_until(terminal: int, pattern: bytes, timeout_s: float = 240) -> bytes:
     shown, deadline = b"", time.monotonic() + timeout_s
     while not re.search(pattern, shown):
         assert time.monotonic() < deadline, shown.decode(errors="replace")
-        with contextlib.suppress(BlockingIOError):
+        part = b""
+        with contextlib.suppress(OSError):  # the other end is closed
             part = os.read(terminal, 4096)
-            assert part, shown.decode(errors="replace")
-            shown += part
+        assert part, f"the command ended:\n{shown.decode(errors='replace')}"
+        shown += part
     return shown
 
 
