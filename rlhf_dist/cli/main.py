@@ -133,10 +133,13 @@ def _load(command: str, prog: str, arguments: list[str]) -> Any | None:
 def _run_config_command(command: str, arguments: list[str]) -> None:
     config = _load(command, f"{PROG} {command}", arguments)
     if config is not None:
-        from rlhf_dist.cli import wiring
+        from rlhf_dist.cli import stopping
 
-        run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
-        summary = run(config)
+        with stopping.listening():
+            from rlhf_dist.cli import wiring
+
+            run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
+            summary = run(config)
         if command == "eval":
             _show_eval(summary)
 

@@ -57,6 +57,33 @@ def _gone(processes: list[psutil.Process], timeout_s: float = 20) -> list[psutil
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
 
 
+@pytest.mark.parametrize(("command", "cluster"), [("sft", "inline"), ("ppo", "ray")])
+def test_asked_to_stop_and_resumed_ends_where_the_undisturbed_run_ends(
+    command: str, cluster: str, make_config: Make, tmp_path: Path
+) -> None:
+    """SIGUSR1, without periodic checkpoints: the run writes one, and ends with the code on which job scripts requeue."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    configs = {}
+    for run in (stopped, whole):
+        config = _config(make_config, command, run, cluster) | {"checkpoint": {"every_steps": 0}}
+        configs[run] = str(write_config(tmp_path / f"{run.name}.yaml", config))
+    process = cli(command, configs[stopped])
+    _wait_for_step(process, stopped, 2)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, output
+    assert "--resume auto continues from there" in output
+    assert not (stopped / "summary.json").exists()
+
+    for arguments in ((configs[stopped], "--resume", "auto"), (configs[whole],)):
+        process = cli(command, *arguments)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    expected, found = weights(whole), weights(stopped)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert metrics(stopped) == metrics(whole)
+
+
 @pytest.mark.parametrize(("command", "cluster"), [("sft", "inline"), ("reward", "inline"), ("ppo", "ray")])
 def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
     command: str, cluster: str, make_config: Make, tmp_path: Path
