@@ -173,7 +173,7 @@ start_ray() {
 
 start_ray_node() {
     local node="$1"
-    step "$node" bash "$SLURM_PARTS/ray_node.sh" "${@:2}" <"$job_dir/stop" &
+    step "$node" python -m rlhf_dist.cluster.slurm_node "${@:2}" <"$job_dir/stop" &
     ray_steps["$node"]=$!
 }
 

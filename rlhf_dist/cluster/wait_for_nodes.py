@@ -1,6 +1,6 @@
 """Wait until every node of a job has joined its Ray cluster: `python -m rlhf_dist.cluster.wait_for_nodes`, for scripts.
 
-Nodes are told apart by the label `slurm-node`, with which `slurm/ray_node.sh` starts them: several may share an address.
+Nodes are told apart by the label `slurm-node`, with which `slurm_node` starts them: several may share an address.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_dist.cluster.slurm_node import NODE_LABEL
 from rlhf_dist.errors import PlacementError, RlhfDistError
 
-LABEL = "slurm-node"
 REPORT_EVERY_S = 15.0
 
 
@@ -56,7 +56,7 @@ def _say(text: str) -> None:
 def _labelled_nodes() -> set[str]:
     import ray
 
-    return {node["Labels"].get(LABEL, "") for node in ray.nodes() if node["Alive"]}
+    return {node["Labels"].get(NODE_LABEL, "") for node in ray.nodes() if node["Alive"]}
 
 
 def _connect(address: str) -> None:
@@ -66,7 +66,9 @@ def _connect(address: str) -> None:
         ray.init(address, log_to_driver=False, logging_level="CRITICAL")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PlacementError(f"Ray's head does not answer at {address}: {reason}; look above for what it says") from error
+        raise PlacementError(
+            f"Ray's head does not answer at {address}: {reason}; look above for what it says"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

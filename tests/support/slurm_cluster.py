@@ -112,7 +112,12 @@ class SlurmCluster:
         (self.folder / "state").mkdir(exist_ok=True)
         host, address = socket.gethostname().partition(".")[0], "127.0.0.1"
         conf = _CONF.format(
-            folder=self.folder, host=host, address=address, ports=_free_ports(4), cpus=CPUS_PER_NODE, kill_wait=KILL_WAIT_S
+            folder=self.folder,
+            host=host,
+            address=address,
+            ports=_free_ports(4),
+            cpus=CPUS_PER_NODE,
+            kill_wait=KILL_WAIT_S,
         )
         (self.folder / "slurm.conf").write_text(conf, encoding="utf-8")
         # Not GPUs, but Slurm hands them out and says how many a job has.
