@@ -187,7 +187,8 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     assert "the driver ended with exit code 75" in job.log
     assert not (run_dir / "summary.json").exists(), "the signal came after the end; lengthen the run"
     _nothing_left(job)
-    # Slurm lets a requeued job wait for two minutes.
+    # Slurm lets a requeued job wait for two minutes. A start within the second of its end would be refused by the nodes.
+    time.sleep(3)
     job.slurm.run("scontrol", "update", f"jobid={job.id}", "StartTime=now")
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
