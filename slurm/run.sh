@@ -44,7 +44,11 @@ run_on_slurm() {
     say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $command on ${nodes[*]}"
     start_ray
     wait_for_nodes
-    run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" --resume auto "${seed_arguments[@]}" "$@"
+    local resume=()
+    case "$command" in # a pipeline goes on by itself
+        sft | reward | ppo) resume=(--resume auto) ;;
+    esac
+    run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}"
     finish "$driver_status"
 }
 

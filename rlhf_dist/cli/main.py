@@ -28,6 +28,7 @@ CONFIG_COMMANDS = {
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
+    "submit": "hand a run to a cluster: Slurm",
     "validate": "check a configuration, its files and models without starting anything",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
@@ -68,7 +69,14 @@ def _run(argv: list[str]) -> None:
     if command in CONFIG_COMMANDS:
         _run_config_command(command, arguments)
     elif command in OTHER_COMMANDS:
-        {"quickstart": _quickstart, "chat": _chat, "validate": _validate, "schema": _schema}[command](arguments)
+        commands = {
+            "quickstart": _quickstart,
+            "chat": _chat,
+            "submit": _submit,
+            "validate": _validate,
+            "schema": _schema,
+        }
+        commands[command](arguments)
     else:
         from difflib import get_close_matches
 
@@ -226,6 +234,12 @@ def _chat(arguments: list[str]) -> None:
     from rlhf_dist.cli import chat
 
     chat.run(**vars(options))
+
+
+def _submit(arguments: list[str]) -> None:
+    from rlhf_dist.cli import submit
+
+    submit.run(arguments)
 
 
 def _print_error(error: RlhfDistError) -> None:
