@@ -66,8 +66,8 @@ seed_of_array_task() {
     shift
     run_dir="$(run_dir_in_arguments "$@")"
     [[ -n "$run_dir" ]] || run_dir="$(grep -E '^run_dir[[:space:]]*:' "$config" || true)"
-    [[ "$run_dir" == *'{seed}'* ]] || fail "the tasks of a job array would all write to one run_dir; put {seed} into it, as in" \
-        "'--run_dir runs/ppo-{seed}' or in $config"
+    [[ "$run_dir" == *'{seed}'* ]] || fail "the tasks of a job array would all write to one run_dir;" \
+        "put {seed} into it, as in '--run_dir runs/ppo-{seed}', or in $config"
     seed_arguments=(--seed "$SLURM_ARRAY_TASK_ID")
 }
 

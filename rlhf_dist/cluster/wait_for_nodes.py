@@ -60,10 +60,12 @@ def _labelled_nodes() -> set[str]:
 
 
 def _connect(address: str) -> None:
+    import logging
+
     import ray
 
     try:
-        ray.init(address, log_to_driver=False, logging_level="CRITICAL")
+        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PlacementError(
