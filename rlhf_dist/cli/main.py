@@ -16,7 +16,7 @@ from rlhf_dist import __version__
 from rlhf_dist.errors import ConfigError, RlhfDistError
 
 PROG = "rlhf-dist"
-_INTERRUPTED = 130
+INTERRUPTED = 130
 """Exit code of a process ended by Ctrl-C, by the convention of shells (128 + SIGINT)."""
 
 CONFIG_COMMANDS = {
@@ -28,7 +28,7 @@ CONFIG_COMMANDS = {
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
-    "submit": "run a command as a job of a Ray cluster",
+    "submit": "run a command as a job of a Ray cluster or of Slurm",
     "validate": "check a configuration, its files and models without starting anything",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (`| head`) left. Its file descriptor is replaced, or Python would complain at exit.
         sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.cli.main import INTERRUPTED
 from rlhf_dist.errors import ConfigError
-
-_INTERRUPTED = 130
 
 
 def add_arguments(group: _ArgumentGroup) -> None:
@@ -118,7 +117,7 @@ def _follow(client: Any, job_id: str) -> int:
             ended = client.follow(job_id, _write)
         except KeyboardInterrupt:
             if _leave(client, job_id):
-                return _INTERRUPTED
+                return INTERRUPTED
         else:
             if ended.status != "SUCCEEDED":
                 print(f"Job {job_id} {ended.status}: {ended.message.strip()}", file=sys.stderr)

@@ -69,4 +69,6 @@ def _redirect_output(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    os.write(1, f"process {os.getpid()} on {ray.util.get_node_ip_address()}\n".encode())
+    node = os.environ.get("SLURMD_NODENAME")
+    where = f"{ray.util.get_node_ip_address()}" + (f" (Slurm node {node})" if node else "")
+    os.write(1, f"process {os.getpid()} on {where}\n".encode())

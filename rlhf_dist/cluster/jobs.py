@@ -108,8 +108,8 @@ class JobClient:
         from ray.job_submission import JobSubmissionClient
 
         self._client: Any = self._asked(lambda: JobSubmissionClient(address), "answers")
-        for name in ("ray", "ray.dashboard", "ray._private"):  # they tell of every upload and web socket
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("dashboard_sdk", "job.sdk"):  # they tell of every upload and web socket
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
 
     def submit(self, job: Job) -> str:
         """Send the job; returns its id."""
