@@ -4,7 +4,9 @@
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 launch/ray_job.sh ppo CONFIG.yaml [--section.key VALUE ...]
 #
 # The current directory travels with the job; files that .gitignore names stay here. The driver runs on the cluster, so the
-# run goes on when this terminal closes. rlhf_dist must be installed on the nodes. See launch/README.md.
+# run goes on when this terminal closes, and when it is submitted again. rlhf_dist must be installed on the nodes.
+# `rlhf-dist submit --ray` does the same and more: it checks the configuration here, takes the installed code along, and asks at
+# Ctrl-C. See launch/README.md.
 set -euo pipefail
 
 fail() {
@@ -12,13 +14,14 @@ fail() {
     exit 2
 }
 
-[[ $# -ge 2 ]] || fail "usage: $0 COMMAND CONFIG.yaml [--section.key VALUE ...], with COMMAND sft, reward, ppo or eval"
+[[ $# -ge 2 ]] || fail "usage: $0 COMMAND CONFIG.yaml [--section.key VALUE ...], with COMMAND sft, reward, ppo, eval or pipeline"
 command="$1" config="$2"
 shift 2
 
 case "$command" in
-    sft | reward | ppo | eval) ;;
-    *) fail "the command is '$command'; a job is one of sft, reward, ppo, eval" ;;
+    sft | reward | ppo) resume=(--resume auto) ;; # submitted again, a run goes on where the last job ended
+    eval | pipeline) resume=() ;;                 # one is always run whole, the other always goes on
+    *) fail "the command is '$command'; a job is one of sft, reward, ppo, eval, pipeline" ;;
 esac
 [[ -f "$config" ]] || fail "the configuration '$config' does not exist in $PWD; give the path of a YAML file"
 [[ -n "${RAY_API_SERVER_ADDRESS:-}" ]] ||
@@ -34,4 +37,4 @@ if [[ "$RAY_AUTH_MODE" == token && -z "${RAY_AUTH_TOKEN:-}" ]]; then
 fi
 
 # `auto` joins the cluster that the job runs on.
-exec ray job submit --working-dir . -- rlhf-dist "$command" "$config" --ray.address auto "$@"
+exec ray job submit --working-dir . -- rlhf-dist "$command" "$config" --ray.address auto "${resume[@]}" "$@"

@@ -38,9 +38,8 @@ CONFIG = "launch/recipes/movie_ppo.yaml"
 def test_the_line_it_submits(environment: dict[str, str]):
     done = submit(environment, "ppo", CONFIG, "--ppo.kl_coef", "0.1", "--run_dir", "/shared/my run")
     assert done.returncode == 0
-    expected = (
-        f"token job submit --working-dir . -- rlhf-dist ppo {CONFIG} --ray.address auto --ppo.kl_coef 0.1 --run_dir"
-    )
+    expected = f"token job submit --working-dir . -- rlhf-dist ppo {CONFIG} --ray.address auto --resume auto"
+        " --ppo.kl_coef 0.1 --run_dir"
     assert done.stdout.rstrip("|").split("|") == [*expected.split(), "/shared/my run"]
 
 
@@ -55,7 +54,7 @@ def test_the_token_may_be_in_a_file(environment: dict[str, str], tmp_path: Path)
     ("arguments", "unset", "says"),
     [
         ((), None, "usage"),
-        (("quickstart", CONFIG), None, "one of sft, reward, ppo, eval"),
+        (("quickstart", CONFIG), None, "one of sft, reward, ppo, eval, pipeline"),
         (("ppo", "no.yaml"), None, "'no.yaml' does not exist"),
         (("ppo", CONFIG), "RAY_API_SERVER_ADDRESS", "RAY_API_SERVER_ADDRESS is not set"),
         (("ppo", CONFIG), "RAY_AUTH_TOKEN", "no token"),

@@ -1,0 +1,87 @@
+"""What a job on a Ray cluster is called with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_dist.cli.main import load, main
+from rlhf_dist.cli.submit_ray import job_arguments
+from rlhf_dist.errors import ConfigError
+
+SFT = "run_dir: runs/a\nmodel: {model_path: m}\ndata: {train: [{path: x.jsonl, kind: text}]}\n"
+EVAL = "run_dir: runs/a\npolicy: {model_path: m}\ndata: {instructions: [{path: x.jsonl, kind: text}]}\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft.yaml").write_text(SFT)
+    (tmp_path / "eval.yaml").write_text(EVAL)
+    return tmp_path
+
+
+def arguments_of(command: str, *given: str, working_dir: Path = Path()) -> list[str]:
+    return job_arguments(load(command, "test", list(given)), given, working_dir)
+
+
+def test_it_joins_the_cluster_writes_where_it_was_told_to_and_goes_on(project: Path):
+    added = ["--ray.address", "auto", "--run_dir", str(project / "runs" / "a"), "--resume", "auto"]
+    assert arguments_of("sft", "sft.yaml", "--seed", "3") == ["sft.yaml", "--seed", "3", *added]
+
+
+@pytest.mark.parametrize("given", [["--run_dir", "out/b"], ["--run_dir=out/b"]])
+def test_a_relative_run_dir_is_meant_from_here(project: Path, given: list[str]):
+    arguments = arguments_of("sft", "sft.yaml", *given, "--seed", "3")
+    assert [a for a in arguments if "out/b" in a] == [str(project / "out" / "b")]
+    assert arguments[:3] == ["sft.yaml", "--seed", "3"]
+
+
+def test_what_the_user_says_stands(project: Path):
+    assert arguments_of("sft", "sft.yaml", "--resume", "no").count("--resume") == 1
+    assert "--resume" not in arguments_of("sft", "sft.yaml", "--overwrite", "true")
+    assert arguments_of("sft", "sft.yaml", "--ray.address=h:1").count("--ray.address") == 0
+
+
+def test_an_evaluation_is_always_run_whole(project: Path):
+    assert "--resume" not in arguments_of("eval", "eval.yaml")
+
+
+def test_the_configuration_must_travel_with_the_job(project: Path):
+    (project / "jobs").mkdir()
+    with pytest.raises(ConfigError, match=r"sft.yaml is not below --working-dir .*jobs"):
+        arguments_of("sft", "sft.yaml", working_dir=Path("jobs"))
+    assert arguments_of("sft", str(project / "sft.yaml"))[0] == "sft.yaml"
+
+
+def test_inline_has_nothing_to_do_on_a_cluster(project: Path):
+    with pytest.raises(ConfigError, match="cluster is inline"):
+        arguments_of("sft", "sft.yaml", "--cluster", "inline")
+
+
+def test_dry_run_shows_the_job_and_reaches_for_nothing(project: Path, capsys: pytest.CaptureFixture[str]):
+    line = [
+        "submit",
+        "--ray",
+        "http://nowhere.invalid:1",
+        "--dry-run",
+        "--pip",
+        "einops",
+        "--env",
+        "A=b",
+        "sft",
+        "sft.yaml",
+    ]
+    assert main(line) == 0
+    shown = capsys.readouterr().out
+    assert "entrypoint: python -m rlhf_dist.cli.main sft sft.yaml --ray.address auto" in shown
+    assert f"working_dir: {project}" in shown
+    assert "einops" in shown
+    assert "A: b" in shown
+    assert "'*.safetensors'" in shown
+
+
+def test_a_variable_needs_a_value(project: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", "A", "sft", "sft.yaml"]) == 2
+    assert "--env A: a variable is written NAME=VALUE" in capsys.readouterr().err
