@@ -38,8 +38,10 @@ CONFIG = "launch/recipes/movie_ppo.yaml"
 def test_the_line_it_submits(environment: dict[str, str]):
     done = submit(environment, "ppo", CONFIG, "--ppo.kl_coef", "0.1", "--run_dir", "/shared/my run")
     assert done.returncode == 0
-    expected = f"token job submit --working-dir . -- rlhf-dist ppo {CONFIG} --ray.address auto --resume auto"
-        " --ppo.kl_coef 0.1 --run_dir"
+    expected = (
+        f"token job submit --working-dir . -- rlhf-dist ppo {CONFIG} --ray.address auto --resume auto "
+        "--ppo.kl_coef 0.1 --run_dir"
+    )
     assert done.stdout.rstrip("|").split("|") == [*expected.split(), "/shared/my run"]
 
 
