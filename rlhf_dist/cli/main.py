@@ -24,6 +24,7 @@ CONFIG_COMMANDS = {
     "reward": "train a reward model on preferences (pairs, rankings, ratings)",
     "ppo": "fine-tune a policy with PPO against a reward model",
     "eval": "measure a policy and/or a reward model on held-out records",
+    "pipeline": "data, SFT, reward model, PPO and evaluation from one file; what is done is skipped, what is half done resumed",
 }
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
@@ -98,7 +99,7 @@ other commands:
 
 
 def schema_of(command: str) -> type[Any]:
-    """The configuration schema of `sft`, `reward`, `ppo` or `eval`."""
+    """The configuration schema of a command with a configuration."""
     from rlhf_dist import config
 
     schemas = {
@@ -106,6 +107,7 @@ def schema_of(command: str) -> type[Any]:
         "reward": config.RewardConfig,
         "ppo": config.PPOConfig,
         "eval": config.EvalConfig,
+        "pipeline": config.PipelineConfig,
     }
     return schemas[command]
 
