@@ -134,7 +134,11 @@ def _load(command: str, prog: str, arguments: list[str]) -> Any | None:
 
 def _run_config_command(command: str, arguments: list[str]) -> None:
     config = _load(command, f"{PROG} {command}", arguments)
-    if config is not None:
+    if config is not None and command == "pipeline":
+        from rlhf_dist.cli import pipeline
+
+        pipeline.run(config)
+    elif config is not None:
         from rlhf_dist.cli import wiring
 
         run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
@@ -161,10 +165,13 @@ def _validate(arguments: list[str]) -> None:
     command, rest = _kind(prog, "check a configuration without starting anything", arguments)
     config = _load(command, f"{prog} {command}", rest)
     if config is not None:
-        from rlhf_dist.cli import wiring
         from rlhf_dist.tracking.console import print_table
 
-        found = wiring.validate(config)
+        if command == "pipeline":
+            from rlhf_dist.cli.pipeline import validate
+        else:
+            from rlhf_dist.cli.wiring import validate
+        found = validate(config)
         print_table(f"{command}: the configuration can be run", [(str(k), str(v)) for k, v in found.items()])
 
 

@@ -38,7 +38,9 @@ class DataSet(Schema):
     def _one_kind(self) -> DataSet:
         kinds = sorted({source.kind for source in self.sources})
         if len(kinds) > 1:
-            raise ValueError(f"the sources of set {self.name!r} are of kinds {', '.join(kinds)}; make a set of each kind")
+            raise ValueError(
+                f"the sources of set {self.name!r} are of kinds {', '.join(kinds)}; make a set of each kind"
+            )
         return self
 
     @model_validator(mode="after")
@@ -155,9 +157,8 @@ class PipelineConfig(Schema):
         try:
             config = check(filled)
         except ValidationError as error:
-            found: list[Any] = [
-                {key: e[key] for key in ("type", "loc", "input", "ctx") if key in e} for e in error.errors()
-            ]
+            kept = ("type", "loc", "input", "ctx")
+            found: list[Any] = [{key: value for key, value in e.items() if key in kept} for e in error.errors()]
         else:
             if not problems:
                 return config

@@ -66,7 +66,9 @@ def with_natural_sources(given: Mapping[str, Any]) -> tuple[dict[str, Any], list
             if isinstance(section.get(name), dict) and isinstance(filled.get(name), dict):
                 section[name] = {**filled[name], **section[name]}
         problems += _fill_models(filled, stage)
-        problems += [problem for place, value in _strings(section, (stage,)) if (problem := _wrong(filled, place, value))]
+        problems += [
+            problem for place, value in _strings(section, (stage,)) if (problem := _wrong(filled, place, value))
+        ]
         _fill_sources(filled, section)
     return filled, problems
 
@@ -82,7 +84,9 @@ def _fill_models(config: dict[str, Any], stage: str) -> list[Problem]:
     """Give the models of a stage their natural starting points: reward and policy begin as the SFT model, and so on."""
     section = config[stage]
     problems = []
-    for name, earlier in {"reward": {"model": "sft"}, "ppo": {"policy": "sft", "reward": "reward"}}.get(stage, {}).items():
+    for name, earlier in {"reward": {"model": "sft"}, "ppo": {"policy": "sft", "reward": "reward"}}.get(
+        stage, {}
+    ).items():
         model = section.setdefault(name, {})
         if not isinstance(model, dict) or model.get("model_path") is not None:
             continue
@@ -95,7 +99,8 @@ def _fill_models(config: dict[str, Any], stage: str) -> list[Problem]:
 
 def _fill_eval(config: dict[str, Any], section: dict[str, Any]) -> list[Problem]:
     """An evaluation measures the last policy against what PPO started from, with the pipeline's reward model."""
-    data = section.get("data") if isinstance(section.get("data"), dict) else {}
+    given = section.get("data")
+    data = given if isinstance(given, dict) else {}
     prompts, instructions, preferences = (bool(data.get(k)) for k in ("prompts", "instructions", "preferences"))
     last = next((stage for stage in ("ppo", "sft") if _there(config, stage)), None)
     natural = {
