@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.stages import Input, Stage
+from rlhf_dist.cli.stages import KEY_LENGTH, Input, Stage
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.tracking.lineage import ContentHashes, sha256_of_file, sha256_of_listing, surroundings
 
@@ -29,7 +29,9 @@ def inputs_of(stage: Stage, earlier: Mapping[str, Lineage]) -> Lineage:
 
 
 def _input(item: Input, earlier: Mapping[str, Lineage]) -> Lineage:
-    found: Lineage = {"place": item.place, "path": item.path, "sha256": None, "content": item.content}
+    file = Path(item.path).expanduser()
+    path = str(file.absolute()) if file.exists() else item.path  # a hub name stays what it is
+    found: Lineage = {"place": item.place, "path": path, "sha256": None, "content": item.content}
     if item.made_by is None:
         scheme, _, rest = item.content.partition(":")
         if scheme != "hub":
@@ -76,11 +78,12 @@ def lineage_of(
     outputs |= {
         name: hashes.file(folder / name) for name in ("summary.json", "manifest.json") if (folder / name).exists()
     }
+    # By stage and key: a stage that was skipped may descend from an earlier data stage than the present one.
     used = {item.made_by.stage for item in stage.inputs if item.made_by is not None}
     ancestors: dict[str, Lineage] = {}
     for name in (name for name in earlier if name in used):
         alone = {key: value for key, value in earlier[name].items() if key != "ancestors"}
-        ancestors |= earlier[name]["ancestors"] | {name: alone}
+        ancestors |= earlier[name]["ancestors"] | {f"{name}-{earlier[name]['key'][:KEY_LENGTH]}": alone}
     return {
         "stage": stage.name,
         "key": stage.key,

@@ -76,8 +76,7 @@ class Preflight:
                 with contextlib.suppress(_NotCheckedError):
                     facts[name] = self._data(stage) if name == "data" else self._stage(stage, session)
             except RlhfDistError as error:
-                message = str(error).replace(str(self.data), str(self._folder("data")))
-                errors.append(type(error)(f"{name}: {message}"))
+                errors.append(type(error)(f"{name}: {self._as_it_will_be(str(error))}"))
         raise_together(errors)
         return facts
 
@@ -103,6 +102,13 @@ class Preflight:
             if made["left_out"]:
                 facts[f"{name}: left out"] = f"{made['left_out']} of {made['records']}"
         return facts
+
+    def _as_it_will_be(self, message: str) -> str:
+        """A message that names what will be there, in place of what stands in for it."""
+        for name, stage in self._stages.items():
+            final = stage.folder if name == "data" else stage.folder / "model"
+            message = message.replace(str(self._scratch / name), str(final))
+        return message
 
     def _folder(self, name: str) -> Path:
         stage = self._stages.get(name)

@@ -28,7 +28,7 @@ from rlhf_dist.tracking.run_folder import RunFolder
 from rlhf_dist.trainers.checkpoint import Checkpoints, step_of
 
 CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "eval": EvalConfig}
-_KEY_LENGTH = 10
+KEY_LENGTH = 10
 """Digits of a key in a folder's name; the lineage has all of them."""
 
 Locate = Callable[[Reference], Sequence[Path]]
@@ -152,7 +152,7 @@ class Planner:
 
     def _folder(self, name: str, key: str) -> Path:
         number = STAGES.index(name) + 1
-        self._folders[name] = self._pipeline.run_dir / f"{number:02d}_{name}-{key[:_KEY_LENGTH]}"
+        self._folders[name] = self._pipeline.run_dir / f"{number:02d}_{name}-{key[:KEY_LENGTH]}"
         return self._folders[name]
 
     def _locate(self, found: Reference) -> list[Path]:
