@@ -94,8 +94,8 @@ class Job:
 
 def states(output: str) -> dict[str, str]:
     """Stage → state, of the first table that a call prints."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
-    return {row[0]: row[1] for row in rows[1:6]}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) == 4 and row[0] in STAGES}
 
 
 def sha256sum(path: Path) -> str:
@@ -185,7 +185,7 @@ def test_the_lineage_verifies(whole: Job):
         "ppo": {"policy.model_path": "sft", "reward.model_path": "reward"},
         "eval": {"policy.model_path": "ppo", "reward.model_path": "reward", "reference.model_path": "sft"},
     }
-    assert [item["path"] for item in lineages["data"]["data"]][0] == str(whole.reviews)
+    assert lineages["data"]["data"][0]["path"] == str(whole.reviews)
     chain = {lineage["stage"]: lineage for lineage in lineages["eval"]["ancestors"].values()}
     assert chain.keys() == set(STAGES) - {"eval"}
     for name, lineage in chain.items():
