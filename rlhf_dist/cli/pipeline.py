@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli import wiring
+from rlhf_dist.cli import stopping, wiring
 from rlhf_dist.cli.descent import Lineage, inputs_of, lineage_of
 from rlhf_dist.cli.preflight import MANIFEST, PREPARE, Preflight, filled
 from rlhf_dist.cli.stages import Planner, Stage, State, check_descent, check_unchanged, files_of, stage_config, state_of
@@ -33,7 +33,7 @@ from rlhf_dist.cluster.group import Session
 from rlhf_dist.config import PipelineConfig
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.config.references import Reference
-from rlhf_dist.errors import RunFolderError
+from rlhf_dist.errors import Preempted, RunFolderError
 from rlhf_dist.tracking.console import format_number, print_table
 from rlhf_dist.tracking.lineage import ContentHashes, read_lineage, write_lineage
 from rlhf_dist.tracking.run_folder import RunFolder, write_atomically
@@ -69,6 +69,7 @@ def run(pipeline: PipelineConfig) -> dict[str, Summary]:
     """Run what has not ended yet; returns the summary of every stage.
 
     Raises:
+        Preempted: it was asked to stop; a stage that was at work has written its checkpoint.
         RlhfDistError: what a stage is refused or ends for. What is done stays done, and the next call goes on from there.
     """
     _check_folder(pipeline.run_dir)
@@ -129,6 +130,10 @@ class _Runner:
         else:
             assert preflight is not None
             assert session is not None
+            if stopping.requested():
+                raise Preempted(
+                    f"The pipeline stopped before {stage.name}, as it was asked to (SIGUSR1). The same command goes on from there."
+                )
             check_unchanged(stage, self._hashes)
             inputs = inputs_of(stage, self._lineages)
             if stage.name == "data":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist import __version__
+from rlhf_dist.cli import stopping
 from rlhf_dist.cli.prepare import Prepared, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
 from rlhf_dist.cluster.group import Session, WorkerGroup
 from rlhf_dist.cluster.inline import InlineSession
@@ -75,7 +76,7 @@ def hosted(config: Any, prepared: Prepared, session: Session | None) -> Iterator
         print_table(str(config.run_dir), [(name, str(value)) for name, value in prepared.facts.items()])
         with (
             own.place(prepared.specs, seed=config.seed, logs_dir=open_folder) as groups,
-            Run.open(config, folder, resumed_step=resumed_step) as run,
+            Run.open(config, folder, resumed_step=resumed_step, stop_requested=stopping.requested) as run,
         ):
             yield run, groups
     finally:

@@ -8,11 +8,13 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from rlhf_dist.cluster.network import interface_with
 from rlhf_dist.engine.distributed import RankContext, free_port
 from rlhf_dist.errors import RlhfDistError
 
@@ -33,7 +35,8 @@ class RankHost:
         with _traceback_in_log():
             from rlhf_dist.cluster.hosting import build_worker
 
-            self._worker = build_worker(worker, context, kwargs)
+            interface = context.interface or interface_with(ray.util.get_node_ip_address())
+            self._worker = build_worker(worker, replace(context, interface=interface), kwargs)
 
     def run(self, method: str, *args: Any) -> Any:
         """Call a method of the worker."""
@@ -66,4 +69,6 @@ def _redirect_output(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    os.write(1, f"process {os.getpid()} on {ray.util.get_node_ip_address()}\n".encode())
+    node = os.environ.get("SLURMD_NODENAME")
+    where = f"{ray.util.get_node_ip_address()}" + (f" (Slurm node {node})" if node else "")
+    os.write(1, f"process {os.getpid()} on {where}\n".encode())

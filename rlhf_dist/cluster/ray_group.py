@@ -25,9 +25,9 @@ class RayGroup:
         self.hosts = list(hosts)
         self.log_paths = list(log_paths)
 
-    def first_address(self) -> tuple[str, int]:
-        """Where the ranks meet: rank 0's node and a free port on it."""
-        return self.collect([self.hosts[0].address.remote()]).result()[0]
+    def addresses(self) -> list[tuple[str, int]]:
+        """Of each rank: the address of its node, and a port that is free there."""
+        return self.collect([host.address.remote() for host in self.hosts]).result()
 
     def call(self, method: str, *args: Any) -> Future[list[Any]]:
         """See `WorkerGroup`."""

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_dist.cluster.actor import RankHost
 from rlhf_dist.cluster.futures import gathered
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec, describe
 from rlhf_dist.cluster.hosting import announce_accelerator
-from rlhf_dist.cluster.placement import PlacementPlan, plan_placement
+from rlhf_dist.cluster.network import check_rendezvous, rank_environment
 from rlhf_dist.cluster.ray_group import RayGroup
 from rlhf_dist.config import RayConfig
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.errors import PlacementError
+from rlhf_dist.planning.placement import PlacementPlan, misfit, plan_placement
 
 Hosts = list[Any]
 """Handles of `RankHost` actors, in rank order."""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A granted plan."""
+
+    groups: list[Any]
+    """Ray's placement groups, one a reservation of the plan."""
+    plan: PlacementPlan
 
 
 class RaySession:
@@ -56,18 +68,27 @@ class RaySession:
         """Compare the demand with what this machine has, or what the cluster says it has."""
         if not self._private:
             self._connect()
-        plan = plan_placement(specs, self.device)
-        here = {"GPU": float(torch.cuda.device_count()), "CPU": float(os.cpu_count() or 1)}
-        total = here if self._private else ray.cluster_resources()
-        needed = {"GPU": plan.total_gpus} | ({} if self._keeps_processes else {"CPU": plan.total_cpus})
-        for resource, amount in needed.items():
-            if amount > total.get(resource, 0.0):
-                where = "this machine" if self._private else "the cluster"
+        plan = _plan(specs, self.device)
+        nodes, where = self._nodes()
+        counted = [name for name in ("GPU", "CPU") if not (self._keeps_processes and name == "CPU")]
+        for resource in counted:
+            needed, there = sum(r.total(resource) for r in plan.reservations), sum(n.get(resource, 0.0) for n in nodes)
+            if needed > there:
                 raise PlacementError(
-                    f"the roles ask for {amount:g} {resource}s ({describe(specs, self.device)}) but {where} has "
-                    f"{total.get(resource, 0.0):g}; lower num_ranks or cpus_per_rank, let roles share GPUs with "
-                    "gpus_per_rank below 1, or add nodes"
+                    f"the roles ask for {needed:g} {resource}s ({describe(specs, self.device)}) but {where} has {there:g}; "
+                    "lower num_ranks or cpus_per_rank, let roles share GPUs with gpus_per_rank below 1, or add nodes"
                 )
+        if reason := misfit(plan, nodes, counted):
+            raise PlacementError(
+                f"{where} cannot hold the roles: {reason}. Change placement_strategy, num_ranks, or cpus_per_rank of the role, "
+                "or use larger or more nodes"
+            )
+
+    def _nodes(self) -> tuple[list[dict[str, float]], str]:
+        """What each node has in all, and the place in words."""
+        if self._private:
+            return [{"GPU": float(torch.cuda.device_count()), "CPU": float(os.cpu_count() or 1)}], "this machine"
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]], "the cluster"
 
     def _connect(self) -> None:
         if self._connected:
@@ -124,42 +145,62 @@ class RaySession:
                 for host in group:
                     ray.kill(host)
             if reserved is not None:
-                remove_placement_group(reserved[0])
+                _give_back(reserved.groups)
 
-    def _reserve(self, specs: Sequence[WorkerSpec]) -> tuple[Any, PlacementPlan]:
-        plan = plan_placement(specs, self.device)
-        reserved = placement_group(plan.bundles, strategy="PACK")
-        if not reserved.wait(self.config.placement_timeout_s):
-            remove_placement_group(reserved)
-            free = ray.available_resources()
-            raise PlacementError(
-                f"the cluster did not grant {describe(specs, self.device)} within {self.config.placement_timeout_s:g} s "
-                f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); wait for other jobs to end, ask "
-                "for less, or raise ray.placement_timeout_s"
-            )
-        return reserved, plan
+    def _reserve(self, specs: Sequence[WorkerSpec]) -> Reserved:
+        """Ask for all reservations at once, wait for all of them, and number the ranks by the nodes that were granted."""
+        plan = _plan(specs, self.device)
+        groups = [placement_group(r.bundles, strategy=r.strategy) for r in plan.reservations]
+        deadline = time.monotonic() + self.config.placement_timeout_s
+        try:
+            granted = all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups)
+            if not granted:
+                free = ray.available_resources()
+                raise PlacementError(
+                    f"the cluster did not grant {describe(specs, self.device)} within {self.config.placement_timeout_s:g} s "
+                    f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); wait for other jobs to end, ask "
+                    "for less, or raise ray.placement_timeout_s"
+                )
+            tables = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
+        except BaseException:
+            _give_back(groups)
+            raise
+        nodes = [[table[i] for i in range(len(table))] for table in tables]
+        return Reserved(groups, plan.numbered_by_node(nodes))
 
-    def _start(self, spec: WorkerSpec, reserved: tuple[Any, PlacementPlan] | None) -> Hosts:
+    def _start(self, spec: WorkerSpec, reserved: Reserved | None) -> Hosts:
         if reserved is None:
             return [ray.remote(RankHost).options(num_cpus=0).remote() for _ in range(spec.placement.num_ranks)]
-        group, plan = reserved
+        environment = {} if self._private else rank_environment(self.config, os.environ)
         return [
             ray.remote(RankHost)
             .options(
                 num_cpus=spec.placement.cpus_per_rank,
                 num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    reserved.groups[slot.reservation], placement_group_bundle_index=slot.bundle
+                ),
+                runtime_env={"env_vars": environment} if environment else None,
             )
             .remote()
-            for bundle in plan.ranks[spec.role]
+            for slot in reserved.plan.ranks[spec.role]
         ]
 
     def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
-        address, port = group.first_address()
+        addresses = group.addresses()
+        address, port = addresses[0]
+        check_rendezvous(spec.role, [host for host, _ in addresses])
         builds = []
         for rank, host in enumerate(group.hosts):
             context = RankContext(
-                rank, group.num_ranks, address, port, self.device, spec.placement.threads_per_rank, seed
+                rank,
+                group.num_ranks,
+                address,
+                port,
+                self.device,
+                spec.placement.threads_per_rank,
+                seed,
+                self.config.network_interface,
             )
             builds.append(host.build.remote(spec.worker, context, spec.kwargs, str(group.log_paths[rank])))
         return group.collect(builds)
@@ -170,6 +211,15 @@ class RaySession:
             self._idle.clear()
             ray.shutdown()
             self._connected = False
+
+
+def _plan(specs: Sequence[WorkerSpec], device: str) -> PlacementPlan:
+    return plan_placement({spec.role: spec.placement for spec in specs}, device)
+
+
+def _give_back(groups: Sequence[Any]) -> None:
+    for group in groups:
+        remove_placement_group(group)
 
 
 def _log_paths(spec: WorkerSpec, logs_dir: Path) -> list[Path]:

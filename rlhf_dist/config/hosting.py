@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +19,7 @@ from rlhf_dist.config.base import (
 )
 
 Precision = Literal["fp32", "bf16"]
+PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
 
 
 class RayConfig(Schema):
@@ -27,6 +29,13 @@ class RayConfig(Schema):
     """`null` starts a private Ray on this machine; `auto` joins the cluster that submitted this job; or a head address."""
     placement_timeout_s: Positive = 120.0
     """Longest wait for the cluster to grant the placement before the run is refused."""
+    network_interface: str | None = None
+    """Interface of the ranks' collectives (NCCL, gloo) on every node, such as `eth0`; null takes, on each node, the one with
+    the address by which Ray knows the node. NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where set on a node, come first."""
+    env_vars: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of all rank processes. They are kept in config.yaml: secrets belong into `pass_env`."""
+    pass_env: tuple[str, ...] = ("HF_*", "TRANSFORMERS_*", "TOKENIZERS_*", "NCCL_*", "TORCH_*", "PYTORCH_*", "VLLM_*")
+    """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment."""
 
 
 class Placement(Schema):
@@ -40,6 +49,10 @@ class Placement(Schema):
     """CPUs reserved for a rank on a Ray cluster."""
     threads_per_rank: PositiveInt = 1
     """CPU threads torch may use in a rank."""
+    placement_strategy: PlacementStrategy = "PACK"
+    """How the ranks of this role lie on the nodes of a cluster, in Ray's words: `PACK` on as few as possible, together with the
+    other roles; `STRICT_PACK` on one, or the run is refused; `SPREAD` on as many as possible; `STRICT_SPREAD` each on another.
+    Roles that share GPUs must agree."""
 
 
 class OptimizerConfig(Schema):
@@ -144,7 +157,8 @@ class HostedRun(Schema):
     """What the runs of all commands share."""
 
     run_dir: AbsolutePath
-    """Folder of this run, on storage that every node sees. An existing run is never overwritten unless told so."""
+    """Folder of this run, on storage that every node sees. An existing run is never overwritten unless told so. `{seed}` in it
+    becomes the run's seed, for several seeds of one configuration."""
     seed: Count = 0
     """Seed of every random draw of the run."""
     overwrite: bool = False
@@ -155,6 +169,13 @@ class HostedRun(Schema):
     """`auto` uses GPUs where there are any."""
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_folder_a_seed(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "{seed}" in str(values.get("run_dir", "")):
+            return {**values, "run_dir": str(values["run_dir"]).replace("{seed}", str(values.get("seed", 0)))}
+        return values
 
 
 class RunConfig(HostedRun):

@@ -243,9 +243,14 @@ class PPOTrainer:
                     metrics |= {f"eval/{name}": value for name, value in after.items()}
                     metrics["time/evaluate_s"] = self.run_log.take_times()["time/evaluate_s"]
                 self.run_log.log(iteration, metrics)
-                if self.every_iterations and iteration % self.every_iterations == 0:
-                    state = {"before": before, "ppo": self.state.to_json()}
-                    self.checkpoints.save(iteration, state, self._trained())
+                self.run_log.checkpoint(
+                    self.checkpoints,
+                    iteration,
+                    {"before": before, "ppo": self.state.to_json()},
+                    self._trained(),
+                    every=self.every_iterations,
+                    total=self.settings.num_iterations,
+                )
         return {"num_iterations": iteration, "before": before, "after": after}
 
     def _start(self, resume: bool) -> tuple[int, dict[str, float]]:

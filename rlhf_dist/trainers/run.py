@@ -14,11 +14,12 @@ from typing import Any
 from typing_extensions import Self
 
 from rlhf_dist.config import HostedRun
-from rlhf_dist.errors import SampleError
+from rlhf_dist.errors import Preempted, SampleError
 from rlhf_dist.roles import Policy, Trained
 from rlhf_dist.tracking.console import RunProgress
 from rlhf_dist.tracking.run_folder import RunFolder, write_atomically
 from rlhf_dist.tracking.trackers import Tracker
+from rlhf_dist.trainers.checkpoint import Checkpoints
 
 LINE_METRICS = (
     "sft/loss",
@@ -42,7 +43,11 @@ LINE_METRICS = (
 class Run:
     """Facade over run folder, trackers and console."""
 
-    def __init__(self, config: HostedRun, folder: RunFolder, tracker: Tracker) -> None:
+    def __init__(
+        self, config: HostedRun, folder: RunFolder, tracker: Tracker, stop_requested: Callable[[], bool]
+    ) -> None:
+        """`stop_requested`: whether the run is to end after the present step."""
+        self.stop_requested = stop_requested
         self.seed = config.seed
         self.num_samples = config.tracking.num_samples
         self.folder = folder
@@ -54,13 +59,19 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: HostedRun, folder: RunFolder, resumed_step: int | None) -> Iterator[Self]:
+    def open(
+        cls,
+        config: HostedRun,
+        folder: RunFolder,
+        resumed_step: int | None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Self]:
         """A run whose trackers are closed on leaving, however that happens."""
         tracker = Tracker(
             folder, config.tracking, resumed_step=resumed_step, config=config.model_dump(mode="json", exclude_none=True)
         )
         try:
-            yield cls(config, folder, tracker)
+            yield cls(config, folder, tracker, stop_requested)
         finally:
             tracker.close()
 
@@ -111,6 +122,32 @@ class Run:
         path = self.folder.path / f"refused_step_{step:06d}.jsonl"
         write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
         return SampleError(f"{error} Samples: {path}", error.rows, error.step)
+
+    def checkpoint(
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+        state: Mapping[str, Any],
+        models: Mapping[str, Trained],
+        *,
+        every: int,
+        total: int,
+    ) -> None:
+        """After step `step` of `total`: write a checkpoint where one is due (`every` steps; 0: never), or where the run was
+        asked to stop.
+
+        Raises:
+            Preempted: the run was asked to stop, and its checkpoint is written.
+        """
+        stop = self.stop_requested() and step < total
+        if not stop and not (every and step % every == 0):
+            return
+        path = checkpoints.save(step, state, models)
+        if stop:
+            raise Preempted(
+                f"The run stopped after step {step} of {total}, as it was asked to (SIGUSR1). Its checkpoint is {path}; the "
+                "same command with --resume auto continues from there."
+            )
 
     def save_model(self, model: Trained) -> None:
         """Write the model to model/."""

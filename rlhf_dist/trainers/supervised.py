@@ -164,8 +164,10 @@ class SupervisedTrainer:
                     after = self.task.evaluate()
                     metrics |= after
                 self.run_log.log(step, metrics)
-                if _due(step, self.every_steps):
-                    self.checkpoints.save(step, {"before": before}, {"model": self.task.model})
+                models = {"model": self.task.model}
+                self.run_log.checkpoint(
+                    self.checkpoints, step, {"before": before}, models, every=self.every_steps, total=self.total_steps
+                )
         return {"num_steps": step, "before": _short(before), "after": _short(after)}
 
     def _step(self, step: int) -> dict[str, float]:

@@ -55,7 +55,7 @@ class Job:
             "sft.model.model_path": self.model,
             "sft.sft.num_steps": NUM_STEPS,
             "sft.sft.batch_size": 4,
-            "reward.reward.num_steps": 12,
+            "reward.reward.num_steps": 20,
             "reward.reward.batch_size": 4,
             "ppo.ppo.num_iterations": 4,
             "ppo.ppo.prompts_per_iteration": 4,
@@ -288,12 +288,21 @@ def test_killed_and_interrupted_it_ends_where_the_undisturbed_one_ends(whole: Jo
     assert job.record()["sft"]["state"] == "running"
     assert not (job.folders()["sft"] / "lineage.json").exists()
 
-    process = job.start()
+    # As Slurm does before it takes the machine away, and as a user does.
+    process = job.start("--reward.checkpoint.every_steps", "0")
     wait_for_step(process, job.run_dir, "reward", 2)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert states(output)["sft"].startswith("resume from step ")
+    assert job.record()["reward"]["reason"].startswith("Preempted: The run stopped after step ")
+
+    process = job.start()
+    wait_for_step(process, job.run_dir, "reward", 8)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert states(output)["sft"].startswith("resume from step ")
+    assert states(output)["reward"].startswith("resume from step "), "when checkpoints are written enters no key"
     record = job.record()
     assert [record[name]["state"] for name in STAGES[:3]] == ["done", "done", "stopped"]
     assert record["reward"]["reason"].startswith("KeyboardInterrupt")

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_dist.config import SFTConfig
 from rlhf_dist.config.deepspeed import read_ds_config
+from rlhf_dist.config.load import load_config
 from rlhf_dist.errors import ConfigError
 
 
@@ -54,3 +55,12 @@ def test_gradients_that_could_not_be_checked_are_refused(tmp_path: Path, part: s
         path.write_text(json.dumps({"zero_optimization": {"stage": 3, part: {"device": device}}}), encoding="utf-8")
         with pytest.raises(ConfigError, match=f"{part} on nvme, .* offload to cpu") if refused else nullcontext():
             read_ds_config(path, 3, "fp32")
+
+
+def test_one_configuration_serves_several_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: runs/seed_{seed}\nmodel: {model_path: m}\ndata: {train: [{path: x, kind: text}]}\n")
+    for seed, overrides in ((0, []), (7, ["--seed", "7"])):
+        assert load_config(SFTConfig, path, overrides).run_dir == Path(f"runs/seed_{seed}").absolute()
+    given = load_config(SFTConfig, path, ["--run_dir", f"{tmp_path}/{{seed}}", "--seed=3"])
+    assert given.run_dir == tmp_path / "3"

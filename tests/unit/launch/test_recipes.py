@@ -11,9 +11,9 @@ from support.tiny import save_tiny_lm, save_tiny_rm
 from rlhf_dist.cli import pipeline, wiring
 from rlhf_dist.cli.main import CONFIG_COMMANDS, schema_of
 from rlhf_dist.cli.prepare import ppo_specs
-from rlhf_dist.cluster.placement import plan_placement
 from rlhf_dist.config.load import load_config
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.planning.placement import plan_placement
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
@@ -104,11 +104,15 @@ def test_movie_prompts_held_out_are_other_movies():
     assert len(set(train + held_out)) == len(train) + len(held_out)
 
 
+def placement_of(config):
+    return plan_placement({spec.role: spec.placement for spec in ppo_specs(config)}, "cuda")
+
+
 def test_the_8_gpu_example_takes_eight_gpus():
     config = load("ppo_8b_8gpu")
-    plan = plan_placement(ppo_specs(config), "cuda")  # pyright: ignore[reportArgumentType]
+    plan = placement_of(config)
     assert plan.total_gpus == 8
-    assert plan.ranks["policy"] == [0, 1, 2, 3]
+    assert plan.ranks["policy"] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert not set(plan.ranks["policy"]) & {b for role in ("value", "rollout", "reward") for b in plan.ranks[role]}
     assert plan.ranks["value"] == plan.ranks["rollout"] == plan.ranks["reference"]
     assert plan.ranks["reward"] == plan.ranks["value"][:1]
@@ -116,4 +120,4 @@ def test_the_8_gpu_example_takes_eight_gpus():
 
 def test_the_8_gpu_example_has_no_share_to_give_away():
     with pytest.raises(ConfigError, match="shared GPU 0"):
-        plan_placement(ppo_specs(load("ppo_8b_8gpu", "--reward.gpus_per_rank", "0.2")), "cuda")  # pyright: ignore
+        placement_of(load("ppo_8b_8gpu", "--reward.gpus_per_rank", "0.2"))

@@ -14,7 +14,7 @@ from trainers_support import metrics, open_run, texts
 
 from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
-from rlhf_dist.errors import ConfigError, SampleError
+from rlhf_dist.errors import ConfigError, Preempted, SampleError
 from rlhf_dist.trainers.checkpoint import Checkpoints
 from rlhf_dist.trainers.supervised import SupervisedTrainer, chunks, mean_nll, num_steps, pair_metrics
 
@@ -93,6 +93,30 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path: Path):
     steps = [event[1] for event in resumed.events if event[0] == "model.update"]
     assert steps == [2, 3, 4]
     assert resumed.events[0] == ("model.load",)
+
+
+def test_a_run_that_is_asked_to_stop_ends_with_a_checkpoint_and_continues(tmp_path: Path):
+    whole, summary = whole_run(tmp_path / "whole")
+    path, task = tmp_path / "cut", FakeTask()
+    asked = lambda: ("model.update", 2) in [event[:2] for event in task.events]  # noqa: E731  (in the third step)
+    with (
+        open_run(path, stop_requested=asked) as run,
+        pytest.raises(Preempted, match=r"after step 3 of 5.*--resume auto"),
+    ):
+        trainer(run, task).run(resume=False)
+    assert Checkpoints(path / "checkpoints", keep_last=2).latest() == path / "checkpoints" / "step_000003"
+    with open_run(path, resumed_step=3) as run:
+        resumed = FakeTask()
+        assert trainer(run, resumed).run(resume=True) == summary
+    assert resumed.model.state == whole.model.state
+    assert metrics(path) == metrics(tmp_path / "whole")
+
+
+def test_a_request_during_the_last_step_comes_too_late(tmp_path: Path):
+    task = FakeTask()
+    asked = lambda: ("model.update", 4) in [event[:2] for event in task.events]  # noqa: E731
+    with open_run(tmp_path, stop_requested=asked) as run:
+        assert trainer(run, task).run(resume=False)["num_steps"] == 5
 
 
 def test_a_run_resumed_after_its_last_step_has_the_same_summary(tmp_path: Path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from rlhf_dist.trainers.run import Run
 
 
 @contextlib.contextmanager
-def open_run(path: Path, resumed_step: int | None = None) -> Iterator[Run]:
+def open_run(
+    path: Path, resumed_step: int | None = None, stop_requested: Callable[[], bool] = lambda: False
+) -> Iterator[Run]:
     """A real run with its folder and metrics file."""
     folder = RunFolder.open(path, resume=True, overwrite=False)
     folder.write_config("seed: 3\n")
-    with Run.open(RunConfig(run_dir=path, seed=3), folder, resumed_step) as run:
+    with Run.open(RunConfig(run_dir=path, seed=3), folder, resumed_step, stop_requested) as run:
         yield run
 
 
