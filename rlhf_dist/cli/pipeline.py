@@ -132,7 +132,8 @@ class _Runner:
             assert session is not None
             if stopping.requested():
                 raise Preempted(
-                    f"The pipeline stopped before {stage.name}, as it was asked to (SIGUSR1). The same command goes on from there."
+                    f"The pipeline stopped before {stage.name}, as it was asked to (SIGUSR1). The same command goes on "
+                    "from there."
                 )
             check_unchanged(stage, self._hashes)
             inputs = inputs_of(stage, self._lineages)
