@@ -24,6 +24,7 @@ CONFIG_COMMANDS = {
     "reward": "train a reward model on preferences (pairs, rankings, ratings)",
     "ppo": "fine-tune a policy with PPO against a reward model",
     "eval": "measure a policy and/or a reward model on held-out records",
+    "pipeline": "data, SFT, reward model, PPO and evaluation from one file; what is done is skipped, what is half done resumed",
 }
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
@@ -105,7 +106,7 @@ other commands:
 
 
 def schema_of(command: str) -> type[Any]:
-    """The configuration schema of `sft`, `reward`, `ppo` or `eval`."""
+    """The configuration schema of a command with a configuration."""
     from rlhf_dist import config
 
     schemas = {
@@ -113,6 +114,7 @@ def schema_of(command: str) -> type[Any]:
         "reward": config.RewardConfig,
         "ppo": config.PPOConfig,
         "eval": config.EvalConfig,
+        "pipeline": config.PipelineConfig,
     }
     return schemas[command]
 
@@ -143,6 +145,11 @@ def _run_config_command(command: str, arguments: list[str]) -> None:
         from rlhf_dist.cli import stopping
 
         with stopping.listening():
+            if command == "pipeline":
+                from rlhf_dist.cli import pipeline
+
+                pipeline.run(config)
+                return
             from rlhf_dist.cli import wiring
 
             run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
@@ -169,10 +176,13 @@ def _validate(arguments: list[str]) -> None:
     command, rest = _kind(prog, "check a configuration without starting anything", arguments)
     config = load(command, f"{prog} {command}", rest)
     if config is not None:
-        from rlhf_dist.cli import wiring
         from rlhf_dist.tracking.console import print_table
 
-        found = wiring.validate(config)
+        if command == "pipeline":
+            from rlhf_dist.cli.pipeline import validate
+        else:
+            from rlhf_dist.cli.wiring import validate
+        found = validate(config)
         print_table(f"{command}: the configuration can be run", [(str(k), str(v)) for k, v in found.items()])
 
 

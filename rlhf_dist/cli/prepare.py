@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class Prepared:
     """Derived numbers, for the start of the run and for `validate`."""
     decode: Callable[[Tensor], str] | None = None
     """[n] token ids → text."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """Path in the configuration → what is there. A checkpoint then belongs to the contents, wherever they lie."""
 
 
 def check_model(path: str, max_length_tokens: int, role: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,25 @@ def resumable_step(config: Any, prepared: Prepared) -> int | None:
 
 def checkpoints(config: RunConfig, prepared: Prepared) -> Checkpoints:
     """The run's checkpoints, which carry what a run must share with them: its configuration and the sizes of its data."""
+    shared = identity(config, prepared.contents)
+    shared |= {f"number of {name}": value for name, value in prepared.facts.items() if isinstance(value, int)}
+    return Checkpoints(RunFolder(config.run_dir).checkpoints_dir, config.checkpoint.keep_last, shared)
+
+
+def identity(config: RunConfig | EvalConfig, contents: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a run's result, flat, with dotted keys.
+
+    `contents`: path in the configuration → what is there, which then stands in its place. Paths that are not in it count as
+    they are written.
+    """
     free = {"run_dir", "resume", "overwrite", "checkpoint", "tracking", "ray"}
-    identity = _flat(json.loads(config.model_dump_json(exclude=free)))
-    identity.pop("ppo.self_checks", None)  # a check that was wrong to stop a run must not stop its resuming
-    identity |= {f"number of {name}": value for name, value in prepared.facts.items() if isinstance(value, int)}
-    identity["rlhf_dist version"] = __version__
-    return Checkpoints(RunFolder(config.run_dir).checkpoints_dir, config.checkpoint.keep_last, identity)
+    decides = _flat(json.loads(config.model_dump_json(exclude=free)))
+    decides.pop("ppo.self_checks", None)  # a check that was wrong to stop a run must not stop its resuming
+    decides = {
+        key: contents.get(value, value) if isinstance(value, str) and key.endswith("path") else value
+        for key, value in decides.items()
+    }
+    return decides | {"rlhf_dist version": __version__}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -126,20 +139,21 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in items for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def run_sft(config: SFTConfig, session: Session | None = None) -> Summary:
-    """Supervised fine-tuning; returns the summary. `session`: host in this one (and leave it open) rather than an own."""
+def run_sft(config: SFTConfig, session: Session | None = None, prepared: Prepared | None = None) -> Summary:
+    """Supervised fine-tuning; returns the summary. `session`: host in this one (and leave it open) rather than an own.
+    `prepared`: what `prepare_sft` gave for `config`, where that is done already."""
     check_run_folder(config)
-    prepared = prepare_sft(config)
+    prepared = prepared or prepare_sft(config)
     with hosted(config, prepared, session) as (run, groups):
         model = LanguageModelRole.of(groups["model"], config.model)
         task = SFTTask(model, prepared.data.train, prepared.data.eval)
         return _supervised(config, config.sft, run, task, prepared)
 
 
-def run_reward(config: RewardConfig, session: Session | None = None) -> Summary:
-    """Reward modelling; returns the summary. `session` as in `run_sft`."""
+def run_reward(config: RewardConfig, session: Session | None = None, prepared: Prepared | None = None) -> Summary:
+    """Reward modelling; returns the summary. The arguments as in `run_sft`."""
     check_run_folder(config)
-    prepared = prepare_reward(config)
+    prepared = prepared or prepare_reward(config)
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole.of(groups["model"], config.model)
         task = RewardTask(model, prepared.data.train, prepared.data.eval)
@@ -161,10 +175,10 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
     return run.finish(summary)
 
 
-def run_ppo(config: PPOConfig, session: Session | None = None) -> Summary:
-    """PPO; returns the summary. `session` as in `run_sft`."""
+def run_ppo(config: PPOConfig, session: Session | None = None, prepared: Prepared | None = None) -> Summary:
+    """PPO; returns the summary. The arguments as in `run_sft`."""
     check_run_folder(config)
-    prepared = prepare_ppo(config)
+    prepared = prepared or prepare_ppo(config)
     with hosted(config, prepared, session) as (run, groups):
         policy = PolicyRole.of(groups["policy"], config.policy)
         roles = ppo_trainer.PPORoles(

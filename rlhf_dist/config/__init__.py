@@ -16,13 +16,16 @@ from rlhf_dist.config.hosting import (
     TrackingConfig,
     TrainedModel,
 )
+from rlhf_dist.config.pipeline import DataSet, DataStage, PipelineConfig
 from rlhf_dist.config.ppo import PPOConfig, PPOSettings, RolloutConfig
 from rlhf_dist.config.supervised import RewardConfig, RewardSettings, SFTConfig, SupervisedSettings
 
 __all__ = [
     "CheckpointConfig",
+    "DataSet",
     "DataSettings",
     "DataSource",
+    "DataStage",
     "EvalConfig",
     "EvalData",
     "FrozenModel",
@@ -32,6 +35,7 @@ __all__ = [
     "PPOConfig",
     "PPOData",
     "PPOSettings",
+    "PipelineConfig",
     "Placement",
     "PlacementStrategy",
     "Precision",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from rlhf_dist.config.base import Schema
 from rlhf_dist.config.data import DataSettings, DataSource
 from rlhf_dist.config.hosting import FrozenModel, HostedRun
 from rlhf_dist.config.ppo import RolloutConfig
@@ -22,8 +23,8 @@ class EvalData(DataSettings):
     """The policy generates from these; the reward model, where given, scores the responses."""
 
 
-class EvalConfig(HostedRun):
-    """Measures a policy and/or a reward model on held-out records."""
+class EvalStage(Schema):
+    """What an evaluation measures, without where and how it is hosted."""
 
     policy: FrozenModel | None = None
     reward: FrozenModel | None = None
@@ -32,7 +33,7 @@ class EvalConfig(HostedRun):
     data: EvalData
 
     @model_validator(mode="after")
-    def _response_fits(self) -> EvalConfig:
+    def _response_fits(self) -> EvalStage:
         if self.data.prompts and self.rollout.max_response_tokens >= self.data.max_length_tokens:
             raise ValueError(
                 f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room for a prompt in "
@@ -41,7 +42,7 @@ class EvalConfig(HostedRun):
         return self
 
     @model_validator(mode="after")
-    def _models_for_the_data(self) -> EvalConfig:
+    def _models_for_the_data(self) -> EvalStage:
         data = self.data
         if not (data.instructions or data.preferences or data.prompts):
             raise ValueError(
@@ -55,6 +56,10 @@ class EvalConfig(HostedRun):
             if wanted and getattr(self, model) is None:
                 raise ValueError(f"{name} needs a model; set {model}.model_path")
         return self
+
+
+class EvalConfig(EvalStage, HostedRun):
+    """Measures a policy and/or a reward model on held-out records."""
 
     @property
     def resume(self) -> Literal["no"]:

@@ -172,8 +172,8 @@ class PPOSettings(Schema):
         return self
 
 
-class PPOConfig(RunConfig):
-    """PPO with a KL penalty and a pretraining-mix term."""
+class PPOStage(Schema):
+    """What a PPO run does, without where and how it is hosted."""
 
     policy: TrainedModel
     reward: FrozenModel
@@ -184,7 +184,7 @@ class PPOConfig(RunConfig):
     ppo: PPOSettings = PPOSettings()
 
     @model_validator(mode="after")
-    def _ptx_has_text(self) -> PPOConfig:
+    def _ptx_has_text(self) -> PPOStage:
         if self.ppo.ptx_coef > 0 and not self.data.ptx:
             raise ValueError(
                 f"ppo.ptx_coef is {self.ppo.ptx_coef} but data.ptx names no text; add a source or set ptx_coef to 0"
@@ -192,7 +192,7 @@ class PPOConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def _response_fits(self) -> PPOConfig:
+    def _response_fits(self) -> PPOStage:
         if self.rollout.max_response_tokens >= self.data.max_length_tokens:
             raise ValueError(
                 f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room for a prompt in "
@@ -201,7 +201,7 @@ class PPOConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def _overlong_buffer_fits(self) -> PPOConfig:
+    def _overlong_buffer_fits(self) -> PPOStage:
         limit, buffer = self.rollout.max_response_tokens, self.ppo.overlong_buffer_tokens
         if self.ppo.overlong_penalty > 0 and buffer > limit:
             raise ValueError(
@@ -226,3 +226,7 @@ class PPOConfig(RunConfig):
     def max_prompt_tokens(self) -> int:
         """Longest prompt in tokens."""
         return self.data.max_length_tokens - self.rollout.max_response_tokens
+
+
+class PPOConfig(PPOStage, RunConfig):
+    """PPO with a KL penalty and a pretraining-mix term."""

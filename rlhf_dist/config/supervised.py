@@ -31,17 +31,25 @@ class RewardSettings(SupervisedSettings):
     level free: a pair only says by how much its two scores differ."""
 
 
-class SFTConfig(RunConfig):
-    """Supervised (instruction) fine-tuning, or pretraining on plain text."""
+class SFTStage(Schema):
+    """What an SFT run does, without where and how it is hosted."""
 
     model: TrainedModel
     data: SFTData
     sft: SupervisedSettings = SupervisedSettings()
 
 
-class RewardConfig(RunConfig):
-    """Reward modelling on preferences: pairs, or rankings of more responses."""
+class RewardStage(Schema):
+    """What a reward-model run does, without where and how it is hosted."""
 
     model: TrainedModel
     data: RewardData
     reward: RewardSettings = RewardSettings()
+
+
+class SFTConfig(SFTStage, RunConfig):
+    """Supervised (instruction) fine-tuning, or pretraining on plain text."""
+
+
+class RewardConfig(RewardStage, RunConfig):
+    """Reward modelling on preferences: pairs, or rankings of more responses."""

@@ -23,6 +23,11 @@ class Fields:
         self._values = values
         self._mapping = mapping
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The row as it was read, column by column."""
+        return self._values
+
     def has_column(self, column: str) -> bool:
         """Whether the row has that column, filled or not."""
         return _lookup(self._values, column) is not _MISSING

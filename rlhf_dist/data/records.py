@@ -105,7 +105,7 @@ def read_sequences(source: DataSource) -> list[Conversation | Text]:
     """
     _check_kind(source, ("instruction", "messages", "text"), "supervised training")
     records: list[Conversation | Text] = []
-    for row in _fields(source):
+    for row in read_fields(source):
         if source.kind == "text":
             records.append(Text(row.text("text"), row.location))
         elif source.kind == "instruction":
@@ -126,7 +126,7 @@ def read_preferences(source: DataSource, seed: int, use_margins: bool = True) ->
     if source.kind == "ratings":
         return _rated_pairs(source, seed)
     records = []
-    for row in _fields(source):
+    for row in read_fields(source):
         prompt, responses = preference_messages(row)
         if is_ranking(row):
             records.append(_ranking(row, prompt, responses))
@@ -191,7 +191,7 @@ def read_prompts(source: DataSource) -> list[Prompt]:
     Errors as `read_sequences`.
     """
     _check_kind(source, ("prompt", "instruction", "messages", "preference"), "prompts")
-    return [Prompt(_prompt(source, row), row.location) for row in _fields(source)]
+    return [Prompt(_prompt(source, row), row.location) for row in read_fields(source)]
 
 
 def _prompt(source: DataSource, row: Fields) -> tuple[Message, ...]:
@@ -218,7 +218,7 @@ def _instruction(row: Fields) -> Message:
 
 def _rated_pairs(source: DataSource, seed: int) -> list[Preference]:
     groups: dict[str, list[tuple[str, float, str]]] = {}
-    for row in _fields(source):
+    for row in read_fields(source):
         rated = (row.text("response"), row.number("rating"), row.location)
         groups.setdefault(row.optional_text("prompt"), []).append(rated)
     pairs = []
@@ -241,7 +241,7 @@ def _rated_pairs(source: DataSource, seed: int) -> list[Preference]:
     return pairs
 
 
-def _fields(source: DataSource) -> Iterator[Fields]:
+def read_fields(source: DataSource) -> Iterator[Fields]:
     """Rows by field; a mapped column that no row has is refused, since optional fields would hide the misspelling."""
     known = FIELDS[source.kind]
     for field in source.fields:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_dist.errors import ModelError
 
@@ -91,6 +92,23 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
     if pad_token_id is not None:
         model.config.pad_token_id = pad_token_id
     return model, any(key.startswith("score.") for key in info["missing_keys"])
+
+
+def as_scalar_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config that a reward model trained from a model of `config` will have. Changes `config`.
+
+    Raises:
+        ModelError: transformers has no sequence-classification model of that type.
+    """
+    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+    if name is None:
+        raise ModelError(
+            f"no reward model can be made of {config.name_or_path!r}: transformers has no sequence-classification model of "
+            f"type {config.model_type!r}; start from another architecture, such as Llama, Qwen, Mistral or Gemma"
+        )
+    config.architectures = [name]
+    config.num_labels = 1
+    return config
 
 
 def _architecture(config: PretrainedConfig) -> str:

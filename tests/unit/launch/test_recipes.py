@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny import save_tiny_lm, save_tiny_rm
 
-from rlhf_dist.cli import wiring
+from rlhf_dist.cli import pipeline, wiring
 from rlhf_dist.cli.main import CONFIG_COMMANDS, schema_of
 from rlhf_dist.cli.prepare import ppo_specs
 from rlhf_dist.config.load import load_config
@@ -17,7 +17,13 @@ from rlhf_dist.planning.placement import plan_placement
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
-COMMANDS = {"gsm8k_sft": "sft", "movie_reward": "reward", "movie_ppo": "ppo", "ppo_8b_8gpu": "ppo"}
+COMMANDS = {
+    "gsm8k_sft": "sft",
+    "movie_reward": "reward",
+    "movie_ppo": "ppo",
+    "movie_pipeline": "pipeline",
+    "ppo_8b_8gpu": "ppo",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +83,17 @@ def test_movie_ppo(shared_data: Path, models: dict[str, str], tmp_path: Path):
     assert facts["prompts"] == 64
     assert facts["held-out prompts"] == 32
     assert facts["optimiser steps an iteration"] == 4
+
+
+def test_movie_pipeline(shared_data: Path, models: dict[str, str], tmp_path: Path):
+    overrides = ["--sft.model.model_path", models["lm"], "--run_dir", str(tmp_path / "run"), "--cluster", "inline"]
+    for stage in ("sft", "reward", "ppo", "eval"):
+        overrides += [f"--{stage}.data.max_length_tokens", "512"]
+    facts = pipeline.validate(load("movie_pipeline", *overrides))
+    assert facts["data: reviews.sft"] == facts["sft: training records"] == 4772
+    assert facts["data: reviews.eval"] == facts["eval: instructions"] == 1061
+    assert facts["ppo: prompts"] == 64
+    assert facts["eval: prompts"] == facts["ppo: held-out prompts"] == 32
 
 
 def test_movie_prompts_held_out_are_other_movies():
