@@ -171,7 +171,9 @@ def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_con
     assert len(secret) == 64
     lines = [" ".join(process.cmdline()) for process in job.processes()]
     assert not [line for line in lines if secret in line]
-    assert len([line for line in lines if "raylet/raylet" in line and '"GPU":1' in line.replace("GPU,", '"GPU":')]) == 2
+    raylets = [line for line in lines if "raylet/raylet" in line]
+    assert len(raylets) == 2
+    assert all("CPU,8" in line and "GPU,1" in line for line in raylets), raylets
 
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
