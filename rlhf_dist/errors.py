@@ -57,6 +57,12 @@ class TrainingError(RlhfDistError):
     exit_code = 8
 
 
+class SubmissionError(RlhfDistError):
+    """A cluster or scheduler that does not take a job."""
+
+    exit_code = 9
+
+
 class Preempted(RlhfDistError):  # noqa: N818 (nothing went wrong)
     """A run that was asked to stop, did so at the end of a step with a checkpoint, and is to be continued."""
 

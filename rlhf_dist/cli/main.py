@@ -16,7 +16,7 @@ from rlhf_dist import __version__
 from rlhf_dist.errors import ConfigError, RlhfDistError
 
 PROG = "rlhf-dist"
-_INTERRUPTED = 130
+INTERRUPTED = 130
 """Exit code of a process ended by Ctrl-C, by the convention of shells (128 + SIGINT)."""
 
 CONFIG_COMMANDS = {
@@ -28,13 +28,13 @@ CONFIG_COMMANDS = {
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
-    "submit": "hand a run to a cluster: Slurm",
+    "submit": "run a command as a job of a Ray cluster or of Slurm",
     "validate": "check a configuration, its files and models without starting anything",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Refuses in the words of every other configuration error."""
 
     def error(self, message: str) -> NoReturn:
@@ -44,46 +44,45 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, an error class's `exit_code`, or 130 after Ctrl-C."""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except RlhfDistError as error:
         _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (`| head`) left. Its file descriptor is replaced, or Python would complain at exit.
         sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue]
         return 0
-    return 0
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
-        return
+        return 0
     if argv[0] == "--version":
         print(f"{PROG} {__version__}")
-        return
+        return 0
     command, arguments = argv[0], argv[1:]
     if command in CONFIG_COMMANDS:
         _run_config_command(command, arguments)
-    elif command in OTHER_COMMANDS:
-        commands = {
+        return 0
+    if command in OTHER_COMMANDS:
+        commands: dict[str, Callable[[list[str]], int | None]] = {
             "quickstart": _quickstart,
             "chat": _chat,
             "submit": _submit,
             "validate": _validate,
             "schema": _schema,
         }
-        commands[command](arguments)
-    else:
-        from difflib import get_close_matches
+        return commands[command](arguments) or 0
+    from difflib import get_close_matches
 
-        commands = [*CONFIG_COMMANDS, *OTHER_COMMANDS]
-        close = get_close_matches(command, commands, n=1)
-        guess = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}."
-        raise ConfigError(f"{PROG} has no command '{command}'; {guess} See `{PROG} --help`.")
+    names = [*CONFIG_COMMANDS, *OTHER_COMMANDS]
+    close = get_close_matches(command, names, n=1)
+    guess = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(names)}."
+    raise ConfigError(f"{PROG} has no command '{command}'; {guess} See `{PROG} --help`.")
 
 
 def _overview() -> str:
@@ -118,7 +117,7 @@ def schema_of(command: str) -> type[Any]:
     return schemas[command]
 
 
-def _load(command: str, prog: str, arguments: list[str]) -> Any | None:
+def load(command: str, prog: str, arguments: list[str]) -> Any | None:
     """The checked configuration, or None when help was asked for and printed."""
     from rlhf_dist.config.load import load_config, overrides_help
 
@@ -139,7 +138,7 @@ def _load(command: str, prog: str, arguments: list[str]) -> Any | None:
 
 
 def _run_config_command(command: str, arguments: list[str]) -> None:
-    config = _load(command, f"{PROG} {command}", arguments)
+    config = load(command, f"{PROG} {command}", arguments)
     if config is not None:
         from rlhf_dist.cli import stopping
 
@@ -168,7 +167,7 @@ def _show_eval(summary: Mapping[str, Any]) -> None:
 def _validate(arguments: list[str]) -> None:
     prog = f"{PROG} validate"
     command, rest = _kind(prog, "check a configuration without starting anything", arguments)
-    config = _load(command, f"{prog} {command}", rest)
+    config = load(command, f"{prog} {command}", rest)
     if config is not None:
         from rlhf_dist.cli import wiring
         from rlhf_dist.tracking.console import print_table
@@ -187,13 +186,13 @@ def _schema(arguments: list[str]) -> None:
 
 
 def _kind(prog: str, description: str, arguments: list[str]) -> tuple[str, list[str]]:
-    parser = _Parser(prog=prog, description=description, usage=f"{prog} {{{','.join(CONFIG_COMMANDS)}}} ...")
+    parser = Parser(prog=prog, description=description, usage=f"{prog} {{{','.join(CONFIG_COMMANDS)}}} ...")
     parser.add_argument("command", choices=list(CONFIG_COMMANDS), metavar="COMMAND", help=", ".join(CONFIG_COMMANDS))
     return parser.parse_args(arguments[:1]).command, arguments[1:]
 
 
 def _quickstart(arguments: list[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog=f"{PROG} quickstart",
         description=f"{OTHER_COMMANDS['quickstart']}. It is the CPU demonstration: GPUs are left alone.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -217,8 +216,14 @@ def _quickstart(arguments: list[str]) -> None:
     )
 
 
+def _submit(arguments: list[str]) -> int:
+    from rlhf_dist.cli import submit
+
+    return submit.run(arguments)
+
+
 def _chat(arguments: list[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog=f"{PROG} chat",
         description="Talk to a saved model. /reset forgets the conversation, /exit or Ctrl-D ends it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -234,12 +239,6 @@ def _chat(arguments: list[str]) -> None:
     from rlhf_dist.cli import chat
 
     chat.run(**vars(options))
-
-
-def _submit(arguments: list[str]) -> None:
-    from rlhf_dist.cli import submit
-
-    submit.run(arguments)
 
 
 def _print_error(error: RlhfDistError) -> None:

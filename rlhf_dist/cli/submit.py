@@ -4,38 +4,44 @@ in a queue."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.main import CONFIG_COMMANDS, PROG, _load, _Parser
+from rlhf_dist.cli import submit_ray
+from rlhf_dist.cli.main import CONFIG_COMMANDS, PROG, Parser, load
 from rlhf_dist.errors import ConfigError
 
 RESUMED = ("sft", "reward", "ppo")
 """Commands that a job starts with `--resume auto`; a pipeline goes on by itself."""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Check and submit; raises what the configuration or the cluster refuses the run for."""
+def run(arguments: Sequence[str]) -> int:
+    """Check and submit; returns the job's exit code where it is waited for. Raises what the configuration or the cluster
+    refuses the run for."""
     options = _parser().parse_args(list(arguments))
     if options.command not in CONFIG_COMMANDS:
         raise ConfigError(
             f"{PROG} submit: the command is {options.command!r}, but must be {', '.join(CONFIG_COMMANDS)}."
         )
-    branches: Mapping[str, Callable[[argparse.Namespace], None]] = {"slurm": _slurm}
-    branches[options.where](options)
+    if options.ray is not None:
+        return _ray(options)
+    _slurm(options)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"{PROG} submit",
-        usage=f"{PROG} submit --slurm [options] COMMAND CONFIG.yaml [--section.key value ...]",
+        usage=f"{PROG} submit (--ray ADDRESS | --slurm) [options] COMMAND CONFIG.yaml [--section.key value ...]",
         description="Hand a run to a cluster. Options stand before COMMAND, overrides of the configuration behind CONFIG.",
         allow_abbrev=False,
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--slurm", dest="where", action="store_const", const="slurm", help="submit with sbatch")
+    where.add_argument("--ray", metavar="ADDRESS", help="dashboard of a Ray cluster, such as http://HEAD:8265")
+    where.add_argument("--slurm", action="store_true", help="submit with sbatch")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
+    submit_ray.add_arguments(parser.add_argument_group("with --ray"))
     _add_slurm_options(parser)
     parser.add_argument("command", metavar="COMMAND", help=", ".join(CONFIG_COMMANDS))
     parser.add_argument("arguments", metavar="CONFIG ...", nargs=argparse.REMAINDER, help="as of `rlhf-dist COMMAND`")
@@ -88,6 +94,13 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return number
 
 
+def _ray(options: argparse.Namespace) -> int:
+    config = load(options.command, f"{PROG} submit ... {options.command}", options.arguments)
+    if config is None:  # --help was among the overrides, and printed
+        return 0
+    return submit_ray.run(options, options.command, config, options.arguments)
+
+
 def _slurm(options: argparse.Namespace) -> None:
     from rlhf_dist.cli.slurm_job import SlurmJob, SlurmRequest, activation_of_this_environment
 
@@ -131,22 +144,22 @@ def _checked(command: str, arguments: Sequence[str], array: str | None) -> tuple
     path, overrides = arguments[0], list(arguments[1:])
     resume = ["--resume", "auto"] if command in RESUMED else []
 
-    def load(*extra: str) -> Any:
-        config = _load(command, prog, [path, "--ray.address", "auto", *resume, *overrides, *extra])
+    def checked(*extra: str) -> Any:
+        config = load(command, prog, [path, "--ray.address", "auto", *resume, *overrides, *extra])
         if config is None:  # --help was among the overrides, and printed
             raise SystemExit(0)
         return config
 
-    if load().cluster != "ray":
+    if checked().cluster != "ray":
         raise ConfigError(
             "cluster is 'inline', but a job hosts its models on Ray; set cluster: ray, or pass --cluster ray."
         )
     if array is not None:
         if any(a.partition("=")[0] == "--seed" for a in overrides):
             raise ConfigError("--array gives each run its seed, so --seed has nothing to say; remove one of them.")
-        if load("--seed", "1").run_dir == load("--seed", "2").run_dir:
+        if checked("--seed", "1").run_dir == checked("--seed", "2").run_dir:
             raise ConfigError(
-                f"run_dir is {load().run_dir}, to which all runs of --array {array} would write; put {{seed}} into it, such as "
-                "--run_dir runs/ppo-{seed}."
+                f"run_dir is {checked().run_dir}, to which all runs of --array {array} would write; put {{seed}} into it, such "
+                "as --run_dir runs/ppo-{seed}."
             )
     return path, overrides

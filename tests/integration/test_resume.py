@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.runs import cli, metrics, weights, write_config
+from support.runs import cli, metrics, wait_for_step, weights, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
@@ -39,20 +38,6 @@ def _config(make_config: Make, command: str, run_dir: Path, cluster: str) -> dic
     return config
 
 
-def _wait_for_step(process: Any, run_dir: Path, step: int, timeout_s: float = 240) -> None:
-    """Until metrics.jsonl holds `step`; a run that ends before is an error of the test."""
-    deadline = time.monotonic() + timeout_s
-    path = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and json.loads(lines[-1])["step"] >= step:
-            return
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before step {step}:\n{process.stdout.read()}")
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached within {timeout_s} s")
-
-
 def _gone(processes: list[psutil.Process], timeout_s: float = 20) -> list[psutil.Process]:
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
 
@@ -68,7 +53,7 @@ def test_asked_to_stop_and_resumed_ends_where_the_undisturbed_run_ends(
         config = _config(make_config, command, run, cluster) | {"checkpoint": {"every_steps": 0}}
         configs[run] = str(write_config(tmp_path / f"{run.name}.yaml", config))
     process = cli(command, configs[stopped])
-    _wait_for_step(process, stopped, 2)
+    wait_for_step(process, stopped, 2)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
@@ -91,7 +76,7 @@ def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     config = write_config(tmp_path / "killed.yaml", _config(make_config, command, killed, cluster))
     process = cli(command, str(config))
-    _wait_for_step(process, killed, LENGTHS[command] // 2)
+    wait_for_step(process, killed, LENGTHS[command] // 2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -43,3 +46,17 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
     """Write a configuration as a user would keep it."""
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def wait_for_step(process: Any, run_dir: Path, step: int, timeout_s: float = 240) -> None:
+    """Until metrics.jsonl holds `step`; a run that ends before is an error of the test."""
+    deadline = time.monotonic() + timeout_s
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended before step {step}:\n{process.stdout.read()}")
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached within {timeout_s} s")

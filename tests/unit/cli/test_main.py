@@ -169,7 +169,7 @@ def test_eval_shows_its_result(
 ):
     summary = {"policy": {"eval_loss": 1.25, "perplexity": 3.4903}, "reward": {"accuracy": 0.875}, "seed": 0}
     monkeypatch.setattr(sys.modules["rlhf_dist.cli.wiring"], "run_eval", lambda config: summary)
-    monkeypatch.setattr("rlhf_dist.cli.main._load", lambda *_: object())
+    monkeypatch.setattr("rlhf_dist.cli.main.load", lambda *_: object())
     assert main(["eval", "unused.yaml"]) == 0
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     for row in (["policy", "eval_loss", "1.25"], ["policy", "perplexity", "3.49"], ["reward", "accuracy", "0.875"]):

@@ -146,7 +146,7 @@ def test_slurms_own_words_reach_the_user(sft: str, sbatch: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("sft CONFIG", "one of the arguments --slurm"),
+        ("sft CONFIG", "one of the arguments --ray --slurm is required"),
         ("--slurm", "COMMAND"),
         ("--slurm quickstart CONFIG", "the command is 'quickstart', but must be sft, reward, ppo"),
         ("--slurm sft", "needs a configuration file behind sft"),
