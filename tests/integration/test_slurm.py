@@ -98,11 +98,16 @@ def slurm() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def submit(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """(config, arguments, options of sbatch, variables) → job; jobs that are left are cancelled."""
+    """(config, arguments, options of sbatch, whether by `rlhf-dist submit`, variables) → job; jobs that are left are
+    cancelled."""
     jobs: list[Job] = []
 
     def submitted(
-        config: dict[str, Any], *arguments: str, sbatch: tuple[str, ...] = ("--nodes=2",), **variables: str
+        config: dict[str, Any],
+        *arguments: str,
+        sbatch: tuple[str, ...] = ("--nodes=2",),
+        through_cli: bool = False,
+        **variables: str,
     ) -> Job:
         command = "ppo" if "ppo" in config else "sft"
         path = write_config(tmp_path / f"{len(jobs)}.yaml", config)
@@ -115,9 +120,15 @@ def submit(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
         line = ["sbatch", "--parsable", "--cpus-per-task=8", f"--output={tmp_path}/%j.log", *sbatch]
         line += [f"slurm/{command}.sbatch", str(path), *arguments]
         environment = [f"{name}={value}" for name, value in (own | IN_USE | variables).items()]
-        # From the repository's root, as the scripts ask for.
-        done = slurm.run("env", f"--chdir={ROOT}", *environment, *line)
-        jobs.append(Job(slurm, done.strip().partition(";")[0], tmp_path))
+        if through_cli:
+            options = ["--nodes=2", "--cpus-per-node=8", "--sbatch-arg=--output=%j.log"]
+            line = [sys.executable, "-m", "rlhf_dist.cli.main", "submit", "--slurm", *options, command, str(path)]
+            done = slurm.run("env", f"--chdir={tmp_path}", *environment, *line)
+            job_id = re.findall(r"^Submitted job (\d+): ", done)[0]
+        else:  # from the repository's root, as the scripts ask for
+            done = slurm.run("env", f"--chdir={ROOT}", *environment, *line)
+            job_id = done.strip().partition(";")[0]
+        jobs.append(Job(slurm, job_id, tmp_path))
         return jobs[-1]
 
     yield submitted
@@ -267,9 +278,11 @@ def test_a_node_that_never_comes_up_is_named(submit: Callable[..., Job], make_co
     _nothing_left(dead)
 
 
-def test_a_cancelled_job_leaves_nothing(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
+def test_a_job_submitted_by_the_command_line_and_cancelled_leaves_nothing(
+    submit: Callable[..., Job], make_config: Make, tmp_path: Path
+):
     run_dir = tmp_path / "run"
-    job = submit(_sft(make_config, run_dir, num_steps=100_000))
+    job = submit(_sft(make_config, run_dir, num_steps=100_000), through_cli=True)
     job.wait_for(lambda: _steps(run_dir) >= 1, "the first step")
     lines = [" ".join(process.cmdline()) for process in job.processes()]
     assert len([line for line in lines if "raylet/raylet" in line]) == 2
