@@ -28,6 +28,7 @@ fail() {
 run_on_slurm() {
     local command="$1"
     shift
+    trap forward_usr1 USR1
     check_arguments "$@"
     local config="$1"
     shift
@@ -37,7 +38,6 @@ run_on_slurm() {
     trap take_down EXIT
     trap 'interrupted=1; exit 143' TERM
     trap 'interrupted=1; exit 130' INT
-    trap forward_usr1 USR1
 
     describe_container
     list_nodes
