@@ -28,6 +28,7 @@ fail() {
 run_on_slurm() {
     local command="$1"
     shift
+    trap forward_usr1 USR1
     check_arguments "$@"
     local config="$1"
     shift
@@ -37,7 +38,6 @@ run_on_slurm() {
     trap take_down EXIT
     trap 'interrupted=1; exit 143' TERM
     trap 'interrupted=1; exit 130' INT
-    trap forward_usr1 USR1
 
     describe_container
     list_nodes
@@ -85,19 +85,21 @@ run_dir_in_arguments() {
 
 # A private folder that all nodes see: the Ray token, the head's address, and the pipe whose end means "stop".
 make_job_dir() {
-    umask 077
     job_dir="${RLHF_DIST_STATE_DIR:-$HOME/.rlhf_dist/jobs}/$SLURM_JOB_ID"
     rm -rf "$job_dir" # left behind by an earlier start of this job that was killed
-    mkdir -p "$job_dir"
-    od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$job_dir/token"
-    : >"$job_dir/ended"
+    (
+        umask 077 # here only: what the run writes is the user's to share
+        mkdir -p "$job_dir"
+        od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$job_dir/token"
+        mkfifo "$job_dir/stop"
+        : >"$job_dir/ended"
+    )
 
     # The path is exported, never the token. What the user's shell knows of other Ray clusters must not reach this one.
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$job_dir/token" RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
     unset RAY_AUTH_TOKEN RAY_ADDRESS
 
     # Ray nodes stop when their input ends. This shell alone holds the writing end, so they stop even if it is killed.
-    mkfifo "$job_dir/stop"
     exec {keep_running}<>"$job_dir/stop"
 }
 
@@ -153,7 +155,7 @@ step() {
     shift
     [[ -z "${het_group[$node]:-}" ]] || group=(--het-group="${het_group[$node]}")
     exec {keep_running}>&-
-    exec srun "${group[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL \
+    exec srun "${group[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL --mpi=none \
         "${container_options[@]}" "${container_command[@]}" bash "$SLURM_PARTS/in_environment.sh" "$@"
 }
 

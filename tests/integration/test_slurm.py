@@ -28,7 +28,7 @@ from support.slurm_cluster import SlurmCluster
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
-NUM_ITERATIONS = 25
+NUM_ITERATIONS = 20
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 IN_USE = {"RLHF_DIST_RAY_ARGUMENTS": "--object-store-memory=100000000", "RLHF_DIST_START_TIMEOUT": "240"}
 
@@ -48,8 +48,9 @@ class Job:
 
     def facts(self) -> dict[str, str]:
         """What Slurm says of it."""
-        shown = self.slurm.run("scontrol", "show", "job", "-o", self.id).splitlines()[0]
-        return dict(word.partition("=")[::2] for word in shown.split())
+        shown = self.slurm.run("scontrol", "show", "job", "-o", self.id).splitlines()
+        line = next(line for line in shown if line.startswith(f"JobId={self.id} "))  # of an array, there are others
+        return dict(word.partition("=")[::2] for word in line.split())
 
     def wait_for(self, true: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
         """Until `true()`; a job that ends before is an error of the test."""
@@ -97,12 +98,18 @@ def slurm() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def submit(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """(config, arguments, options of sbatch, variables) → job; jobs that are left are cancelled."""
+    """(config, arguments, options of sbatch, whether by `rlhf-dist submit`, variables) → job; jobs that are left are
+    cancelled."""
     jobs: list[Job] = []
 
     def submitted(
-        config: dict[str, Any], *arguments: str, sbatch: tuple[str, ...] = ("--nodes=2",), **variables: str
+        config: dict[str, Any],
+        *arguments: str,
+        sbatch: tuple[str, ...] = ("--nodes=2",),
+        through_cli: bool = False,
+        **variables: str,
     ) -> Job:
+        command = "ppo" if "ppo" in config else "sft"
         path = write_config(tmp_path / f"{len(jobs)}.yaml", config)
         own = {
             "PYTHONPATH": str(ROOT),
@@ -110,12 +117,18 @@ def submit(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
             "RLHF_DIST_ACTIVATE": f"export PATH={Path(sys.executable).parent}:$PATH",
             "RLHF_DIST_STATE_DIR": str(tmp_path / "state"),
         }
-        command = ["sbatch", "--parsable", "--cpus-per-task=8", f"--output={tmp_path}/%j.log", f"--chdir={ROOT}"]
-        command += [*sbatch, str(ROOT / "slurm" / "ppo.sbatch"), str(path), *arguments]
+        line = ["sbatch", "--parsable", "--cpus-per-task=8", f"--output={tmp_path}/%j.log", *sbatch]
+        line += [f"slurm/{command}.sbatch", str(path), *arguments]
         environment = [f"{name}={value}" for name, value in (own | IN_USE | variables).items()]
-        # From the repository's root, as the scripts ask for.
-        done = slurm.run("env", f"--chdir={ROOT}", *environment, *command)
-        jobs.append(Job(slurm, done.strip().partition(";")[0], tmp_path))
+        if through_cli:
+            options = ["--nodes=2", "--cpus-per-node=8", "--sbatch-arg=--output=%j.log"]
+            line = [sys.executable, "-m", "rlhf_dist.cli.main", "submit", "--slurm", *options, command, str(path)]
+            done = slurm.run("env", f"--chdir={tmp_path}", *environment, *line)
+            job_id = re.findall(r"^Submitted job (\d+): ", done)[0]
+        else:  # from the repository's root, as the scripts ask for
+            done = slurm.run("env", f"--chdir={ROOT}", *environment, *line)
+            job_id = done.strip().partition(";")[0]
+        jobs.append(Job(slurm, job_id, tmp_path))
         return jobs[-1]
 
     yield submitted
@@ -129,6 +142,14 @@ def _ppo(make_config: Make, run_dir: Path) -> dict[str, Any]:
     config = make_config("ppo", run_dir)
     config["policy"] |= {"num_ranks": 2, "placement_strategy": "STRICT_SPREAD"}
     config["ppo"]["num_iterations"] = NUM_ITERATIONS
+    return config
+
+
+def _sft(make_config: Make, run_dir: Path, num_steps: int = 4) -> dict[str, Any]:
+    """The same with fewer processes to wait for."""
+    config = make_config("sft", run_dir)
+    config["model"] |= {"num_ranks": 2, "placement_strategy": "STRICT_SPREAD"}
+    config["sft"]["num_steps"] = num_steps
     return config
 
 
@@ -161,7 +182,9 @@ def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_con
     assert len(secret) == 64
     lines = [" ".join(process.cmdline()) for process in job.processes()]
     assert not [line for line in lines if secret in line]
-    assert len([line for line in lines if "raylet/raylet" in line and '"GPU":1' in line.replace("GPU,", '"GPU":')]) == 2
+    raylets = [line for line in lines if "raylet/raylet" in line]
+    assert len(raylets) == 2
+    assert all("CPU,8" in line and "GPU,1" in line for line in raylets), raylets
 
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
@@ -202,10 +225,13 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
 def test_an_array_trains_its_seeds_side_by_side_on_the_same_nodes(
     submit: Callable[..., Job], make_config: Make, tmp_path: Path
 ):
-    config = _ppo(make_config, tmp_path / "seed-{seed}")
-    array = submit(config, sbatch=("--nodes=2", "--array=3-4"))
-    lines = array.slurm.run("scontrol", "show", "job", "-o", array.id).splitlines()
-    tasks = [Job(array.slurm, re.findall(r"JobId=(\d+)", line)[0], tmp_path) for line in lines]
+    array = submit(_sft(make_config, tmp_path / "seed-{seed}"), sbatch=("--nodes=2", "--array=3-4"))
+
+    def lines() -> list[str]:
+        return array.slurm.run("scontrol", "show", "job", "-o", array.id).splitlines()
+
+    array.wait_for(lambda: len(lines()) == 2, "both tasks")  # Slurm makes jobs of them one by one
+    tasks = [Job(array.slurm, re.findall(r"^JobId=(\d+)", line)[0], tmp_path) for line in lines()]
     facts = [task.end() for task in tasks]
     logs = "\n".join(task.log for task in tasks)
     assert [(f["JobState"], f["ExitCode"], f["NodeList"]) for f in facts] == [("COMPLETED", "0:0", "n[1-2]")] * 2, logs
@@ -252,10 +278,12 @@ def test_a_node_that_never_comes_up_is_named(submit: Callable[..., Job], make_co
     _nothing_left(dead)
 
 
-def test_a_cancelled_job_leaves_nothing(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
+def test_a_job_submitted_by_the_command_line_and_cancelled_leaves_nothing(
+    submit: Callable[..., Job], make_config: Make, tmp_path: Path
+):
     run_dir = tmp_path / "run"
-    job = submit(_ppo(make_config, run_dir))
-    job.wait_for(lambda: _steps(run_dir) >= 1, "the first iteration")
+    job = submit(_sft(make_config, run_dir, num_steps=100_000), through_cli=True)
+    job.wait_for(lambda: _steps(run_dir) >= 1, "the first step")
     lines = [" ".join(process.cmdline()) for process in job.processes()]
     assert len([line for line in lines if "raylet/raylet" in line]) == 2
     assert [line for line in lines if line.startswith("ray::RankHost")]

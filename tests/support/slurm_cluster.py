@@ -55,6 +55,8 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
+# Heterogeneous jobs are started by the backfill scheduler only.
+SchedulerParameters=bf_interval=1
 # The machine has fewer CPUs than its nodes claim.
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -85,7 +87,9 @@ def _which(name: str) -> str | None:
 
 
 def install() -> None:
-    """Install Debian's packages. Their own services are not started: this cluster needs none of them."""
+    """Install Debian's packages, where they are missing. The services that come with them are not needed."""
+    if not missing():
+        return
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     for arguments in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
         subprocess.run(["apt-get", *arguments], check=True, env=environment)
