@@ -146,7 +146,7 @@ def _run_config_command(command: str, arguments: list[str]) -> None:
 
         with stopping.listening():
             if command == "pipeline":
-                from rlhf_dist.cli import pipeline
+                from rlhf_dist.cli.pipeline import command as pipeline
 
                 pipeline.run(config)
                 return
@@ -179,7 +179,7 @@ def _validate(arguments: list[str]) -> None:
         from rlhf_dist.tracking.console import print_table
 
         if command == "pipeline":
-            from rlhf_dist.cli.pipeline import validate
+            from rlhf_dist.cli.pipeline.command import validate
         else:
             from rlhf_dist.cli.wiring import validate
         found = validate(config)
@@ -227,7 +227,7 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 def _submit(arguments: list[str]) -> int:
-    from rlhf_dist.cli import submit
+    from rlhf_dist.cli.submit import command as submit
 
     return submit.run(arguments)
 

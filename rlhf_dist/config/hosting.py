@@ -153,16 +153,14 @@ class TrackingConfig(Schema):
     """Generated samples written to `samples/` at each evaluation or iteration."""
 
 
-class HostedRun(Schema):
-    """What the runs of all commands share."""
+class Hosting(Schema):
+    """What runs and pipelines share."""
 
     run_dir: AbsolutePath
     """Folder of this run, on storage that every node sees. An existing run is never overwritten unless told so. `{seed}` in it
     becomes the run's seed, for several seeds of one configuration."""
     seed: Count = 0
     """Seed of every random draw of the run."""
-    overwrite: bool = False
-    """Remove what an earlier run left in `run_dir`."""
     cluster: Literal["ray", "inline"] = "ray"
     """`ray` hosts models in Ray actors; `inline` in this process, one rank each (for a debugger)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -176,6 +174,13 @@ class HostedRun(Schema):
         if isinstance(values, Mapping) and "{seed}" in str(values.get("run_dir", "")):
             return {**values, "run_dir": str(values["run_dir"]).replace("{seed}", str(values.get("seed", 0)))}
         return values
+
+
+class HostedRun(Hosting):
+    """What the runs of all commands share."""
+
+    overwrite: bool = False
+    """Remove what an earlier run left in `run_dir`."""
 
 
 class RunConfig(HostedRun):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ModelWrapValidatorHandler, StringConstraints, ValidationError, model_validator
 from typing_extensions import Self
@@ -10,7 +10,7 @@ from typing_extensions import Self
 from rlhf_dist.config.base import AbsolutePath, Count, ModelPath, Schema
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.evaluate import EvalStage
-from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, RayConfig, TrackingConfig, TrainedModel
+from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, Hosting, TrackingConfig, TrainedModel
 from rlhf_dist.config.ppo import PPOStage
 from rlhf_dist.config.references import STAGES, with_natural_sources
 from rlhf_dist.config.supervised import RewardStage, SFTStage
@@ -124,22 +124,17 @@ class PipelineEval(EvalStage, StageSettings):
     reference: LinkedFrozenModel | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class PipelineConfig(Schema):
+class PipelineConfig(Hosting):
     """The stages data, sft, reward, ppo and eval, in this order; each may be absent. A stage refers to what an earlier one
     made: `${sft.model}` in a model_path, `${data.SET}` or `${data.SET.PART}` in the path of a source. Where a model_path is
     left out, the natural earlier stage is taken."""
 
     run_dir: AbsolutePath
     """Folder of the pipeline, on storage that every node sees: a run folder for each stage, named by the stage and by the
-    content of its configuration and inputs. A stage that is done is skipped, a half done one resumed; none is overwritten."""
+    content of its configuration and inputs. A stage that is done is skipped, a half done one resumed; none is overwritten.
+    `{seed}` in it becomes the seed."""
     seed: Count = 0
     """Seed of every random draw, where a stage does not set its own."""
-    cluster: Literal["ray", "inline"] = "ray"
-    """`ray` hosts models in Ray actors; `inline` in this process, one rank each (for a debugger)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` uses GPUs where there are any."""
-    ray: RayConfig = RayConfig()
-    tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     data: DataStage | None = None
     sft: PipelineSFT | None = None

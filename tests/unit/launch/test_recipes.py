@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from support.tiny import save_tiny_lm, save_tiny_rm
 
-from rlhf_dist.cli import pipeline, wiring
+from rlhf_dist.cli import wiring
 from rlhf_dist.cli.main import CONFIG_COMMANDS, schema_of
+from rlhf_dist.cli.pipeline import command as pipeline
 from rlhf_dist.cli.prepare import ppo_specs
 from rlhf_dist.config.load import load_config
 from rlhf_dist.errors import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.cli.main import load, main
-from rlhf_dist.cli.submit_ray import job_arguments
+from rlhf_dist.cli.submit.ray_job import job_arguments
 from rlhf_dist.errors import ConfigError
 
 SFT = "run_dir: runs/a\nmodel: {model_path: m}\ndata: {train: [{path: x.jsonl, kind: text}]}\n"

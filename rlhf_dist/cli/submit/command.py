@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli import submit_ray
 from rlhf_dist.cli.main import CONFIG_COMMANDS, PROG, Parser, load
+from rlhf_dist.cli.submit import ray_job
 from rlhf_dist.errors import ConfigError
 
 RESUMED = ("sft", "reward", "ppo")
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--ray", metavar="ADDRESS", help="dashboard of a Ray cluster, such as http://HEAD:8265")
     where.add_argument("--slurm", action="store_true", help="submit with sbatch")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
-    submit_ray.add_arguments(parser.add_argument_group("with --ray"))
+    ray_job.add_arguments(parser.add_argument_group("with --ray"))
     _add_slurm_options(parser)
     parser.add_argument("command", metavar="COMMAND", help=", ".join(CONFIG_COMMANDS))
     parser.add_argument("arguments", metavar="CONFIG ...", nargs=argparse.REMAINDER, help="as of `rlhf-dist COMMAND`")
@@ -98,11 +98,11 @@ def _ray(options: argparse.Namespace) -> int:
     config = load(options.command, f"{PROG} submit ... {options.command}", options.arguments)
     if config is None:  # --help was among the overrides, and printed
         return 0
-    return submit_ray.run(options, options.command, config, options.arguments)
+    return ray_job.run(options, options.command, config, options.arguments)
 
 
 def _slurm(options: argparse.Namespace) -> None:
-    from rlhf_dist.cli.slurm_job import SlurmJob, SlurmRequest, activation_of_this_environment
+    from rlhf_dist.cli.submit.slurm_job import SlurmJob, SlurmRequest, activation_of_this_environment
 
     fields = SlurmRequest.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in fields}

@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_dist import __version__
 from rlhf_dist.cli.main import main
-from rlhf_dist.cli.slurm_job import SlurmJob, SlurmRequest, slurm_parts
+from rlhf_dist.cli.submit.slurm_job import SlurmJob, SlurmRequest, slurm_parts
 from rlhf_dist.errors import ConfigError
 
 RENDERED = Path(__file__).parent / "rendered"

@@ -26,9 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cli import stopping, wiring
-from rlhf_dist.cli.descent import Lineage, inputs_of, lineage_of
-from rlhf_dist.cli.preflight import MANIFEST, PREPARE, Preflight, filled
-from rlhf_dist.cli.stages import Planner, Stage, State, check_descent, check_unchanged, files_of, stage_config, state_of
+from rlhf_dist.cli.pipeline.descent import Lineage, inputs_of, lineage_of
+from rlhf_dist.cli.pipeline.preflight import MANIFEST, PREPARE, Preflight, filled
+from rlhf_dist.cli.pipeline.stages import (
+    Planner,
+    Stage,
+    State,
+    check_descent,
+    check_unchanged,
+    files_of,
+    stage_config,
+    state_of,
+)
 from rlhf_dist.cluster.group import Session
 from rlhf_dist.config import PipelineConfig
 from rlhf_dist.config.load import dump_yaml

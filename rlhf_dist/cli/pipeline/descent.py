@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.stages import KEY_LENGTH, Input, Stage
+from rlhf_dist.cli.pipeline.stages import KEY_LENGTH, Input, Stage
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.tracking.lineage import ContentHashes, sha256_of_file, sha256_of_listing, surroundings
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from support.tiny import save_tiny_lm
 
-from rlhf_dist.cli import pipeline
-from rlhf_dist.cli.stages import Planner, Stage, check_unchanged, state_of
+from rlhf_dist.cli.pipeline import command as pipeline
+from rlhf_dist.cli.pipeline.stages import Planner, Stage, check_unchanged, state_of
 from rlhf_dist.config import PipelineConfig
 from rlhf_dist.errors import ConfigError, DataError, ModelError, RlhfDistError, RunFolderError
 from rlhf_dist.tracking.lineage import ContentHashes, write_lineage
@@ -306,7 +306,7 @@ def test_two_pipelines_do_not_share_a_folder(make: Make):
     """The other is killed with SIGKILL; the lock goes with it."""
     config = make()
     code = (
-        "import sys, time; from pathlib import Path; from rlhf_dist.cli.pipeline import _locked\n"
+        "import sys, time; from pathlib import Path; from rlhf_dist.cli.pipeline.command import _locked\n"
         "with _locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(config.run_dir)], stdout=subprocess.PIPE, text=True)

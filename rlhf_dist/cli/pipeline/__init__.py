@@ -1,0 +1,1 @@
+"""`rlhf-dist pipeline`: the stages of a whole job, keyed by content."""
