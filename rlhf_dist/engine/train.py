@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.engine import distributed, gradients, zero
 from rlhf_dist.engine.average import WeightAverage
+from rlhf_dist.engine.optimizer import compile_ops, make_optimizer
 from rlhf_dist.engine.schedule import learning_rate_factor
 from rlhf_dist.errors import RunFolderError
 
@@ -61,13 +63,9 @@ class TrainEngine:
         self.config = config
         if config.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
-        decay = [p for p in module.parameters() if _num_dims(p) > 1]
-        no_decay = [p for p in module.parameters() if _num_dims(p) <= 1]
+        ds_config = train_ds_config(config, context.world_size)
         settings = config.optimizer
-        groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
-        )
+        optimizer = make_optimizer(module, settings, ds_config)
         scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, num_steps, settings)
         )
@@ -75,7 +73,7 @@ class TrainEngine:
             model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=train_ds_config(config),
+            config=ds_config,
             dist_init_required=False,
         )
         self._engine: Any = engine
@@ -224,13 +222,27 @@ class TrainEngine:
             self.average.load_checkpoint(path)
 
 
-def train_ds_config(config: TrainedModel) -> dict[str, Any]:
-    """The DeepSpeed configuration of a trained model."""
+@contextlib.contextmanager
+def train_init(config: TrainedModel, context: distributed.RankContext) -> Iterator[None]:
+    """Inside, a trained model is loaded as its engine will hold it; native code that it needs is compiled before.
+
+    Raises:
+        ConfigError: the DeepSpeed file contradicts the role, or asks for native code that this machine cannot compile.
+    """
+    ds_config = train_ds_config(config, context.world_size)
+    compile_ops(ds_config, context.device)
+    with zero.sharded_init(ds_config):
+        yield
+
+
+def train_ds_config(config: TrainedModel, num_ranks: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a trained model on `num_ranks` ranks."""
     return zero.ds_config(
         zero_stage=config.zero_stage,
         precision=config.precision,
         max_grad_norm=config.optimizer.max_grad_norm,
         path=config.ds_config_path,
+        num_ranks=num_ranks,
     )
 
 
@@ -250,7 +262,3 @@ def _rows_of(terms: Sequence[LossTerm]) -> list[Suspect]:
         (term.name, i, batch) for term in terms for i, batch in enumerate(term.micro_batches) if batch is not None
     ]
     return [(name, i, row) for name, i, batch in batches for row in range(len(batch))]
-
-
-def _num_dims(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -16,7 +16,12 @@ from rlhf_dist.config.deepspeed import read_ds_config
 
 
 def ds_config(
-    *, zero_stage: int, precision: Precision, max_grad_norm: float = 0.0, path: Path | None = None
+    *,
+    zero_stage: int,
+    precision: Precision,
+    max_grad_norm: float = 0.0,
+    path: Path | None = None,
+    num_ranks: int = 1,
 ) -> dict[str, Any]:
     """The configuration DeepSpeed is started with.
 
@@ -25,6 +30,7 @@ def ds_config(
 
     Args:
         path: a JSON whose sections replace the generated ones.
+        num_ranks: of the role.
     """
     config: dict[str, Any] = {
         "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
@@ -35,7 +41,7 @@ def ds_config(
         # ZeRO it knows no other way.)
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if path is not None:
-        config |= read_ds_config(path, zero_stage, precision)
+        config |= read_ds_config(path, zero_stage, precision, num_ranks)
     return config | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
