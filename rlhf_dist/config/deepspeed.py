@@ -27,13 +27,17 @@ REFUSED_ZERO_KEYS = {
     "cpu_offload_param": "write offload_param: {device: cpu}, DeepSpeed's present name of it",
     "cpu_offload_use_pin_memory": "write pin_memory into offload_optimizer and offload_param",
     "zenflow": "it applies a part of the gradient before the whole of it can be checked; remove it",
-    "zero_quantized_gradients": "its kernels turn a gradient that is not a number into 0, which would pass for a sound one, and "
-    "they expect a process to see all GPUs of its node, where a rank sees its own; remove it (zero_hpz_partition_size and "
+    "zero_quantized_gradients": "its kernels turn a gradient that is not a number into 0, which would pass for a sound one, "
+    "and they expect a process to see all GPUs of its node, where a rank sees its own; remove it (zero_hpz_partition_size and "
     "zero_quantized_weights may stay)",
 }
 """Keys of `zero_optimization` that no role can train with, and the remedy."""
 
-OFFLOADS = ("offload_optimizer", "offload_param")
+NVME = {
+    "offload_optimizer": "where gradients are written to files before they can be checked",
+    "offload_param": "where DeepSpeed 0.19 stops in a forward pass at an assertion of its own ('already assigned swap buffer')",
+}
+"""Why neither part can lie on NVMe."""
 
 
 def read_ds_config(path: Path, zero_stage: int, precision: str, num_ranks: int | None = None) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
     """States and parameters in CPU memory, and nothing that would take a part of a step on its own."""
-    for part in OFFLOADS:
+    for part in NVME:
         section = zero.get(part) or {}
         if not isinstance(section, dict):
             raise ConfigError(
@@ -105,8 +109,7 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
         device, lowest = section.get("device", "none"), 3 if part == "offload_param" else 1
         if device == "nvme":
             raise ConfigError(
-                f"ds_config_path {path} has {part} on nvme, where gradients cannot be checked before they are applied; offload "
-                "to cpu, or shard over more ranks"
+                f"ds_config_path {path} has {part} on nvme, {NVME[part]}; offload to cpu, or shard over more ranks"
             )
         if device != "none" and zero.get("stage", 0) < lowest:
             raise ConfigError(
@@ -121,15 +124,18 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
         )
     if states.get("ratio", 1.0) != 1.0:
         raise ConfigError(
-            f"ds_config_path {path} has offload_optimizer.ratio {states['ratio']}: the part that stays on the GPU is stepped by "
-            "a second optimiser, which does not follow the role's learning-rate schedule; use ratio 1, or no offload"
+            f"ds_config_path {path} has offload_optimizer.ratio {states['ratio']}: the part that stays on the GPU is stepped "
+            "by a second optimiser, which does not follow the role's learning-rate schedule; use ratio 1, or no offload"
         )
 
 
 def _check_partitions(path: Path, zero: dict[str, Any], num_ranks: int | None) -> None:
     """hpZ and quantised weights are ways of ZeRO-3 to gather parameters."""
     size = zero.get("zero_hpz_partition_size", 1)
-    for key, on in (("zero_hpz_partition_size", size != 1), ("zero_quantized_weights", zero.get("zero_quantized_weights"))):
+    for key, on in (
+        ("zero_hpz_partition_size", size != 1),
+        ("zero_quantized_weights", zero.get("zero_quantized_weights")),
+    ):
         if on and zero.get("stage", 0) != 3:
             raise ConfigError(
                 f"ds_config_path {path} sets {key} at ZeRO stage {zero.get('stage', 0)}, where parameters are not sharded; use "

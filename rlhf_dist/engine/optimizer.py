@@ -35,8 +35,8 @@ def compile_ops(ds_config: dict[str, Any], device: str) -> None:
             "cpu_adam",
             "CPUAdamBuilder",
             "offloads the optimiser to cpu, and DeepSpeed's CPUAdam",
-            "install a C++ compiler (g++) and ninja on every node, or set zero_force_ds_cpu_optimizer to false in the DeepSpeed "
-            "file: torch's AdamW then steps on the CPU, more slowly",
+            "install a C++ compiler (g++) and ninja on every node, or set zero_force_ds_cpu_optimizer to false in the "
+            "DeepSpeed file: torch's AdamW then steps on the CPU, more slowly",
         )
     if ds_config["zero_optimization"].get("zero_quantized_weights"):
         if device != "cuda":
@@ -106,10 +106,16 @@ def make_optimizer(module: nn.Module, settings: OptimizerConfig, ds_config: dict
 
 def _forget_powers(optimizer: Any, args: Any, kwargs: Any) -> None:
     """CPUAdam keeps β₁ᵗ and β₂ᵗ as running products, outside its state: after a resume it computes them by `pow`, and the two
-    differ in their last bits. A new native object knows no products and computes them from the step, before a resume as after."""
+    differ in their last bits. A new native object knows no products, and computes them from the step in either case."""
     group = optimizer.param_groups[0]
     optimizer.ds_opt_adam.create_adam(
-        optimizer.opt_id, group["lr"], *group["betas"], group["eps"], group["weight_decay"], optimizer.adam_w_mode, False
+        optimizer.opt_id,
+        group["lr"],
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        optimizer.adam_w_mode,
+        False,
     )
 
 

@@ -14,7 +14,9 @@ from torch import multiprocessing
 from rlhf_dist.engine.distributed import RankContext, free_port, prepare_process
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *args: Any, timeout_s: float = 240) -> list[Any]:
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], folder: Path, *args: Any, timeout_s: float = 240
+) -> list[Any]:
     """`function(context, *args)` on every rank at once; its results in rank order. They pass through `folder`.
 
     `function` is one of a module's, so that a new process can import it.
@@ -40,7 +42,9 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *args:
     return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(num_ranks)]
 
 
-def _run(context: RankContext, function: Callable[..., Any], folder: Path, args: tuple[Any, ...], path: list[str]) -> None:
+def _run(
+    context: RankContext, function: Callable[..., Any], folder: Path, args: tuple[Any, ...], path: list[str]
+) -> None:
     sys.path[:] = path
     prepare_process(context)
     try:
