@@ -28,6 +28,7 @@ CONFIG_COMMANDS = {
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
+    "doctor": "what works on this machine, what does not, what to do",
     "validate": "check a configuration, its files and models without starting anything",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
@@ -68,7 +69,14 @@ def _run(argv: list[str]) -> None:
     if command in CONFIG_COMMANDS:
         _run_config_command(command, arguments)
     elif command in OTHER_COMMANDS:
-        {"quickstart": _quickstart, "chat": _chat, "validate": _validate, "schema": _schema}[command](arguments)
+        commands = {
+            "quickstart": _quickstart,
+            "chat": _chat,
+            "doctor": _doctor,
+            "validate": _validate,
+            "schema": _schema,
+        }
+        commands[command](arguments)
     else:
         from difflib import get_close_matches
 
@@ -223,6 +231,20 @@ def _chat(arguments: list[str]) -> None:
     from rlhf_dist.cli import chat
 
     chat.run(**vars(options))
+
+
+def _doctor(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog=f"{PROG} doctor",
+        description="What works on this machine, what does not, and what to do. Exit code 1 where something is an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--deep", action="store_true", help="also let two processes meet, and start a private Ray")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print the findings as JSON")
+    options = parser.parse_args(arguments)
+    from rlhf_dist.cli import doctor
+
+    doctor.run(deep=options.deep, as_json=options.as_json)
 
 
 def _print_error(error: RlhfDistError) -> None:

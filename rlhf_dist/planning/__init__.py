@@ -1,0 +1,1 @@
+"""What a run needs, before anything starts: memory, time, placement; and what this machine has."""
