@@ -15,10 +15,9 @@ OWNED_KEYS = {
     "gradient_clipping": "optimizer.max_grad_norm of the role",
     "optimizer": "optimizer of the role",
     "scheduler": "optimizer.schedule of the role",
-    "fp16": "precision of the role (fp32 or bf16)",
     "bfloat16": "precision of the role; DeepSpeed's present name of that section is bf16",
-    "amp": "precision of the role (fp32 or bf16)",
-    "data_types": "precision of the role: bf16 gradients are added up in fp32",
+    "amp": "precision of the role (fp32, bf16 or fp16)",
+    "data_types": "precision of the role: 16-bit gradients are added up in fp32",
 }
 """DeepSpeed keys that a run's own configuration decides, and where."""
 
@@ -55,7 +54,7 @@ def read_ds_config(path: Path, zero_stage: int, precision: str, num_ranks: int |
     if owned:
         where = "; ".join(f"{key} is set by {OWNED_KEYS[key]}" for key in owned)
         raise ConfigError(f"ds_config_path {path} sets {', '.join(owned)}; remove it: {where}")
-    for section in ("zero_optimization", "bf16"):
+    for section in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(config.get(section, {}), dict):
             raise ConfigError(
                 f"ds_config_path {path} has {section}: {config[section]!r}; it must be an object such as "
@@ -71,11 +70,19 @@ def read_ds_config(path: Path, zero_stage: int, precision: str, num_ranks: int |
         raise ConfigError(f"ds_config_path {path} sets {key}: {REFUSED_ZERO_KEYS[key]}")
     _check_offload(path, zero)
     _check_partitions(path, zero, num_ranks)
-    bf16 = bool(config.get("bf16", {}).get("enabled", False))
-    if bf16 != (precision == "bf16"):
+    for name in ("bf16", "fp16"):
+        section = config.get(name, {})
+        on = bool(section.get("enabled", False))
+        if on != (precision == name):
+            raise ConfigError(
+                f"ds_config_path {path} has {name} {'on' if on else 'off'} but the role's precision is {precision}; "
+                "make them equal"
+            )
+    others = sorted(config.get("fp16", {}).keys() - {"enabled"})
+    if others:
         raise ConfigError(
-            f"ds_config_path {path} has bf16 {'on' if bf16 else 'off'} but the role's precision is {precision}; "
-            "make them equal"
+            f"ds_config_path {path} sets {', '.join(others)} in fp16; remove it: the run scales losses itself, so that no step "
+            "is skipped"
         )
     return config
 

@@ -30,7 +30,7 @@ def test_paths_are_meant_from_where_the_command_is_given(tmp_path: Path, monkeyp
     [
         (
             b'{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}',
-            r"sets fp16; remove it: fp16 is set by precision",
+            r"has fp16 on but the role's precision is fp32; make them equal",
         ),
         (b'{"amp": {"enabled": false}, "zero_optimization": {"stage": 2}}', r"amp is set by precision"),
         (b'{"data_types": {}, "zero_optimization": {"stage": 2}}', r"data_types is set by precision"),
@@ -119,3 +119,19 @@ def test_a_partition_that_does_not_divide_the_ranks_stops_the_run_before_it_star
     model = TrainedModel(model_path="m", zero_stage=3, num_ranks=12, ds_config_path=path)
     with pytest.raises(ConfigError, match="does not divide the role's 12 ranks"):
         check_ds_config(model)
+
+
+def test_a_file_may_say_fp16_and_nothing_more_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    content = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_ds_config(path, 2, "fp16") == content
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(ConfigError, match=f"has .* but the role's precision is {precision}"):
+            read_ds_config(path, 2, precision)
+    content["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"sets initial_scale_power, loss_scale in fp16; remove it: .* no step is skipped"
+    ):
+        read_ds_config(path, 2, "fp16")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from rlhf_dist.batches import TokenBatch
 from rlhf_dist.cluster.group import WorkerSpec
@@ -29,7 +30,7 @@ def role_of(path: Path, model_path: str = "m") -> TrainedModel:
     return TrainedModel(
         model_path=model_path,
         zero_stage=stage,  # pyright: ignore[reportArgumentType]
-        precision="fp32" if path.stem.endswith("_fp32") else "bf16",
+        precision=next((p for p in ("fp32", "fp16") if path.stem.endswith(p)), "bf16"),  # pyright: ignore[reportArgumentType]
         num_ranks=8 if path in SEVERAL_RANKS else 1,
         micro_batch_size=2,
         ds_config_path=path,
@@ -52,7 +53,7 @@ def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float
 
 def test_there_is_a_file_for_every_stage():
     names = {path.stem for path in FILES}
-    assert {f"zero{stage}{suffix}" for stage in range(4) for suffix in ("", "_fp32")} <= names
+    assert {f"zero{stage}{suffix}" for stage in range(4) for suffix in ("", "_fp32", "_fp16")} <= names
     assert {"zero2_offload", "zero3_offload", "zero3_offload_optimizer", "zero3_hpz", "zero3_zeropp"} <= names
 
 
@@ -66,8 +67,12 @@ def test_a_role_accepts_it(path: Path):
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path not in SEVERAL_RANKS], ids=lambda p: p.stem)
-def test_it_trains_like_the_generated_configuration(path: Path, tiny_lm: Path, tmp_path: Path):
+def test_it_trains_like_the_generated_configuration(
+    path: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Sections of a file change memory and speed only, so the trajectory is that of the role without the file."""
+    # Torch computes in fp16 on any CPU, if slowly; DeepSpeed would refuse one without instructions for it.
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     role = role_of(path, str(tiny_lm))
     with_file = losses(role, tmp_path)
     assert with_file[-1] < with_file[0] - 0.1
@@ -103,5 +108,5 @@ def test_the_readme_names_every_file_and_key():
         assert f"`{path.name}`" in text
         config = json.loads(path.read_text(encoding="utf-8"))
         sections = config.pop("zero_optimization"), config
-        for key in {*sections[0], *sections[1]} - {"stage", "bf16"}:
+        for key in {*sections[0], *sections[1]} - {"stage", "bf16", "fp16"}:
             assert f"`{key}`" in text, f"{key} of {path.name} is not explained"
