@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from support.ranks import run_ranks
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS
 from rlhf_dist.cluster.proxies import LanguageModelRole, ReferenceRole
 from rlhf_dist.config import FrozenModel
-from rlhf_dist.engine import loss_scale
+from rlhf_dist.engine import loss_scale, zero
+from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.zero import FIRST_LOSS_SCALE
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.workers.language_model import LanguageModelWorker
 from rlhf_dist.workers.passes import pick
 
 LM = "language_model:LanguageModelWorker"
@@ -83,8 +86,8 @@ def test_the_scale_leaves_no_trace_in_the_result(tiny_lm: Path, stage: int):
 def test_overflows_with_the_optimiser_in_cpu_memory(tiny_lm: Path, tmp_path: Path, stage: int):
     """DeepSpeed keeps account of overflows of its own there, which must not outlive the attempt."""
     file = tmp_path / "ds.json"
-    zero = {"stage": stage, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
-    file.write_text(json.dumps({"zero_optimization": zero, "fp16": {"enabled": True}}), encoding="utf-8")
+    section = {"stage": stage, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(json.dumps({"zero_optimization": section, "fp16": {"enabled": True}}), encoding="utf-8")
     results = []
     for first in (FIRST_LOSS_SCALE, 2.0**40):
         role_config = config(tiny_lm, stage).model_copy(update={"ds_config_path": file})
@@ -220,3 +223,36 @@ def test_a_processor_without_it_is_refused_before_the_model_loads(
     with pytest.raises(ConfigError, match=r"fp16, which DeepSpeed does not run on this cpu .* use bf16 or fp32"):  # noqa: SIM117
         with hosted(LM, config=config(tiny_lm, stage), num_steps=4):
             pass
+
+
+def train_on_two_ranks(context: RankContext, model: Path) -> dict[int, list]:
+    """Stage → (gradient norms, weights, scale) of four steps from a fitting scale, and from one that overflows."""
+    get_accelerator().is_fp16_supported = lambda: True  # this process is the test's own
+    results: dict[int, list] = {}
+    for stage in STAGES:
+        for first in (FIRST_LOSS_SCALE, 2.0**40):
+            settings = config(model, stage).model_copy(update={"num_ranks": 2})
+            worker = LanguageModelWorker(settings, context, num_steps=4)
+            worker.engine._scale.set(first)
+            # The last row alone: rank 1 idles in its second micro-batch.
+            mine = [[0, 1], [4]] if context.rank == 0 else [[2, 3], []]
+            norms = [worker.update(batch, mine, batch.num_targets, i).grad_norm for i, batch in enumerate(BATCHES)]
+            weights = {k: t.clone() for part in zero.whole_parameters(worker.model, 1) for k, t in part.items()}
+            results.setdefault(stage, []).append((norms, weights, worker.engine._scale.value))
+    return results
+
+
+@pytest.mark.slow
+def test_two_ranks_scale_alike(tiny_lm: Path, tmp_path: Path):
+    results = run_ranks(2, train_on_two_ranks, tmp_path, tiny_lm)
+    for stage in STAGES:
+        expected = [m["train/grad_norm"] for m in four_steps(tiny_lm, stage, "fp32")[0]]
+        (norms, weights, scale), (others, same, lowered) = results[0][stage]
+        assert norms == pytest.approx(expected, rel=2e-3)
+        assert others == norms
+        assert 2.0**12 <= scale <= FIRST_LOSS_SCALE  # losses are multiplied by the number of ranks, and overflow sooner
+        assert scale <= lowered < 2.0**20
+        for mine, theirs in zip(results[0][stage], results[1][stage], strict=True):
+            assert (mine[0], mine[2]) == (theirs[0], theirs[2])
+            assert all(torch.equal(theirs[1][name], tensor) for name, tensor in mine[1].items())
+        assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
