@@ -30,6 +30,7 @@ OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
     "submit": "run a command as a job of a Ray cluster or of Slurm",
+    "doctor": "what works on this machine, what does not, what to do",
     "validate": "check a configuration, its files and models without starting anything",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
@@ -74,6 +75,7 @@ def _run(argv: list[str]) -> int:
             "quickstart": _quickstart,
             "chat": _chat,
             "submit": _submit,
+            "doctor": _doctor,
             "validate": _validate,
             "schema": _schema,
         }
@@ -249,6 +251,20 @@ def _chat(arguments: list[str]) -> None:
     from rlhf_dist.cli import chat
 
     chat.run(**vars(options))
+
+
+def _doctor(arguments: list[str]) -> None:
+    parser = Parser(
+        prog=f"{PROG} doctor",
+        description="What works on this machine, what does not, and what to do. Exit code 1 where something is an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--deep", action="store_true", help="also let two processes meet, and start a private Ray")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print the findings as JSON")
+    options = parser.parse_args(arguments)
+    from rlhf_dist.cli import doctor
+
+    doctor.run(deep=options.deep, as_json=options.as_json)
 
 
 def _print_error(error: RlhfDistError) -> None:

@@ -167,7 +167,7 @@ def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
 def check_ds_config(model: TrainedModel) -> None:
     """Refuse a DeepSpeed file that contradicts its role."""
     if model.ds_config_path is not None:
-        read_ds_config(model.ds_config_path, model.zero_stage, model.precision)
+        read_ds_config(model.ds_config_path, model.zero_stage, model.precision, model.num_ranks)
 
 
 def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:

@@ -217,7 +217,7 @@ def _precisions(config: PPOConfig) -> ppo_trainer.Precisions:
 
 
 def _lower(*precisions: Precision) -> Precision:
-    return "bf16" if "bf16" in precisions else "fp32"
+    return next(name for name in ("bf16", "fp16", "fp32") if name in precisions)
 
 
 def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:

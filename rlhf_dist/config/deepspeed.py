@@ -15,21 +15,79 @@ OWNED_KEYS = {
     "gradient_clipping": "optimizer.max_grad_norm of the role",
     "optimizer": "optimizer of the role",
     "scheduler": "optimizer.schedule of the role",
-    "fp16": "precision of the role (fp32 or bf16)",
     "bfloat16": "precision of the role; DeepSpeed's present name of that section is bf16",
-    "amp": "precision of the role (fp32 or bf16)",
-    "data_types": "precision of the role: bf16 gradients are added up in fp32",
+    "amp": "precision of the role (fp32, bf16 or fp16)",
+    "data_types": "precision of the role: 16-bit gradients are added up in fp32",
 }
 """DeepSpeed keys that a run's own configuration decides, and where."""
 
+REFUSED_ZERO_KEYS = {
+    "cpu_offload": "write offload_optimizer: {device: cpu}, DeepSpeed's present name of it",
+    "cpu_offload_param": "write offload_param: {device: cpu}, DeepSpeed's present name of it",
+    "cpu_offload_use_pin_memory": "write pin_memory into offload_optimizer and offload_param",
+    "zenflow": "it applies a part of the gradient before the whole of it can be checked; remove it",
+    "zero_quantized_gradients": "its kernels turn a gradient that is not a number into 0, which would pass for a sound one, "
+    "and they expect a process to see all GPUs of its node, where a rank sees its own; remove it (zero_hpz_partition_size and "
+    "zero_quantized_weights may stay)",
+}
+"""Keys of `zero_optimization` that no role can train with, and the remedy."""
 
-def read_ds_config(path: Path, zero_stage: int, precision: str) -> dict[str, Any]:
+NVME = {
+    "offload_optimizer": "where gradients are written to files before they can be checked",
+    "offload_param": "where DeepSpeed 0.19 stops in a forward pass at an assertion of its own ('already assigned swap buffer')",
+}
+"""Why neither part can lie on NVMe."""
+
+
+def read_ds_config(path: Path, zero_stage: int, precision: str, num_ranks: int | None = None) -> dict[str, Any]:
     """A DeepSpeed JSON, checked against what the role says.
 
+    Args:
+        num_ranks: of the role; None leaves unchecked what depends on it.
+
     Raises:
-        ConfigError: no such file, no JSON, a key that the run's own configuration owns, or a ZeRO stage or precision
-            other than the role's.
+        ConfigError: no such file, no JSON, a key that the run's own configuration owns, a ZeRO stage or precision other than
+            the role's, or settings of ZeRO under which a step could not be checked before it is taken.
     """
+    config = _read_object(path)
+    owned = sorted(OWNED_KEYS.keys() & config.keys())
+    if owned:
+        where = "; ".join(f"{key} is set by {OWNED_KEYS[key]}" for key in owned)
+        raise ConfigError(f"ds_config_path {path} sets {', '.join(owned)}; remove it: {where}")
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ConfigError(
+                f"ds_config_path {path} has {section}: {config[section]!r}; it must be an object such as "
+                + ('{"stage": 2}' if section == "zero_optimization" else '{"enabled": true}')
+            )
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage != zero_stage:
+        raise ConfigError(
+            f"ds_config_path {path} has ZeRO stage {stage} but the role's zero_stage is {zero_stage}; make them equal"
+        )
+    for key in sorted(REFUSED_ZERO_KEYS.keys() & {key for key, value in zero.items() if value}):
+        raise ConfigError(f"ds_config_path {path} sets {key}: {REFUSED_ZERO_KEYS[key]}")
+    _check_offload(path, zero)
+    _check_partitions(path, zero, num_ranks)
+    for name in ("bf16", "fp16"):
+        section = config.get(name, {})
+        on = bool(section.get("enabled", False))
+        if on != (precision == name):
+            raise ConfigError(
+                f"ds_config_path {path} has {name} {'on' if on else 'off'} but the role's precision is {precision}; "
+                "make them equal"
+            )
+    others = sorted(config.get("fp16", {}).keys() - {"enabled"})
+    if others:
+        raise ConfigError(
+            f"ds_config_path {path} sets {', '.join(others)} in fp16; remove it: the run scales losses itself, so that no step "
+            "is skipped"
+        )
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -44,32 +102,57 @@ def read_ds_config(path: Path, zero_stage: int, precision: str) -> dict[str, Any
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config_path {path} holds a {type(config).__name__}; it must hold a JSON object")
-    owned = sorted(OWNED_KEYS.keys() & config.keys())
-    if owned:
-        where = "; ".join(f"{key} is set by {OWNED_KEYS[key]}" for key in owned)
-        raise ConfigError(f"ds_config_path {path} sets {', '.join(owned)}; remove it: {where}")
-    for section in ("zero_optimization", "bf16"):
-        if not isinstance(config.get(section, {}), dict):
+    return config
+
+
+def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+    """States and parameters in CPU memory, and nothing that would take a part of a step on its own."""
+    for part in NVME:
+        section = zero.get(part) or {}
+        if not isinstance(section, dict):
             raise ConfigError(
-                f"ds_config_path {path} has {section}: {config[section]!r}; it must be an object such as "
-                + ('{"stage": 2}' if section == "zero_optimization" else '{"enabled": true}')
+                f'ds_config_path {path} has {part}: {section!r}; it must be an object such as {{"device": "cpu"}}'
             )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage != zero_stage:
-        raise ConfigError(
-            f"ds_config_path {path} has ZeRO stage {stage} but the role's zero_stage is {zero_stage}; make them equal"
-        )
-    for part in ("offload_optimizer", "offload_param"):
-        device = (config.get("zero_optimization", {}).get(part) or {}).get("device")
+        device, lowest = section.get("device", "none"), 3 if part == "offload_param" else 1
         if device == "nvme":
             raise ConfigError(
-                f"ds_config_path {path} has {part} on nvme, where gradients cannot be checked before they are applied; offload "
-                "to cpu, or shard over more ranks"
+                f"ds_config_path {path} has {part} on nvme, {NVME[part]}; offload to cpu, or shard over more ranks"
             )
-    bf16 = bool(config.get("bf16", {}).get("enabled", False))
-    if bf16 != (precision == "bf16"):
+        if device != "none" and zero.get("stage", 0) < lowest:
+            raise ConfigError(
+                f"ds_config_path {path} has {part} at ZeRO stage {zero.get('stage', 0)}, which keeps nothing it could move; "
+                f"use stage {lowest} or higher, or remove {part}"
+            )
+    states = zero.get("offload_optimizer") or {}
+    if states.get("super_offload"):
         raise ConfigError(
-            f"ds_config_path {path} has bf16 {'on' if bf16 else 'off'} but the role's precision is {precision}; "
-            "make them equal"
+            f"ds_config_path {path} sets offload_optimizer.super_offload: it takes steps before the whole gradient can be "
+            "checked, and takes them back later; remove it"
         )
-    return config
+    if states.get("ratio", 1.0) != 1.0:
+        raise ConfigError(
+            f"ds_config_path {path} has offload_optimizer.ratio {states['ratio']}: the part that stays on the GPU is stepped "
+            "by a second optimiser, which does not follow the role's learning-rate schedule; use ratio 1, or no offload"
+        )
+
+
+def _check_partitions(path: Path, zero: dict[str, Any], num_ranks: int | None) -> None:
+    """hpZ and quantised weights are ways of ZeRO-3 to gather parameters."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    for key, on in (
+        ("zero_hpz_partition_size", size != 1),
+        ("zero_quantized_weights", zero.get("zero_quantized_weights")),
+    ):
+        if on and zero.get("stage", 0) != 3:
+            raise ConfigError(
+                f"ds_config_path {path} sets {key} at ZeRO stage {zero.get('stage', 0)}, where parameters are not sharded; use "
+                "stage 3 or remove it"
+            )
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"ds_config_path {path} has zero_hpz_partition_size {size!r}; it must be a number of ranks")
+    if num_ranks is not None and num_ranks % size:
+        raise ConfigError(
+            f"ds_config_path {path} has zero_hpz_partition_size {size}, which does not divide the role's {num_ranks} "
+            f"{'rank' if num_ranks == 1 else 'ranks'}; use the number of its ranks on one node, and a num_ranks that is a "
+            "multiple of it (cluster: inline hosts one rank)"
+        )

@@ -18,7 +18,7 @@ from rlhf_dist.config.base import (
     Schema,
 )
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
 
 
@@ -80,7 +80,8 @@ class ModelHost(Placement):
     model_path: ModelPath
     """A directory in Hugging Face format or a hub name."""
     precision: Precision = "bf16"
-    """Compute precision. Trained models keep fp32 master weights in either case."""
+    """Compute precision. Trained models keep fp32 master weights in any case. `fp16` is for GPUs without bf16 (V100, T4):
+    numbers above 65,504 overflow, and gradients are scaled so that small ones do not vanish."""
     micro_batch_size: PositiveInt = 8
     """Records in one forward pass of one rank. A record is one sequence; in reward modelling it is a ranking, and its K
     responses are K sequences of the pass (a pair: 2), so bound memory by `micro_batch_tokens` where K varies. Changes memory

@@ -24,6 +24,7 @@ def frozen_init(config: FrozenModel, context: RankContext) -> Iterator[None]:
     """Inside, a frozen model is loaded as it will be held. Whole copies need neither a process group nor DeepSpeed."""
     if config.zero_stage == 3:
         join_process_group(context)
+        zero.check_precision(config.precision, context.device)
     with zero.sharded_init(frozen_ds_config(config)):
         yield
 

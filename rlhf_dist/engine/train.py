@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.engine import distributed, gradients, zero
 from rlhf_dist.engine.average import WeightAverage
+from rlhf_dist.engine.loss_scale import LossScale
+from rlhf_dist.engine.optimizer import compile_ops, make_optimizer
 from rlhf_dist.engine.schedule import learning_rate_factor
-from rlhf_dist.errors import RunFolderError
+from rlhf_dist.errors import RunFolderError, TrainingError
 
 CHECKPOINT_TAG = "state"
 Suspect = tuple[str, int, int]
@@ -61,13 +64,9 @@ class TrainEngine:
         self.config = config
         if config.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
-        decay = [p for p in module.parameters() if _num_dims(p) > 1]
-        no_decay = [p for p in module.parameters() if _num_dims(p) <= 1]
+        ds_config = train_ds_config(config, context.world_size)
         settings = config.optimizer
-        groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
-        )
+        optimizer = make_optimizer(module, settings, ds_config)
         scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, num_steps, settings)
         )
@@ -75,11 +74,12 @@ class TrainEngine:
             model=module,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=train_ds_config(config),
+            config=ds_config,
             dist_init_required=False,
         )
         self._engine: Any = engine
         _undo_trial_step(engine.optimizer)
+        self._scale = LossScale(engine.optimizer, ds_config["fp16"]["loss_scale"] if "fp16" in ds_config else None)
         self._metric_names: dict[str, set[str]] = {}
         """Loss term → the sums it reports."""
         self.average: WeightAverage | None = None
@@ -101,29 +101,38 @@ class TrainEngine:
         """Accumulate all terms' micro-batches and take one optimiser step, unless something speaks against it.
 
         A step is refused, and then touches no weight and no optimiser state, where a loss or the gradient is not finite on
-        some rank, or where `veto` says so. The report says why; every rank decides the same.
+        some rank, or where `veto` says so. The report says why; every rank decides the same. In fp16 a gradient that overflows
+        is first computed again with smaller scales (`loss_scale.py`).
 
         Args:
             veto: (loss term → metric → mean over the step of all ranks) → why the step must not be taken, or "".
             measure_terms: measure the gradient norm of each term by itself first, at the cost of one more forward and
                 backward pass of them all.
         """
-        norms = {term.name: self._norm_of([term]) for term in terms} if measure_terms else {}
-        report = StepReport(learning_rate=self._engine.get_lr()[0], term_grad_norms=norms)
-        bad_losses = self._accumulate(terms, report)
-        report.grad_norm = gradients.global_grad_norm(self._engine, self.device)
-        bad_loss = distributed.any_rank(bool(bad_losses), self.device)
+        scale_before = self._scale.state()
+        norms = {term.name: self._norm_at_any_scale(term) for term in terms} if measure_terms else {}
+        report, bad_losses, bad_loss = self._attempt(terms, norms)
+        while not bad_loss and not math.isfinite(report.grad_norm) and self._scale.halve():
+            gradients.drop_gradients(self._engine)
+            report, bad_losses, bad_loss = self._attempt(terms, norms)
         if bad_loss or not math.isfinite(report.grad_norm):
             gradients.drop_gradients(self._engine)
+            self._scale.set(1.0)
             report.suspects = self._find_suspects(terms)
             if not distributed.any_rank(bool(report.suspects), self.device):
                 # It does not happen again, or in no sample by itself: then all that took part.
                 report.suspects = bad_losses if bad_loss else _rows_of(terms)
-            return self._refused(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT)
+            return self._refused(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT, scale_before)
         reason = veto(self._means(terms, report)) if veto is not None else ""
         if reason:
-            return self._refused(report, reason)
+            return self._refused(report, reason, scale_before)
+        skipped = self._engine.skipped_steps
         self._engine.step()
+        if self._engine.skipped_steps != skipped:
+            raise TrainingError(
+                "DeepSpeed left out an optimiser step whose gradient is finite: a defect, please report it"
+            )
+        self._scale.step_taken()
         if self.average is not None:
             self.average.update()
         return report
@@ -132,6 +141,16 @@ class TrainEngine:
         """Move the schedule on over optimiser steps that are not taken: the learning rate belongs to the place in the run."""
         for _ in range(num_steps):
             self._engine.lr_scheduler.step()
+
+    def _attempt(self, terms: Sequence[LossTerm], norms: dict[str, float]) -> tuple[StepReport, list[Suspect], bool]:
+        """The step's gradient at the present scale: (report, this rank's bad losses, whether any rank has some). All attempts
+        at one step draw the same dropout."""
+        report = StepReport(learning_rate=self._engine.get_lr()[0], term_grad_norms=norms)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=self._scale.in_use):
+            bad_losses = self._accumulate(terms, report)
+        report.grad_norm = gradients.global_grad_norm(self._engine, self.device) / self._scale.value
+        return report, bad_losses, distributed.any_rank(bool(bad_losses), self.device)
 
     def _accumulate(self, terms: Sequence[LossTerm], report: StepReport) -> list[Suspect]:
         """Forward and backward of all micro-batches, with their sums into the report; the rows of this rank's micro-batches
@@ -144,7 +163,7 @@ class TrainEngine:
             idle = batch is None
             loss, sums = term.loss_sum((term.idle_batch if idle else batch).to(self.device))
             scale = 0.0 if idle else term.coefficient * self.world_size / term.global_count
-            self._engine.backward(loss * scale)
+            self._engine.backward(loss * (scale * self._scale.by_hand))
             self._metric_names[term.name] = set(sums)
             if not idle:
                 if not torch.isfinite(loss.detach()):
@@ -157,9 +176,16 @@ class TrainEngine:
     def _norm_of(self, terms: Sequence[LossTerm]) -> float:
         """Norm of the gradient of these terms alone, NaN where a loss is not finite; leaves no gradient behind."""
         bad_losses = self._accumulate(terms, StepReport())
-        norm = gradients.global_grad_norm(self._engine, self.device)
+        norm = gradients.global_grad_norm(self._engine, self.device) / self._scale.value
         gradients.drop_gradients(self._engine)
         return math.nan if distributed.any_rank(bool(bad_losses), self.device) else norm
+
+    def _norm_at_any_scale(self, term: LossTerm) -> float:
+        """`_norm_of` the term, at the first scale from here at which it does not overflow."""
+        norm = self._norm_of([term])
+        while not math.isfinite(norm) and self._scale.halve():
+            norm = self._norm_of([term])
+        return norm
 
     def _find_suspects(self, terms: Sequence[LossTerm]) -> list[Suspect]:
         """Rows of this rank whose loss or gradient by itself is not finite.
@@ -193,8 +219,9 @@ class TrainEngine:
             means.setdefault(term.name, {})[key] = total / term.global_count
         return means
 
-    def _refused(self, report: StepReport, reason: str) -> StepReport:
+    def _refused(self, report: StepReport, reason: str, scale_before: dict[str, float]) -> StepReport:
         gradients.drop_gradients(self._engine)
+        self._scale.load_state(scale_before)
         report.refused = reason
         return report
 
@@ -206,7 +233,7 @@ class TrainEngine:
 
     def save_checkpoint(self, path: Path) -> None:
         """Every rank writes its shard of parameters, optimiser and schedule under `path`."""
-        self._engine.save_checkpoint(str(path), tag=CHECKPOINT_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(path), tag=CHECKPOINT_TAG, client_state=self._scale.state(), save_latest=False)
         if self.average is not None:
             self.average.save_checkpoint(path)
 
@@ -218,19 +245,37 @@ class TrainEngine:
         """
         # DeepSpeed only asserts that there is something to load.
         found = (path / CHECKPOINT_TAG).is_dir()
-        if not found or self._engine.load_checkpoint(str(path), tag=CHECKPOINT_TAG)[0] is None:
+        loaded, state = self._engine.load_checkpoint(str(path), tag=CHECKPOINT_TAG) if found else (None, {})
+        if loaded is None:
             raise RunFolderError(f"no checkpoint of this layout in {path}; remove that step's folder or use resume: no")
+        self._scale.load_state(state)
         if self.average is not None:
             self.average.load_checkpoint(path)
 
 
-def train_ds_config(config: TrainedModel) -> dict[str, Any]:
-    """The DeepSpeed configuration of a trained model."""
+@contextlib.contextmanager
+def train_init(config: TrainedModel, context: distributed.RankContext) -> Iterator[None]:
+    """Inside, a trained model is loaded as its engine will hold it; native code that it needs is compiled before.
+
+    Raises:
+        ConfigError: the DeepSpeed file contradicts the role, or asks for native code that this machine cannot compile, or the
+            precision for instructions that it does not have.
+    """
+    ds_config = train_ds_config(config, context.world_size)
+    zero.check_precision(config.precision, context.device)
+    compile_ops(ds_config, context.device)
+    with zero.sharded_init(ds_config):
+        yield
+
+
+def train_ds_config(config: TrainedModel, num_ranks: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a trained model on `num_ranks` ranks."""
     return zero.ds_config(
         zero_stage=config.zero_stage,
         precision=config.precision,
         max_grad_norm=config.optimizer.max_grad_norm,
         path=config.ds_config_path,
+        num_ranks=num_ranks,
     )
 
 
@@ -250,7 +295,3 @@ def _rows_of(terms: Sequence[LossTerm]) -> list[Suspect]:
         (term.name, i, batch) for term in terms for i, batch in enumerate(term.micro_batches) if batch is not None
     ]
     return [(name, i, row) for name, i, batch in batches for row in range(len(batch))]
-
-
-def _num_dims(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))

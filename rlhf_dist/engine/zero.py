@@ -13,10 +13,19 @@ from torch import Tensor, nn
 
 from rlhf_dist.config import Precision
 from rlhf_dist.config.deepspeed import read_ds_config
+from rlhf_dist.errors import ConfigError
+
+FIRST_LOSS_SCALE = 2.0**16
+"""What fp16 gradients are scaled by at the start of a run. Static for DeepSpeed: `TrainEngine` moves it."""
 
 
 def ds_config(
-    *, zero_stage: int, precision: Precision, max_grad_norm: float = 0.0, path: Path | None = None
+    *,
+    zero_stage: int,
+    precision: Precision,
+    max_grad_norm: float = 0.0,
+    path: Path | None = None,
+    num_ranks: int = 1,
 ) -> dict[str, Any]:
     """The configuration DeepSpeed is started with.
 
@@ -25,17 +34,20 @@ def ds_config(
 
     Args:
         path: a JSON whose sections replace the generated ones.
+        num_ranks: of the role.
     """
     config: dict[str, Any] = {
         "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
         "bf16": {"enabled": precision == "bf16"},
     }
-    if precision == "bf16" and zero_stage > 0:
-        # DeepSpeed would add up micro-batches' gradients in bf16, and the result would depend on how many there are. (Without
-        # ZeRO it knows no other way.)
+    if precision != "fp32" and zero_stage > 0:
+        # DeepSpeed would add up micro-batches' gradients in 16 bits, and the result would depend on how many there are.
+        # (Without ZeRO it knows no other way.)
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if path is not None:
-        config |= read_ds_config(path, zero_stage, precision)
+        config |= read_ds_config(path, zero_stage, precision, num_ranks)
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": FIRST_LOSS_SCALE}
     return config | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -43,6 +55,24 @@ def ds_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Refuse, in plain words and before a model is loaded, a precision in which DeepSpeed runs nothing on this device.
+
+    Raises:
+        ConfigError: it is fp16, and a processor without fp16 instructions.
+    """
+    if precision != "fp16":
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    if not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"precision is fp16, which DeepSpeed does not run on this {device} (a processor without fp16 instructions); use "
+            "bf16 or fp32, or a GPU"
+        )
 
 
 @contextlib.contextmanager

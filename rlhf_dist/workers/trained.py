@@ -13,7 +13,7 @@ from rlhf_dist.engine import distributed, zero
 from rlhf_dist.engine.average import WeightAverage
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.engine.saving import save_pretrained
-from rlhf_dist.engine.train import TrainEngine, train_ds_config
+from rlhf_dist.engine.train import TrainEngine, train_init
 from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
 
@@ -58,7 +58,7 @@ class TrainedWorker:
 def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprobs:
     """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
     distributed.join_process_group(context)
-    with zero.sharded_init(train_ds_config(config)):
+    with train_init(config, context):
         # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
@@ -72,7 +72,7 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
     scale 1/√(d+1) is that of Stiennon et al. 2020.
     """
     distributed.join_process_group(context)
-    with zero.sharded_init(train_ds_config(config)):
+    with train_init(config, context):
         model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id)
     restore_buffers(model)
     if head_is_new:

@@ -31,7 +31,7 @@ def test_paths_are_meant_from_where_the_command_is_given(tmp_path: Path, monkeyp
     [
         (
             b'{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}',
-            r"sets fp16; remove it: fp16 is set by precision",
+            r"has fp16 on but the role's precision is fp32; make them equal",
         ),
         (b'{"amp": {"enabled": false}, "zero_optimization": {"stage": 2}}', r"amp is set by precision"),
         (b'{"data_types": {}, "zero_optimization": {"stage": 2}}', r"data_types is set by precision"),
@@ -64,3 +64,84 @@ def test_one_configuration_serves_several_seeds(tmp_path: Path) -> None:
         assert load_config(SFTConfig, path, overrides).run_dir == Path(f"runs/seed_{seed}").absolute()
     given = load_config(SFTConfig, path, ["--run_dir", f"{tmp_path}/{{seed}}", "--seed=3"])
     assert given.run_dir == tmp_path / "3"
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        (
+            {"stage": 3, "zero_hpz_partition_size": 4},
+            r"zero_hpz_partition_size 4, which does not divide the role's 6 ranks",
+        ),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 12},
+            r"divide the role's 6 ranks; use the number of its ranks on one node",
+        ),
+        ({"stage": 3, "zero_hpz_partition_size": "2"}, r"zero_hpz_partition_size '2'; it must be a number of ranks"),
+        (
+            {"stage": 2, "zero_hpz_partition_size": 2},
+            r"zero_hpz_partition_size at ZeRO stage 2, .*; use stage 3 or remove it",
+        ),
+        ({"stage": 2, "zero_quantized_weights": True}, r"zero_quantized_weights at ZeRO stage 2"),
+        (
+            {"stage": 3, "zero_quantized_gradients": True},
+            r"zero_quantized_gradients: .* not a number into 0, .* remove it",
+        ),
+        (
+            {"stage": 2, "zenflow": {"topk_ratio": 0.1}},
+            r"zenflow: it applies a part of the gradient before .* remove it",
+        ),
+        ({"stage": 2, "cpu_offload": True}, r"cpu_offload: write offload_optimizer: \{device: cpu\}"),
+        ({"stage": 2, "offload_optimizer": True}, r"offload_optimizer: True; it must be an object"),
+        (
+            {"stage": 0, "offload_optimizer": {"device": "cpu"}},
+            r"offload_optimizer at ZeRO stage 0, .* use stage 1 or higher",
+        ),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, r"offload_param at ZeRO stage 2, .* use stage 3 or higher"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, r"ratio 0\.5: .* learning-rate schedule"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}, r"super_offload: .* remove it"),
+    ],
+)
+def test_settings_of_zero_that_no_role_can_train_with_are_refused(tmp_path: Path, zero: dict, words: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=words):
+        read_ds_config(path, zero["stage"], "fp32", num_ranks=6)
+
+
+def test_what_only_switches_a_refused_setting_off_is_accepted(tmp_path: Path) -> None:
+    zero = {"stage": 3, "zero_quantized_gradients": False, "zero_hpz_partition_size": 1, "offload_param": None}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    assert read_ds_config(path, 3, "fp32", num_ranks=6)["zero_optimization"] == zero
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}), encoding="utf-8")
+    assert read_ds_config(path, 3, "fp32", num_ranks=6)
+    assert read_ds_config(path, 3, "fp32")  # the number of ranks is not known
+
+
+def test_a_partition_that_does_not_divide_the_ranks_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    from rlhf_dist.cli.prepare import check_ds_config
+    from rlhf_dist.config import TrainedModel
+
+    path = tmp_path / "ds.json"
+    content = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}, "bf16": {"enabled": True}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    model = TrainedModel(model_path="m", zero_stage=3, num_ranks=12, ds_config_path=path)
+    with pytest.raises(ConfigError, match="does not divide the role's 12 ranks"):
+        check_ds_config(model)
+
+
+def test_a_file_may_say_fp16_and_nothing_more_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    content = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_ds_config(path, 2, "fp16") == content
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(ConfigError, match=f"has .* but the role's precision is {precision}"):
+            read_ds_config(path, 2, precision)
+    content["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"sets initial_scale_power, loss_scale in fp16; remove it: .* no step is skipped"
+    ):
+        read_ds_config(path, 2, "fp16")

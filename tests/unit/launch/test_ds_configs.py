@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from rlhf_dist.batches import TokenBatch
 from rlhf_dist.cluster.group import WorkerSpec
@@ -14,9 +15,13 @@ from rlhf_dist.cluster.inline import InlineSession
 from rlhf_dist.cluster.proxies import LanguageModelRole
 from rlhf_dist.config import OptimizerConfig, TrainedModel
 from rlhf_dist.config.deepspeed import OWNED_KEYS, read_ds_config
+from rlhf_dist.engine.optimizer import uses_cpu_adam
+from rlhf_dist.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
+SEVERAL_RANKS = [FOLDER / "zero3_hpz.json", FOLDER / "zero3_zeropp.json"]
+"""Made for nodes of eight ranks: tests/unit/engine/test_hpz.py steps them on four, and compares with plain ZeRO-3."""
 
 
 def role_of(path: Path, model_path: str = "m") -> TrainedModel:
@@ -25,7 +30,8 @@ def role_of(path: Path, model_path: str = "m") -> TrainedModel:
     return TrainedModel(
         model_path=model_path,
         zero_stage=stage,  # pyright: ignore[reportArgumentType]
-        precision="fp32" if path.stem.endswith("_fp32") else "bf16",
+        precision=next((p for p in ("fp32", "fp16") if path.stem.endswith(p)), "bf16"),  # pyright: ignore[reportArgumentType]
+        num_ranks=8 if path in SEVERAL_RANKS else 1,
         micro_batch_size=2,
         ds_config_path=path,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, schedule="constant"),
@@ -47,26 +53,53 @@ def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float
 
 def test_there_is_a_file_for_every_stage():
     names = {path.stem for path in FILES}
-    assert {f"zero{stage}{suffix}" for stage in range(4) for suffix in ("", "_fp32")} <= names
-    assert {"zero2_offload", "zero3_offload"} <= names
+    assert {f"zero{stage}{suffix}" for stage in range(4) for suffix in ("", "_fp32", "_fp16")} <= names
+    assert {"zero2_offload", "zero3_offload", "zero3_offload_optimizer", "zero3_hpz", "zero3_zeropp"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_role_accepts_it(path: Path):
     role = role_of(path)
-    config = read_ds_config(path, role.zero_stage, role.precision)
+    config = read_ds_config(path, role.zero_stage, role.precision, role.num_ranks)
     assert not OWNED_KEYS.keys() & config.keys()
     offloaded = {key for key in config["zero_optimization"] if key.startswith("offload_")}
     assert bool(offloaded) == ("offload" in path.stem)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_it_trains_like_the_generated_configuration(path: Path, tiny_lm: Path, tmp_path: Path):
+@pytest.mark.parametrize("path", [path for path in FILES if path not in SEVERAL_RANKS], ids=lambda p: p.stem)
+def test_it_trains_like_the_generated_configuration(
+    path: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Sections of a file change memory and speed only, so the trajectory is that of the role without the file."""
+    # Torch computes in fp16 on any CPU, if slowly; DeepSpeed would refuse one without instructions for it.
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     role = role_of(path, str(tiny_lm))
     with_file = losses(role, tmp_path)
     assert with_file[-1] < with_file[0] - 0.1
-    assert with_file == pytest.approx(losses(role.model_copy(update={"ds_config_path": None}), tmp_path), abs=1e-5)
+    without = losses(role.model_copy(update={"ds_config_path": None}), tmp_path)
+    # CPUAdam adds in another order than torch's AdamW, which a bf16 weight's rounding magnifies.
+    assert with_file == pytest.approx(without, abs=0.02 if "offload" in path.stem else 1e-5)
+
+
+def test_offloaded_optimisers_step_with_deepspeeds_own_adam():
+    """Whether it can be compiled and takes AdamW's steps is tests/unit/engine/test_cpu_adam.py's."""
+    offloading = [path for path in FILES if "offload" in path.stem]
+    assert len(offloading) >= 3
+    for path in offloading:
+        assert uses_cpu_adam(json.loads(path.read_text(encoding="utf-8")))
+
+
+def test_the_file_for_zeropp_is_hpz_with_quantised_weights(tiny_lm: Path, tmp_path: Path):
+    """On a CPU it is refused for its kernels, before the model is loaded; all else of it is a file that runs."""
+    hpz, zeropp = (json.loads(path.read_text(encoding="utf-8")) for path in SEVERAL_RANKS)
+    assert zeropp["zero_optimization"].pop("zero_quantized_weights") is True
+    assert zeropp == hpz
+    file = tmp_path / "ds.json"
+    zeropp["zero_optimization"] |= {"zero_quantized_weights": True, "zero_hpz_partition_size": 1}
+    file.write_text(json.dumps(zeropp), encoding="utf-8")
+    role = role_of(SEVERAL_RANKS[1], str(tiny_lm)).model_copy(update={"ds_config_path": file, "num_ranks": 1})
+    with pytest.raises(ConfigError, match="whose kernels are CUDA's, and device is cpu"):
+        losses(role, tmp_path)
 
 
 def test_the_readme_names_every_file_and_key():
@@ -75,5 +108,5 @@ def test_the_readme_names_every_file_and_key():
         assert f"`{path.name}`" in text
         config = json.loads(path.read_text(encoding="utf-8"))
         sections = config.pop("zero_optimization"), config
-        for key in {*sections[0], *sections[1]} - {"stage", "bf16"}:
+        for key in {*sections[0], *sections[1]} - {"stage", "bf16", "fp16"}:
             assert f"`{key}`" in text, f"{key} of {path.name} is not explained"
