@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ class RaySession:
         common = {"log_to_driver": False, "logging_level": "CRITICAL"}
         if self._private:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run reports to nobody unasked
-            # `local` never joins a cluster that happens to run here. Ray takes its own free ports and a fresh token.
+            _private_token(os.environ)
+            # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
             ray.init("local", include_dashboard=False, **common)
         else:
             try:
@@ -211,6 +213,13 @@ class RaySession:
             self._idle.clear()
             ray.shutdown()
             self._connected = False
+
+
+def _private_token(environment: MutableMapping[str, str]) -> None:
+    """A token for a private Ray, in the memory of its processes only: Ray itself would leave one in the home directory that
+    others can read. What the user says of tokens stands."""
+    if not any(name in environment for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _plan(specs: Sequence[WorkerSpec], device: str) -> PlacementPlan:
