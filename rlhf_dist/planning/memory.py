@@ -187,7 +187,10 @@ def _trained(role: Role, model: Architecture, sharding: Sharding, work: Work) ->
     phases["step"] = {**rest, "gradients": states.gradients, "AdamW's intermediate": _stepping(model, sharding)}
     whole = largest_bucket(model, role.precision, SHARD_BYTES)
     in_parts = sharding.zero_stage == 3 or role.average
-    phases["save"] = {**rest, "gathered parameters": Held(whole if in_parts else 0, whole if in_parts else size * model.num_parameters)}
+    phases["save"] = {
+        **rest,
+        "gathered parameters": Held(whole if in_parts else 0, whole if in_parts else size * model.num_parameters),
+    }
     if role.name == "policy":
         bucket = largest_bucket(model, role.precision, BUCKET_BYTES)
         # Gathered on every rank; copied to host memory and into the object store by rank 0.

@@ -71,7 +71,9 @@ class Plan:
         host_limit = self.cluster.host_memory_bytes
         most = max(self.hosts.values(), default=0)
         if host_limit is not None and most > host_limit:
-            found.append(f"the ranks of a node need {most / 1e9:.1f} GB of its {host_limit / 1e9:.1f} GB of host memory")
+            found.append(
+                f"the ranks of a node need {most / 1e9:.1f} GB of its {host_limit / 1e9:.1f} GB of host memory"
+            )
         return found
 
     @property

@@ -185,7 +185,14 @@ def _ppo(config: PPOConfig) -> Work:
             inline=inline,
         ),
         Role(
-            "reference", reference, reference.model_path, reference.precision, False, texts, key="reference", inline=inline
+            "reference",
+            reference,
+            reference.model_path,
+            reference.precision,
+            False,
+            texts,
+            key="reference",
+            inline=inline,
         ),
         Role("reward", reward, reward.model_path, reward.precision, True, scalars, key="reward", inline=inline),
         Role(

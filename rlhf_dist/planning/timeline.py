@@ -67,7 +67,9 @@ class Rates:
         rates.pop("factors", None)
         for name, value in [*rates.items(), *(factors.items() if isinstance(factors, Mapping) else [])]:
             if name in rates and name not in known:
-                raise ConfigError(f"{source} names the rate {name!r}; known ones are {', '.join(sorted(known))}, factors")
+                raise ConfigError(
+                    f"{source} names the rate {name!r}; known ones are {', '.join(sorted(known))}, factors"
+                )
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ConfigError(f"{source} sets {name} to {value!r}; it must be a positive number")
         return cls(**rates, factors=dict(factors) if isinstance(factors, Mapping) else {})  # pyright: ignore[reportArgumentType]
@@ -195,7 +197,9 @@ class _Clock:
             moved = 2 * (4 if stage else size) * count + (size * count if stage else 0)
         owned = count / (role.num_ranks if stage else 1)
         bandwidth = self.rates.host_memory_bytes_per_s if sharding.offload_optimizer else self._memory_bandwidth
-        traffic = 40 * owned  # gradient, master weight and moments read, and written but for the gradient; an intermediate
+        traffic = (
+            40 * owned
+        )  # gradient, master weight and moments read, and written but for the gradient; an intermediate
         copied = 6 * owned / self.rates.host_copy_bytes_per_s if sharding.offload_optimizer else 0.0
         return {
             COMPUTING: role.updates * flops / (self.cluster.gpu.flops * self.rates.train_efficiency),
