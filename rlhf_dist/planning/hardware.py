@@ -30,6 +30,7 @@ def _gpu(name: str, gib: float, tflops: float, memory_gb: float, link_gb: float)
 
 GPUS = {
     # Memory: the total that CUDA reports, a little below the name. NVLink: half of the datasheet's total of both directions.
+    "b200": _gpu("B200 SXM 180GB", 166.0, 2250, 8000, 900),
     "h200": _gpu("H200 SXM 141GB", 139.8, 989, 4800, 450),
     "h100": _gpu("H100 SXM 80GB", 79.1, 989, 3350, 450),
     "h100-pcie": _gpu("H100 PCIe 80GB", 79.1, 756, 2000, 64),
@@ -41,8 +42,8 @@ GPUS = {
     # For --device cpu: round numbers, to be calibrated by --rates. Memory is the machine's, which processes share.
     "cpu": _gpu("CPU", 1 << 20, 0.1, 20, 5),
 }
-"""Name → GPU. Source: NVIDIA's datasheets of the products (NVLink 4: 900 GB/s in both directions together, NVLink 3: 600, NVLink 2:
-300; PCIe 5 ×16: 64 GB/s, PCIe 4 ×16: 32)."""
+"""Name → GPU. Source: NVIDIA's datasheets of the products (NVLink 5: 1,800 GB/s in both directions together, NVLink 4: 900, NVLink
+3: 600, NVLink 2: 300; PCIe 5 ×16: 64 GB/s, PCIe 4 ×16: 32)."""
 
 NODE_LINK_BYTES_PER_S = 50e9
 """Between nodes, a GPU's share in one direction: a 400 Gbit/s adapter for each, as in DGX H100 and its like."""

@@ -65,7 +65,7 @@ class Plan:
                 seen.add(roles)
                 count = sum(tuple(others) == roles for others in shares.values())
                 found.append(
-                    f"{' + '.join(roles)} need {need / 1e9:.1f} GB on {'each of ' if count > 1 else ''}{count} "
+                    f"{' + '.join(roles)} need{'s' if len(roles) == 1 else ''} {need / 1e9:.1f} GB on {'each of ' if count > 1 else ''}{count} "
                     f"GPU{'s' if count > 1 else ''} of {limit / 1e9:.1f} GB"
                 )
         host_limit = self.cluster.host_memory_bytes

@@ -1,9 +1,9 @@
-"""What would make a run fit, and a placement for the GPUs there are. Everything suggested here has been planned again, and fits."""
+"""What would make a run fit, and a placement for the GPUs there are. All that is suggested was planned again, and fits."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,19 @@ def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _new_values(config: AnyConfig, change: Change) -> Change:
+    """Without what the configuration says already."""
+    now = config.model_dump(mode="json")
+
+    def value_of(key: str) -> object:
+        value: object = now
+        for section in key.split("."):
+            value = value[section] if isinstance(value, dict) else None
+        return value
+
+    return {key: value for key, value in change.items() if value_of(key) != value}
+
+
 def changed(config: AnyConfig, change: Change) -> AnyConfig:
     """The configuration with other values.
 
@@ -61,7 +74,6 @@ def sufficient_changes(config: AnyConfig, plan: Plan, replan: Replan, count: int
     """The first few changes that make the run fit: single ones, then two at a time, then all that help until it does."""
     singles = list(_singles(plan))
     found: list[Suggestion] = []
-    better: list[tuple[int, Change]] = []
     tries = 0
     for change in _then_pairs(singles):
         if len(found) == count or tries == _MOST_TRIES:
@@ -71,9 +83,7 @@ def sufficient_changes(config: AnyConfig, plan: Plan, replan: Replan, count: int
         tries += 1
         again = _tried(config, change, replan)
         if again is not None and again.fits:
-            found.append(Suggestion(change, again))
-        elif again is not None and len(better) < len(singles):
-            better.append((_excess(again), change))
+            found.append(Suggestion(_new_values(config, change), again))
     return found or _greedy(config, plan, replan)
 
 
@@ -96,7 +106,7 @@ def _greedy(config: AnyConfig, plan: Plan, replan: Replan) -> list[Suggestion]:
         change, again = options[min(lower)[1]]
         assert again is not None
         now = again
-    return [Suggestion(change, now)]
+    return [Suggestion(_new_values(config, change), now)]
 
 
 def _excess(plan: Plan) -> int:
@@ -184,9 +194,16 @@ def _more_ranks(role: Role, plan: Plan) -> Iterator[Change]:
 
 
 def _shared_gpus(role: Role, plan: Plan) -> Iterator[Change]:
-    """Where there are too few GPUs: onto those of others."""
-    if plan.layout.misfit and role.placement.gpus_per_rank == 1 and len(plan.work.roles) > 1:
-        yield {f"{role.key}.gpus_per_rank": round(1 / len(plan.work.roles), 2)}
+    """Where there are too few GPUs: all roles on the same ones."""
+    roles = plan.work.roles
+    if plan.layout.misfit and len(roles) > 1 and role is roles[0] and not role.inline:
+        ranks = {f"{other.key}.num_ranks": min(other.num_ranks, plan.cluster.num_gpus) for other in roles}
+        yield ranks | {f"{other.key}.gpus_per_rank": _even_share(len(roles)) for other in roles}
+
+
+def _even_share(number: int) -> float:
+    """Two digits, rounded down: the sum may not exceed 1."""
+    return int(100 / number) / 100
 
 
 def _offload(role: Role, plan: Plan) -> Iterator[Change]:
@@ -205,21 +222,23 @@ def placements(config: AnyConfig, plan: Plan, replan: Replan) -> list[Suggestion
     for change in _layouts(plan):
         again = _tried(config, change, replan)
         if again is not None and again.fits:
-            found.append(Suggestion(change, again))
+            found.append(Suggestion(_new_values(config, change), again))
     return sorted(found, key=lambda suggestion: suggestion.plan.timeline.total)
 
 
 def _layouts(plan: Plan) -> Iterator[Change]:
     gpus = plan.cluster.num_gpus
     names = {role.name for role in plan.work.roles}
-    for stage, checkpointing, rows in itertools.product((2, 3), (False, True), (None, 4, 1)):
+    offload = [3] if Path(_OFFLOAD_FILES[3]).is_file() else []
+    stages = [(2, None), (3, None), *((stage, _OFFLOAD_FILES[stage]) for stage in offload)]
+    for (stage, file), checkpointing, rows in itertools.product(stages, (False, True), (None, 4, 1)):
         for shares in _shares(names, gpus):
             change: Change = {}
             for role in plan.work.roles:
                 ranks, share = shares[role.name]
                 change |= {f"{role.key}.num_ranks": ranks, f"{role.key}.gpus_per_rank": share}
                 if role.trained is not None:
-                    change |= {f"{role.key}.zero_stage": stage, f"{role.key}.ds_config_path": None}
+                    change |= {f"{role.key}.zero_stage": stage, f"{role.key}.ds_config_path": file}
                     change |= {f"{role.key}.gradient_checkpointing": checkpointing}
                 if role.frozen is not None:
                     change[f"{role.key}.zero_stage"] = 3 if ranks > 1 else 0
@@ -233,7 +252,7 @@ def _shares(names: set[str], gpus: int) -> Iterator[dict[str, tuple[int, float]]
     if names == {"model"}:
         yield {"model": (gpus, 1.0)}
         return
-    yield {name: (gpus, round(1 / len(names), 2)) for name in names}
+    yield {name: (gpus, _even_share(len(names))) for name in names}
     if names != {"policy", "value", "reference", "reward", "rollout"}:
         return
     half, quarter = gpus // 2, gpus // 4
@@ -247,10 +266,3 @@ def _shares(names: set[str], gpus: int) -> Iterator[dict[str, tuple[int, float]]
             "value": (train, 1.0),
             **{name: (quarter, share) for name, share in shared.items()},
         }
-
-
-def fewest(words: Sequence[str], config_words: Sequence[str]) -> list[str]:
-    """Overrides without those that say what the configuration says anyway."""
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    same = set(zip(config_words[::2], config_words[1::2], strict=True))
-    return [word for pair in pairs if pair not in same for word in pair]

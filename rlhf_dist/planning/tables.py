@@ -93,7 +93,7 @@ def memory(plan: Plan) -> Table:
         f"intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB NCCL, "
         f"{FRAGMENTATION:.0%} fragmentation."
     )
-    header = ("role", "layout", "worst phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
+    header = ("role", "layout", "phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
     return Table("Memory of a rank", (*header, "allow.", "GPU", "host"), rows, note)
 
 
