@@ -181,7 +181,10 @@ def _plan(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--gpus", type=_positive, help="GPUs of a node; default: those of this machine, or what the placement asks for")
     add("--nodes", type=_positive, help="nodes with --gpus each (default 1 with --gpus)")
-    add("--gpu-type", help="b200, h200, h100, a100-80gb, a100-40gb, l40s, a10g, v100-32gb: memory and rates by its datasheet")
+    add(
+        "--gpu-type",
+        help="b200, h200, h100, a100-80gb, a100-40gb, l40s, a10g, v100-32gb: memory and rates by its datasheet",
+    )
     add("--gpu-memory", help="of one GPU, such as 80GB (10^9 bytes) or 80GiB, in place of the type's")
     add("--cpu-memory", help="host memory of a node, which is then checked, too")
     add("--format", choices=["table", "markdown", "json"], default="table", help="of the output (default: table)")

@@ -13,6 +13,7 @@ from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.plan import plan_run
 from rlhf_dist.planning.roles import AnyConfig
 from rlhf_dist.planning.timeline import Rates
+from rlhf_dist.tracking.trackers import read_metrics
 
 PHASES = ("generate", "score", "update", "sync")
 
@@ -36,18 +37,19 @@ def read_rates(path: Path) -> Rates:
     return Rates.read(values, f"--rates {path}")
 
 
-def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster) -> Rates:
+def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster, mean_prompt: float | None = None) -> Rates:
     """Rates with a factor for each phase that the run measured. Its first iteration is left out, which pays for warming up.
 
     Args:
         metrics_path: `metrics.jsonl` of the run.
         config: of the run.
         cluster: that it ran on.
+        mean_prompt: mean length of its prompts in tokens, which a run does not write down; the longest allowed where None.
 
     Raises:
         ConfigError: the file has no times.
     """
-    rows = _read(metrics_path)
+    rows = metrics_rows(metrics_path)
     command_step = "time/update_s" if any("time/update_s" in row for row in rows) else "time/step_s"
     timed = [row for row in rows if command_step in row]
     if not timed:
@@ -55,8 +57,7 @@ def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster) -> Rates
             f"--rates {metrics_path} has no times of phases ({command_step}); give a run that trained some steps"
         )
     timed = timed[1:] or timed
-    response = _mean(timed, "rollout/response_length_mean")
-    plan = plan_run(config, cluster, mean_response=response)
+    plan = plan_run(config, cluster, mean_prompt=mean_prompt, mean_response=response_length(timed))
     expected = plan.timeline.seconds
     factors = {}
     for phase in PHASES:
@@ -69,19 +70,27 @@ def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster) -> Rates
 
 def measured_seconds(metrics_path: Path) -> dict[str, float]:
     """Phase → mean seconds of a run's iterations but the first."""
-    rows = [row for row in _read(metrics_path) if "time/update_s" in row][1:]
+    rows = [row for row in metrics_rows(metrics_path) if "time/update_s" in row][1:]
     return {phase: mean for phase in PHASES if (mean := _mean(rows, f"time/{phase}_s"))}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"--rates {path} cannot be read ({error.strerror}); give the folder of a run") from error
-    except ValueError as error:
-        raise ConfigError(f"--rates {path} is not a run's metrics.jsonl ({error}); give the folder of a run") from error
+def response_length(rows: Sequence[dict[str, float]]) -> float | None:
+    """Mean tokens of a response; None where the run had none."""
+    return _mean(rows, "rollout/response_length_mean")
 
 
-def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    values = [float(row[name]) for row in rows if name in row]
+def metrics_rows(path: Path) -> list[dict[str, float]]:
+    """What a run measured, a mapping a step.
+
+    Raises:
+        ConfigError: there is no such file.
+        RunFolderError: a line of it is not a run's.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--rates: there is no {path}; give a JSON file of rates, or the folder of a run")
+    return [metrics for _, metrics in read_metrics(path)]
+
+
+def _mean(rows: Sequence[dict[str, float]], name: str) -> float | None:
+    values = [row[name] for row in rows if name in row]
     return sum(values) / len(values) if values else None
