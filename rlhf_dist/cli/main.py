@@ -170,59 +170,15 @@ def _validate(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    prog = f"{PROG} plan"
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [{{{','.join(CONFIG_COMMANDS)}}}] CONFIG.yaml [options] [--section.key value ...]",
-        description=f"{OTHER_COMMANDS['plan']}. Needs no weights, no data and no GPU, and starts nothing. Exit code: 0 if the "
-        "run fits, 6 if not. Other options than these override keys of the configuration, as everywhere.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--gpus", type=_positive, help="GPUs of a node; default: those of this machine, or what the placement asks for")
-    add("--nodes", type=_positive, help="nodes with --gpus each (default 1 with --gpus)")
-    add(
-        "--gpu-type",
-        help="b200, h200, h100, a100-80gb, a100-40gb, l40s, a10g, v100-32gb: memory and rates by its datasheet",
-    )
-    add("--gpu-memory", help="of one GPU, such as 80GB (10^9 bytes) or 80GiB, in place of the type's")
-    add("--cpu-memory", help="host memory of a node, which is then checked, too")
-    add("--format", choices=["table", "markdown", "json"], default="table", help="of the output (default: table)")
-    add(
-        "--rates",
-        type=Path,
-        help="JSON of rates and efficiencies, or the folder of a real run, whose times calibrate them",
-    )
-    add("--scale", default="", help="also on these numbers of GPUs, such as 8,64,512,4096")
-    add("--suggest", action="store_true", help="look for placements, too, where the run fits as it is")
-    add("--mean-prompt-tokens", type=float, help="expected length of prompts, for the times (default: the longest)")
-    add("--mean-response-tokens", type=float, help="expected length of responses, for the times (default: the longest)")
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
-        parser.print_help()
-        if not arguments:
-            raise ConfigError(f"{prog} needs a configuration file; see above")
-        return
-    command = arguments.pop(0) if arguments[0] in CONFIG_COMMANDS else None
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(f"{prog}: the configuration file comes before the options. See `{prog} --help`.")
-    path, own, overrides = Path(arguments[0]), [], []
-    known = {option for action in parser._actions for option in action.option_strings}
-    target = overrides
-    for word in arguments[1:]:
-        if word.startswith("--"):
-            target = own if word.partition("=")[0] in known else overrides
-        target.append(word)
-    options = parser.parse_args(own)
-    from rlhf_dist.cli import plan
+    from rlhf_dist.cli import plan_arguments
 
-    plan.run(command, path, options, overrides)
+    options = plan_arguments.parse(
+        _Parser, f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments
+    )
+    if options is not None:
+        from rlhf_dist.cli import plan
 
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
+        plan.run(options.command, options.config, options, options.overrides)
 
 
 def _schema(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`rlhf-dist plan`: what a run needs, before anything starts. Reads the configuration and the models' config.json, nothing else."""
+"""`rlhf-dist plan`: what a run needs, before anything starts. It reads the configuration and the models' config.json alone."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from rlhf_dist.algo.logprobs import CHUNK_POSITIONS, taken_logprobs
 from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture, architecture, meta_model
 
 ERROR_BAND = (-0.20, 0.05)
-"""By how much the peak of a real training pass may lie below or above the estimate, relative to it: from 18 % below to 1 % below
-in the measurements."""
+"""By how much the peak of a real training pass may lie below or above the estimate, relative to it. Measured were 18 % to 1 %
+below."""
 
 
 @dataclass(frozen=True)

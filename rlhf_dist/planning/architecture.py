@@ -50,7 +50,7 @@ class Architecture:
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the parameters of each optimiser group (`engine.train`: with and without weight decay), none of them empty."""
+        """Sizes of the parameters of each optimiser group (`engine.train`: with and without weight decay) that is not empty."""
         decay = tuple(math.prod(shape) for _, shape in self.parameters if len(shape) > 1)
         rest = tuple(math.prod(shape) for _, shape in self.parameters if len(shape) <= 1)
         return tuple(group for group in (decay, rest) if group)

@@ -42,8 +42,8 @@ GPUS = {
     # For --device cpu: round numbers, to be calibrated by --rates. Memory is the machine's, which processes share.
     "cpu": _gpu("CPU", 1 << 20, 0.1, 20, 5),
 }
-"""Name → GPU. Source: NVIDIA's datasheets of the products (NVLink 5: 1,800 GB/s in both directions together, NVLink 4: 900, NVLink
-3: 600, NVLink 2: 300; PCIe 5 ×16: 64 GB/s, PCIe 4 ×16: 32)."""
+"""Name → GPU. Source: NVIDIA's datasheets of the products (NVLink 5: 1,800 GB/s in both directions together, NVLink 4: 900,
+NVLink 3: 600, NVLink 2: 300; PCIe 5 ×16: 64 GB/s in one, PCIe 4 ×16: 32)."""
 
 NODE_LINK_BYTES_PER_S = 50e9
 """Between nodes, a GPU's share in one direction: a 400 Gbit/s adapter for each, as in DGX H100 and its like."""

@@ -1,8 +1,8 @@
 """What one rank of a role holds, phase by phase: bytes on its GPU and in host memory, on disk and on the way.
 
-Parameters, gradients, optimiser states and what DeepSpeed keeps for them are exact (`sharding`), activations are an estimate with
-a measured error (`activations`). What comes and goes besides (buckets, gathered layers, AdamW's intermediate results) follows the
-code that allocates it.
+Parameters, gradients, optimiser states and what DeepSpeed keeps for them are exact (`sharding`), activations are an estimate
+with a measured error (`activations`). What comes and goes besides (buckets, gathered layers, AdamW's intermediate results)
+follows the code that allocates it.
 """
 
 from __future__ import annotations

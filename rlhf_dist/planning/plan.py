@@ -64,10 +64,8 @@ class Plan:
             if need > limit and roles not in seen:
                 seen.add(roles)
                 count = sum(tuple(others) == roles for others in shares.values())
-                found.append(
-                    f"{' + '.join(roles)} need{'s' if len(roles) == 1 else ''} {need / 1e9:.1f} GB on {'each of ' if count > 1 else ''}{count} "
-                    f"GPU{'s' if count > 1 else ''} of {limit / 1e9:.1f} GB"
-                )
+                verb, where = "needs" if len(roles) == 1 else "need", f"each of {count} GPUs" if count > 1 else "1 GPU"
+                found.append(f"{' + '.join(roles)} {verb} {need / 1e9:.1f} GB on {where} of {limit / 1e9:.1f} GB")
         host_limit = self.cluster.host_memory_bytes
         most = max(self.hosts.values(), default=0)
         if host_limit is not None and most > host_limit:

@@ -1,7 +1,7 @@
 """Bytes of parameters, gradients and optimiser states under DeepSpeed, exact for every rank.
 
-The sizes of the tensors that DeepSpeed 0.19 allocates, its padding included. `tests/unit/planning/test_exact_bytes.py` holds them
-against the tensors of real engines, byte for byte.
+The sizes of the tensors that DeepSpeed 0.19 allocates, its padding included. `tests/unit/planning/test_exact_bytes.py` holds
+them against the tensors of real engines, byte for byte.
 """
 
 from __future__ import annotations

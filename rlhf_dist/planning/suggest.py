@@ -197,7 +197,7 @@ def _shared_gpus(role: Role, plan: Plan) -> Iterator[Change]:
     """Where there are too few GPUs: all roles on the same ones."""
     roles = plan.work.roles
     if plan.layout.misfit and len(roles) > 1 and role is roles[0] and not role.inline:
-        ranks = {f"{other.key}.num_ranks": min(other.num_ranks, plan.cluster.num_gpus) for other in roles}
+        ranks: Change = {f"{other.key}.num_ranks": min(other.num_ranks, plan.cluster.num_gpus) for other in roles}
         yield ranks | {f"{other.key}.gpus_per_rank": _even_share(len(roles)) for other in roles}
 
 

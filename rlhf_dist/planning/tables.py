@@ -88,9 +88,9 @@ def memory(plan: Plan) -> Table:
         rows.append((name, _layout_words(needs.role), needs.worst_phase, *known, *last, gigabytes(whole), host))
     below, above = ERROR_BAND
     note = (
-        "GB (10^9 bytes) of one rank. Parameters, gradients and optimiser states are exact; real peaks of activations and logits "
-        f"were within {below:+.0%} and {above:+.0%} of the estimate. Other: KV cache, gathered parameters, sync buckets, AdamW's "
-        f"intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB NCCL, "
+        "GB (10^9 bytes) of one rank. Parameters, gradients and optimiser states are exact; real peaks of activations and "
+        f"logits lay between {below:+.0%} and {above:+.0%} of the estimate. Other: KV cache, gathered parameters, sync buckets, "
+        f"AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB NCCL, "
         f"{FRAGMENTATION:.0%} fragmentation."
     )
     header = ("role", "layout", "phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
@@ -117,8 +117,8 @@ def phases(plan: Plan) -> Table:
         "Phases",
         ("role", *there),
         rows,
-        "GB of one rank: GPU, and after + host memory, without allowance. A process's allocator keeps what it once had, so that a "
-        "GPU has to hold every role's worst phase at once. update: backward passes; step: the optimiser.",
+        "GB of one rank: GPU, and after + host memory, without allowance. A process's allocator keeps what it once had, so that "
+        "a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimiser.",
     )
 
 
@@ -149,9 +149,9 @@ def shares(plan: Plan) -> Table:
     used = sum(map(len, groups.values()))
     if used < plan.cluster.num_gpus:
         rows.append((str(plan.cluster.num_gpus - used), "nobody", "–", gigabytes(limit), ""))
-    most = max(plan.hosts.values(), default=0)
-    host = f"{gigabytes(plan.cluster.host_memory_bytes)} GB" if plan.cluster.host_memory_bytes else "not checked"
-    note = f"Host memory of the fullest node: {gigabytes(most)} GB ({host}{' there' if plan.cluster.host_memory_bytes else ''})."
+    most, there = max(plan.hosts.values(), default=0), plan.cluster.host_memory_bytes
+    host = f"of {gigabytes(there)} GB" if there else "not checked"
+    note = f"Host memory of the fullest node: {gigabytes(most)} GB ({host})."
     return Table(
         f"{plan.cluster.num_gpus} GPUs ({plan.cluster.num_nodes} × {plan.cluster.gpus_per_node} {plan.cluster.gpu.name})",
         ("GPUs", "roles on each", "need, GB", "have, GB", ""),

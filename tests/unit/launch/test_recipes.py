@@ -117,7 +117,8 @@ def test_it_can_be_run_with_a_tiny_model(name: str, models: dict[str, str], tmp_
     """All that is checked before a start, with stand-ins for models and data."""
     command = COMMANDS[name]
     records = tmp_path / "records.jsonl"
-    records.write_text("".join(json.dumps(RECORDS[command]) + "\n" for _ in range(200)), encoding="utf-8")
+    rows = [RECORDS[command] | ({"prompt": f"calm {i}"} if command == "reward" else {}) for i in range(200)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = f"[{{path: {records}, kind: {KINDS[command]}}}]"
     overrides = ["--run_dir", str(tmp_path / "run"), "--data.prompts" if command == "ppo" else "--data.train", source]
     if command == "ppo":
