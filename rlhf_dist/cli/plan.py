@@ -33,7 +33,11 @@ def run(command: str | None, path: Path, options: Namespace, overrides: Sequence
         PlacementError: it does not fit (all tables are printed before).
         RlhfDistError: the configuration, a model's config or an option is wrong.
     """
-    config = load(command or recognised(path), path, overrides)
+    report(load(command or recognised(path), path, overrides), options)
+
+
+def report(config: AnyConfig, options: Namespace) -> None:
+    """Plan a run and print it. Raises as `run` does."""
     plan, found = planned(config, options)
     counts = parse_counts(options.scale) if options.scale else []
     scale = scaled(plan, counts) if counts else []
@@ -170,7 +174,9 @@ def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
 def _remedy(changes: Sequence[suggest.Suggestion], placements: Sequence[suggest.Suggestion]) -> str:
     best = (changes or placements)[:1]
     if not best:
-        return "No change of ZeRO stage, offload, micro-batches or placement that was tried makes it fit; use more or larger GPUs"
+        return (
+            "No change of ZeRO stage, offload, micro-batches or placement that was tried helps; use more or larger GPUs"
+        )
     return f"It would with: {' '.join(best[0].overrides)}"
 
 

@@ -50,8 +50,8 @@ def _parser(
     parser = parser_class(
         prog=prog,
         usage=f"{prog} [{{{','.join(commands)}}}] CONFIG.yaml [options] [--section.key value ...]",
-        description=f"{about} Needs no weights, no data and no GPU, and starts nothing. Exit code: 0 if the run fits, 6 if not. "
-        "Other options than these override keys of the configuration, as everywhere.",
+        description=f"{about} Needs no weights, no data and no GPU, and starts nothing. Exit code: 0 if the run fits, 6 if "
+        "not. Other options than these override keys of the configuration, as everywhere.",
         allow_abbrev=False,
     )
     add = parser.add_argument

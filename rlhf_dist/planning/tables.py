@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from rlhf_dist.planning.activations import ERROR_BAND
@@ -89,9 +90,9 @@ def memory(plan: Plan) -> Table:
     below, above = ERROR_BAND
     note = (
         "GB (10^9 bytes) of one rank. Parameters, gradients and optimiser states are exact; real peaks of activations and "
-        f"logits lay between {below:+.0%} and {above:+.0%} of the estimate. Other: KV cache, gathered parameters, sync buckets, "
-        f"AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB NCCL, "
-        f"{FRAGMENTATION:.0%} fragmentation."
+        f"logits lay between {below:+.0%} and {above:+.0%} of the estimate. Other: KV cache, gathered parameters, sync "
+        f"buckets, AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB "
+        f"NCCL, {FRAGMENTATION:.0%} fragmentation."
     )
     header = ("role", "layout", "phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
     return Table("Memory of a rank", (*header, "allow.", "GPU", "host"), rows, note)
@@ -117,8 +118,8 @@ def phases(plan: Plan) -> Table:
         "Phases",
         ("role", *there),
         rows,
-        "GB of one rank: GPU, and after + host memory, without allowance. A process's allocator keeps what it once had, so that "
-        "a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimiser.",
+        "GB of one rank: GPU, and after + host memory, without allowance. A process's allocator keeps what it once had, so "
+        "that a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimiser.",
     )
 
 
@@ -195,7 +196,7 @@ def times(plan: Plan) -> Table:
     rows.append(("iteration", duration(total), "100%", f"bottleneck: {plan.timeline.bottleneck}"))
     source = "calibrated by a run" if plan.rates.factors else "datasheet rates and assumed efficiencies, not measured"
     note = (
-        f"Seconds, from {source}; prompts of {plan.lengths.prompt:g} and responses of {plan.lengths.response:g} tokens on average."
+        f"Seconds, from {source}; prompts of {plan.lengths.prompt:g} and responses of {plan.lengths.response:g} tokens."
         if plan.work.response
         else f"Seconds of one optimiser step, from {source}."
     )
@@ -217,7 +218,7 @@ def scaling(plans: Sequence[Plan]) -> Table:
 
 def stops(plans: Sequence[Plan]) -> str:
     """In words: from where on more GPUs do not pay."""
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in pairwise(plans):
         grown = after.cluster.num_gpus / before.cluster.num_gpus
         if before.timeline.total / after.timeline.total < 1 + (grown - 1) / 4:
             idle = f"; idle ranks: {', '.join(after.idle_ranks)}" if after.idle_ranks else ""

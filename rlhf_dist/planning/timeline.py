@@ -208,7 +208,7 @@ class _Clock:
         }
 
     def sync(self) -> Seconds:
-        """Bucket after bucket, and nothing at the same time: rank 0 gathers, copies and sums, the store carries, engines sum."""
+        """Bucket after bucket, and nothing at the same time: rank 0 gathers, copies, sums; the store carries; engines sum."""
         policy, rollout = self.work.role("policy"), self.work.role("rollout")
         if policy is None or rollout is None:
             return {}

@@ -178,9 +178,8 @@ def _peak(work: Any) -> int:
 
 def main(large: bool) -> None:
     """Print the table."""
-    print(
-        "| model | rows × tokens | targets from | precision | options | kept, MB | estimate | peak, MB | estimate | peak off by |"
-    )
+    columns = "model | rows × tokens | targets from | precision | options | kept, MB | estimate | peak, MB | estimate | off by"
+    print(f"| {columns} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES + (LARGE if large else []):
         m = measure(case)

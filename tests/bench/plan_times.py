@@ -2,8 +2,9 @@
 
     python tests/bench/plan_times.py
 
-Runs PPO on the CPU, in this process, on a small model; takes each phase's factor from that run; predicts three other runs (a larger
-model, longer responses, other batches), runs them, and prints predicted and measured seconds of an iteration's phases.
+Runs PPO on the CPU, in this process, on a small model; takes each phase's factor from that run; predicts another run (a larger
+model, longer responses, more prompts), runs it, and prints predicted and measured seconds of an iteration's phases. The small
+run is repeated before each of the others, for a machine that is shared is not as fast at all times.
 """
 
 from __future__ import annotations
@@ -79,8 +80,6 @@ def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = run(folder, "base", SMALL, 48, 16)
-        rates = calibrated(base.run_dir / "metrics.jsonl", base, CLUSTER, mean_prompt=75)
         print("| run | phase | predicted, s | measured, s | measured / predicted |")
         print("|---|---|---|---|---|")
         cases = {
@@ -89,6 +88,8 @@ def main() -> None:
             "twice as many prompts": (SMALL, 48, 32),
         }
         for case, (sizes, response, prompts) in cases.items():
+            base = run(folder, f"before_{prompts}_{response}_{len(case)}", SMALL, 48, 16)
+            rates = calibrated(base.run_dir / "metrics.jsonl", base, CLUSTER, mean_prompt=75)
             config = run(folder, case.replace(" ", "_"), sizes, response, prompts)
             expected, measured = predicted(config, rates), measured_seconds(config.run_dir / "metrics.jsonl")
             expected["all"], measured["all"] = sum(expected.values()), sum(measured.values())

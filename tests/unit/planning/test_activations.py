@@ -23,8 +23,8 @@ def test_attention_is_linear_in_the_length_but_for_its_mask(tiny_lm_path: str):
     def saved(rows: int, length: int) -> int:
         return training_activations(TrainingPass(tiny_lm_path, True, "bf16", rows, length, 0)).saved
 
-    # The same tokens in longer rows: each of two layers keeps a mask of [rows, length, length] in bf16, and nothing else grows but
-    # rotary tables, which are one row's.
+    # The same tokens in longer rows: each of two layers keeps a mask of [rows, length, length] in bf16, and nothing else grows
+    # but rotary tables, which are one row's.
     masks = 2 * 2 * (2 * 128**2 - 4 * 64**2)
     assert saved(2, 128) - saved(4, 64) == pytest.approx(masks, abs=0.1 * masks)
 

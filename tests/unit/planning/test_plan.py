@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import prompt_batch
+from support.tiny import hosted, prompt_batch, save_tiny_lm, token_batch, trained, worker_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf_dist.cli.prepare import ppo_specs
@@ -211,6 +211,25 @@ def test_a_run_calibrates_its_own_phases(eight_billion: PPOConfig, tmp_path: Pat
     again = plan_run(eight_billion, cluster(), rates, mean_response=300.0)
     assert again.timeline.seconds == pytest.approx(times)
     assert calibration.measured_seconds(path) == pytest.approx(times)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpoints_are_as_large_as_planned(zero_stage: int, precision: Any, tmp_path: Path):
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2}
+    config = trained(save_tiny_lm(tmp_path / "lm", **sizes), zero_stage=zero_stage, precision=precision)
+    settings = {
+        "run_dir": "x",
+        "model": config,
+        "data": {"train": [{"path": "t", "kind": "text"}], "max_length_tokens": 64},
+    }
+    planned = plan_run(SFTConfig.model_validate(settings), cluster()).memory["model"].checkpoint_bytes
+    with hosted("language_model:LanguageModelWorker", config=config, num_steps=2) as group:
+        batch = token_batch([5, 6])
+        worker_of(group).update(batch, [[0, 1]], batch.num_targets, 0)
+        worker_of(group).save_checkpoint(tmp_path / "step")
+    real = sum(file.stat().st_size for file in (tmp_path / "step").rglob("*") if file.is_file())
+    assert planned < real < 1.01 * planned  # names and shapes on top
 
 
 def test_everything_is_json(eight_billion: PPOConfig):
