@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf_dist.cli.prepare import ppo_specs
 from rlhf_dist.cluster.partition import MicroBatching, partition
-from rlhf_dist.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.config.load import load_config
 from rlhf_dist.engine import zero
 from rlhf_dist.errors import ConfigError
@@ -255,3 +255,24 @@ def test_sizes_and_names_are_read():
     assert parse_counts("8,64") == [8, 64]
     with pytest.raises(ConfigError, match="--scale"):
         parse_counts("8,many")
+
+
+def test_an_evaluation_is_planned(tiny_lm: Path, tiny_rm: Path):
+    prompts = {"prompts": [{"path": "p.jsonl", "kind": "prompt"}], "max_length_tokens": 96}
+    models = {"policy": {"model_path": str(tiny_lm)}, "reward": {"model_path": str(tiny_rm)}}
+    settings = {"max_response_tokens": 32, "batch_size": 4}
+    config = EvalConfig.model_validate({"run_dir": "x", "data": prompts, "rollout": settings, **models})
+    plan = plan_run(config, cluster())
+    assert set(plan.memory) == {"reward", "rollout"}
+    # Two layers of two key-value heads of 16: 128 elements a token; 96 tokens in 4 rows, in bf16; one layer is made anew.
+    assert plan.memory["rollout"].phases["generate"]["KV cache"].gpu == 4 * 96 * 128 * 2 * 3 // 2
+    assert plan.fits
+    assert set(plan.timeline.phases) == {"generate", "score"}
+
+
+def test_inline_runs_have_one_rank_of_each_role(eight_billion: PPOConfig):
+    config = eight_billion.model_copy(update={"cluster": "inline"})
+    plan = plan_run(config, cluster(gpus=1))
+    assert {memory.role.num_ranks for memory in plan.memory.values()} == {1}
+    assert len(plan.gpus) == 1
+    assert plan.problems[0].startswith("policy + value + reference + reward + rollout need")
