@@ -83,10 +83,9 @@ def memory(plan: Plan) -> Table:
         items = needs.phases[needs.worst_phase]
         known = [gigabytes(items[column].gpu) if column in items else "–" for column in _COLUMNS]
         rest = sum(held.gpu for item, held in items.items() if item not in _COLUMNS)
-        host = gigabytes(needs.host_bytes)
         last = (gigabytes(rest), gigabytes(0 if plan.cluster.on_cpu else needs.allowance_bytes))
         whole = needs.gpu_bytes - (needs.allowance_bytes if plan.cluster.on_cpu else 0)
-        rows.append((name, _layout_words(needs.role), needs.worst_phase, *known, *last, gigabytes(whole), host))
+        rows.append((name, _layout_words(needs.role), needs.worst_phase, *known, *last, gigabytes(whole)))
     below, above = ERROR_BAND
     note = (
         "GB (10^9 bytes) of one rank. Parameters, gradients and optimiser states are exact; real peaks of activations and "
@@ -95,7 +94,7 @@ def memory(plan: Plan) -> Table:
         f"NCCL, {FRAGMENTATION:.0%} fragmentation."
     )
     header = ("role", "layout", "phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
-    return Table("Memory of a rank", (*header, "allow.", "GPU", "host"), rows, note)
+    return Table("Memory of a rank", (*header, "allow.", "GPU"), rows, note)
 
 
 def _layout_words(role: Role) -> str:
