@@ -83,7 +83,7 @@ def main() -> None:
         print("| run | phase | predicted, s | measured, s | measured / predicted |")
         print("|---|---|---|---|---|")
         cases = {
-            "model 7 times as large": (LARGE, 48, 16),
+            "model 8 times as large": (LARGE, 48, 16),
             "responses twice as long": (SMALL, 96, 16),
             "twice as many prompts": (SMALL, 48, 32),
         }
