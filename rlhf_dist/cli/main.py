@@ -32,6 +32,7 @@ OTHER_COMMANDS = {
     "submit": "run a command as a job of a Ray cluster or of Slurm",
     "doctor": "what works on this machine, what does not, what to do",
     "validate": "check a configuration, its files and models without starting anything",
+    "plan": "memory, placement and time of a run on paper, from the models' configs alone",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
 
@@ -77,6 +78,7 @@ def _run(argv: list[str]) -> int:
             "submit": _submit,
             "doctor": _doctor,
             "validate": _validate,
+            "plan": _plan,
             "schema": _schema,
         }
         return commands[command](arguments) or 0
@@ -186,6 +188,18 @@ def _validate(arguments: list[str]) -> None:
             from rlhf_dist.cli.wiring import validate
         found = validate(config)
         print_table(f"{command}: the configuration can be run", [(str(k), str(v)) for k, v in found.items()])
+
+
+def _plan(arguments: list[str]) -> None:
+    from rlhf_dist.cli import plan_arguments
+
+    options = plan_arguments.parse(
+        _Parser, f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments
+    )
+    if options is not None:
+        from rlhf_dist.cli import plan
+
+        plan.run(options.command, options.config, options, options.overrides)
 
 
 def _schema(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from support import planning_tables
 
 from rlhf_dist.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
 from rlhf_dist.config import DataSource, RecordKind
@@ -111,6 +112,12 @@ def test_the_table_of_metrics_is_current():
     """Write it anew from `metrics_table()` when this fails."""
     text = (PACKAGE / "tracking" / "README.md").read_text(encoding="utf-8")
     assert text.split("<!-- metrics -->\n")[1] == metrics_table()
+
+
+def test_the_plans_are_current(monkeypatch: pytest.MonkeyPatch):
+    """Write them anew with `python tests/support/planning_tables.py` when this fails."""
+    monkeypatch.chdir(ROOT)
+    assert planning_tables.written(planning_tables.README.read_text(encoding="utf-8")) == planning_tables.section()
 
 
 def test_every_formula_names_a_function():

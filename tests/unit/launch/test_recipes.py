@@ -9,7 +9,7 @@ import pytest
 from support.tiny import save_tiny_lm, save_tiny_rm
 
 from rlhf_dist.cli import wiring
-from rlhf_dist.cli.main import CONFIG_COMMANDS, schema_of
+from rlhf_dist.cli.main import CONFIG_COMMANDS, main, schema_of
 from rlhf_dist.cli.pipeline import command as pipeline
 from rlhf_dist.cli.prepare import ppo_specs
 from rlhf_dist.config.load import load_config
@@ -18,13 +18,18 @@ from rlhf_dist.planning.placement import plan_placement
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
-COMMANDS = {
-    "gsm8k_sft": "sft",
-    "movie_reward": "reward",
-    "movie_ppo": "ppo",
-    "movie_pipeline": "pipeline",
-    "ppo_8b_8gpu": "ppo",
+COMMANDS = {"gsm8k_sft": "sft", "movie_reward": "reward", "movie_ppo": "ppo", "movie_pipeline": "pipeline"}
+COMMANDS |= {"llama_8b_ppo_64gpu": "ppo"}
+COMMANDS |= {f"llama_{size}_{command}": command for size in ("1b", "8b", "70b") for command in ("sft", "reward", "ppo")}
+NODES = {name: 1 for name in COMMANDS if name.startswith("llama")}
+"""Recipes by the number of nodes of eight GPUs that they are for."""
+NODES |= {"llama_8b_ppo_64gpu": 8, "llama_70b_sft": 4, "llama_70b_reward": 4, "llama_70b_ppo": 8}
+RECORDS = {
+    "sft": {"messages": [{"role": "user", "content": "calm"}, {"role": "assistant", "content": "kind"}]},
+    "reward": {"prompt": "calm", "chosen": "kind", "rejected": "crime"},
+    "ppo": {"prompt": "calm"},
 }
+KINDS = {"sft": "messages", "reward": "preference", "ppo": "prompt"}
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +110,43 @@ def test_movie_prompts_held_out_are_other_movies():
     assert len(set(train + held_out)) == len(train) + len(held_out)
 
 
+@pytest.mark.parametrize("name", NODES)
+def test_it_fits_on_paper(name: str, capsys: pytest.CaptureFixture[str]):
+    """On GPUs of 80 GB, but for the 70B policy, of which a rollout engine cannot hold a copy there."""
+    arguments = ["plan", str(RECIPES / f"{name}.yaml"), "--gpus", "8", "--nodes", str(NODES[name]), "--format", "json"]
+    fits = main([*arguments, "--gpu-memory", "80GB"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["command"] == COMMANDS[name]
+    assert not plan["idle_ranks"]
+    if name != "llama_70b_ppo":
+        assert fits, plan["problems"]
+        return
+    assert [problem.split(" needs ")[0] for problem in plan["problems"]] == ["rollout"]
+    assert main([*arguments, "--gpu-type", "b200"]) == 0
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_it_can_be_run_with_a_tiny_model(name: str, models: dict[str, str], tmp_path: Path):
+    """All that is checked before a start, with stand-ins for models and data."""
+    command = COMMANDS[name]
+    records = tmp_path / "records.jsonl"
+    rows = [RECORDS[command] | ({"prompt": f"calm {i}"} if command == "reward" else {}) for i in range(200)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = f"[{{path: {records}, kind: {KINDS[command]}}}]"
+    overrides = ["--run_dir", str(tmp_path / "run"), "--data.prompts" if command == "ppo" else "--data.train", source]
+    if command == "ppo":
+        overrides += ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
+    else:
+        overrides += ["--model.model_path", models["lm"]]
+    assert wiring.validate(load(name, *overrides))
+
+
 def placement_of(config):
     return plan_placement({spec.role: spec.placement for spec in ppo_specs(config)}, "cuda")
 
 
-def test_the_8_gpu_example_takes_eight_gpus():
-    config = load("ppo_8b_8gpu")
+def test_the_8b_recipe_takes_eight_gpus():
+    config = load("llama_8b_ppo")
     plan = placement_of(config)
     assert plan.total_gpus == 8
     assert plan.ranks["policy"] == [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -119,6 +155,6 @@ def test_the_8_gpu_example_takes_eight_gpus():
     assert plan.ranks["reward"] == plan.ranks["value"][:1]
 
 
-def test_the_8_gpu_example_has_no_share_to_give_away():
+def test_the_8b_recipe_has_no_share_to_give_away():
     with pytest.raises(ConfigError, match="shared GPU 0"):
-        placement_of(load("ppo_8b_8gpu", "--reward.gpus_per_rank", "0.2"))
+        placement_of(load("llama_8b_ppo", "--reward.gpus_per_rank", "0.2"))

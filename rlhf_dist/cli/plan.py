@@ -1,0 +1,198 @@
+"""`rlhf-dist plan`: what a run needs, before anything starts. It reads the configuration and the models' config.json alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.config.load import load_config
+from rlhf_dist.config.yaml_file import read_mapping
+from rlhf_dist.errors import ConfigError, PlacementError
+from rlhf_dist.planning import calibration, suggest, tables
+from rlhf_dist.planning.hardware import GPUS, Cluster, gpu_named, parse_bytes
+from rlhf_dist.planning.placement import plan_placement
+from rlhf_dist.planning.plan import Plan, parse_counts, plan_run, scaled
+from rlhf_dist.planning.roles import AnyConfig, work_of
+from rlhf_dist.planning.timeline import Rates
+from rlhf_dist.tracking.console import print_table
+
+_GPUS_PER_NODE = 8
+"""Assumed where nothing is said and this machine has none."""
+
+
+def run(command: str | None, path: Path, options: Namespace, overrides: Sequence[str]) -> None:
+    """Plan the run that `path` and `overrides` describe, and print it.
+
+    Raises:
+        PlacementError: it does not fit (all tables are printed before).
+        RlhfDistError: the configuration, a model's config or an option is wrong.
+    """
+    report(load(command or recognised(path), path, overrides), options)
+
+
+def report(config: AnyConfig, options: Namespace) -> None:
+    """Plan a run and print it. Raises as `run` does."""
+    plan, found = planned(config, options)
+    counts = parse_counts(options.scale) if options.scale else []
+    scale = scaled(plan, counts) if counts else []
+    changes = [] if plan.fits else suggest.sufficient_changes(config, plan, found)
+    placements = suggest.placements(config, plan, found) if not plan.fits or options.suggest else []
+    if options.format == "json":
+        data = tables.as_data(plan, scale)
+        data["sufficient_changes"] = [one.overrides for one in changes]
+        data["placements"] = [_placement_data(one) for one in placements[:_MOST_PLACEMENTS]]
+        print(json.dumps(data, indent=2))
+    else:
+        shown = tables.tables(plan) + ([tables.scaling(scale)] if scale else [])
+        shown += suggested(plan, changes, placements)
+        show(shown, options.format)
+    if not plan.fits:
+        raise PlacementError(f"the run does not fit: {'; '.join(plan.problems)}. {_remedy(changes, placements)}")
+
+
+_MOST_PLACEMENTS = 2
+
+
+def planned(config: AnyConfig, options: Namespace) -> tuple[Plan, Any]:
+    """The plan, and the function that plans another configuration on the same machines."""
+    cluster = cluster_of(config, options)
+    again = partial(
+        plan_run,
+        cluster=cluster,
+        rates=rates_of(options, cluster),
+        mean_prompt=options.mean_prompt_tokens,
+        mean_response=options.mean_response_tokens,
+    )
+    return again(config), again
+
+
+def load(command: str, path: Path, overrides: Sequence[str]) -> AnyConfig:
+    """The checked configuration."""
+    from rlhf_dist.cli.main import schema_of
+
+    return load_config(schema_of(command), path, overrides)
+
+
+def recognised(path: Path) -> str:
+    """The command that a configuration file is for, by its sections.
+
+    Raises:
+        ConfigError: its sections are no command's.
+    """
+    keys = read_mapping(path)[0]
+    data = keys.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    if {"ppo", "value"} & keys.keys():
+        return "ppo"
+    if "sft" in keys:
+        return "sft"
+    if "model" in keys:
+        kinds = {source.get("kind") for source in data.get("train") or () if isinstance(source, Mapping)}
+        return "reward" if "reward" in keys or kinds & {"preference", "ratings"} else "sft"
+    if {"instructions", "preferences"} & data.keys() or ("policy" in keys and "reward" not in keys):
+        return "eval"
+    if {"policy", "reward"} <= keys.keys():
+        return "ppo"
+    raise ConfigError(
+        f"{path} has the sections {', '.join(keys) or 'none'}, by which no command is recognised; name it: rlhf-dist plan "
+        "{sft,reward,ppo,eval} CONFIG"
+    )
+
+
+def cluster_of(config: AnyConfig, options: Namespace) -> Cluster:
+    """The machines: as the options say, else what the placement asks for and what this machine has."""
+    import psutil
+    import torch
+
+    asked = options.gpus or options.nodes or options.gpu_memory or options.gpu_type
+    here = torch.cuda.device_count()
+    host = parse_bytes(options.cpu_memory, "--cpu-memory") if options.cpu_memory else None
+    if not asked and (config.device == "cpu" or (config.device == "auto" and not here)):
+        gpu = GPUS["cpu"]
+        return Cluster(gpu, 1, options.nodes or 1, gpu.memory_bytes, host or psutil.virtual_memory().total)
+    gpu = gpu_named(options.gpu_type) if options.gpu_type else _gpu_here(torch) if here else GPUS["h100"]
+    memory = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else gpu.memory_bytes
+    placements = {role.name: role.placement for role in work_of(config).roles}
+    needed = 1 if config.cluster == "inline" else math.ceil(plan_placement(placements, "cuda").total_gpus)
+    per_node = options.gpus or (here if here and not options.nodes else min(_GPUS_PER_NODE, needed))
+    nodes = options.nodes or (-(-needed // per_node) if not options.gpus else 1)
+    return Cluster(gpu, per_node, nodes, memory, host)
+
+
+def _gpu_here(torch: Any) -> Any:
+    properties = torch.cuda.get_device_properties(0)
+    name = properties.name.lower()
+    known = max(GPUS.values(), key=lambda gpu: sum(word.lower() in name for word in gpu.name.split()[:1]))
+    return replace(known, name=properties.name, memory_bytes=properties.total_memory)
+
+
+def rates_of(options: Namespace, cluster: Cluster) -> Rates:
+    """Assumed, of a JSON file, or measured by a run."""
+    path = options.rates
+    if path is None:
+        return Rates()
+    if path.suffix == ".json":
+        return calibration.read_rates(path)
+    metrics = path / "metrics.jsonl" if path.is_dir() else path
+    settings = metrics.parent / "config.yaml"
+    config = load(recognised(settings), settings, [])
+    return calibration.calibrated(metrics, config, cluster)
+
+
+def suggested(
+    plan: Plan, changes: Sequence[suggest.Suggestion], placements: Sequence[suggest.Suggestion]
+) -> list[tables.Table]:
+    """What would make it fit, and other placements; each was planned again, and fits."""
+    shown = []
+    if changes:
+        rows = [
+            (" ".join(one.overrides), _fullest(one.plan), tables.duration(one.plan.timeline.total)) for one in changes
+        ]
+        shown.append(tables.Table("It would fit with", ("overrides", "fullest GPU, GB", "iteration, s"), rows))
+    if placements:
+        best = placements[:_MOST_PLACEMENTS]
+        rows = [(" ".join(one.overrides), _fullest(one.plan), tables.duration(one.plan.timeline.total)) for one in best]
+        title = f"Placements that fit on {plan.cluster.num_nodes} × {plan.cluster.gpus_per_node} GPUs"
+        shown.append(tables.Table(title, ("overrides", "fullest GPU, GB", "iteration, s"), rows))
+    return shown
+
+
+def _fullest(plan: Plan) -> str:
+    return tables.gigabytes(max(plan.gpus.values(), default=0) or max(plan.hosts.values()))
+
+
+def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
+    return {"overrides": one.overrides, "iteration_s": one.plan.timeline.total}
+
+
+def _remedy(changes: Sequence[suggest.Suggestion], placements: Sequence[suggest.Suggestion]) -> str:
+    best = (changes or placements)[:1]
+    if not best:
+        return (
+            "No change of ZeRO stage, offload, micro-batches or placement that was tried helps; use more or larger GPUs"
+        )
+    return f"It would with: {' '.join(best[0].overrides)}"
+
+
+def show(shown: Sequence[tables.Table], form: str) -> None:
+    """For the terminal, or as Markdown."""
+    if form == "markdown":
+        print("\n\n".join(markdown(table) for table in shown))
+        return
+    for table in shown:
+        print_table(table.title, table.rows, table.header)
+        if table.note:
+            print(f"{table.note}\n")
+
+
+def markdown(table: tables.Table) -> str:
+    """A table in GitHub's Markdown, its title in bold above and its note below."""
+    lines = [f"**{table.title}**", "", "| " + " | ".join(table.header) + " |", "|" + "---|" * len(table.header)]
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    return "\n".join(lines + (["", table.note] if table.note else []))

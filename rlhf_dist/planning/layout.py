@@ -1,0 +1,88 @@
+"""Which GPU of which node each rank sits on, and what the roles on a GPU and a node need together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_dist.planning.hardware import Cluster
+from rlhf_dist.planning.memory import RoleMemory
+from rlhf_dist.planning.placement import PlacementPlan, Slot, misfit, plan_placement
+from rlhf_dist.planning.roles import Role
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks on nodes. On CPUs every slot is a share of its node."""
+
+    placement: PlacementPlan
+    nodes: dict[Slot, int]
+    """Slot → node."""
+    misfit: str
+    """Why the cluster cannot hold the placement, or ""; slots that found no room are then on nodes that do not exist."""
+
+    def nodes_of(self, role: str) -> list[int]:
+        """Nodes of a role's ranks, in rank order."""
+        return [self.nodes[slot] for slot in self.placement.ranks[role]]
+
+    def shares(self) -> dict[Slot, list[str]]:
+        """Slot → roles with a rank on it."""
+        found: dict[Slot, list[str]] = {}
+        for role, slots in self.placement.ranks.items():
+            for slot in slots:
+                found.setdefault(slot, []).append(role)
+        return found
+
+
+def lay_out(roles: Sequence[Role], cluster: Cluster) -> Layout:
+    """Place the roles as a run would, as closely as can be said without asking Ray: node by node in the order of the roles;
+    spread roles one rank a node.
+
+    Raises:
+        ConfigError: roles that share GPUs ask for more than there is of one.
+    """
+    device = "cpu" if cluster.on_cpu else "cuda"
+    placements = {role.name: role.placement for role in roles}
+    if any(role.inline for role in roles):
+        one = {"num_ranks": 1, "gpus_per_rank": 1 / len(roles)}
+        placements = {name: p.model_copy(update=one) for name, p in placements.items()}
+    plan = plan_placement(placements, device)
+    if cluster.on_cpu:
+        # Ranks take turns on the cores there are: they only have to be somewhere.
+        slots = [Slot(i, j) for i, r in enumerate(plan.reservations) for j in range(len(r.bundles))]
+        return Layout(plan, {slot: i % cluster.num_nodes for i, slot in enumerate(slots)}, "")
+    reason = ""
+    if plan.total_gpus > cluster.num_gpus:
+        reason = f"the roles ask for {plan.total_gpus:g} GPUs and there are {cluster.num_gpus}"
+    reason = reason or misfit(plan, [{"GPU": float(cluster.gpus_per_node)}] * cluster.num_nodes, ["GPU"]) or ""
+    free = [cluster.gpus_per_node] * cluster.num_nodes
+    nodes: dict[Slot, int] = {}
+    for i, reservation in enumerate(plan.reservations):
+        spread = reservation.strategy in ("SPREAD", "STRICT_SPREAD")
+        turn = 0
+        for j in range(len(reservation.bundles)):
+            order = [(turn + k) % len(free) for k in range(cluster.num_nodes)] if spread else range(len(free))
+            node = next((n for n in order if n < len(free) and free[n] > 0), None)
+            if node is None:
+                free.append(cluster.gpus_per_node)
+                node = len(free) - 1
+                reason = reason or "the roles do not fit on the nodes there are"
+            free[node] -= 1
+            nodes[Slot(i, j)] = node
+            turn = node + 1
+    return Layout(plan, nodes, reason)
+
+
+def gpu_totals(layout: Layout, memory: dict[str, RoleMemory]) -> dict[Slot, int]:
+    """Slot → bytes of all ranks on it."""
+    return {slot: sum(memory[role].gpu_bytes for role in roles) for slot, roles in layout.shares().items()}
+
+
+def host_totals(layout: Layout, memory: dict[str, RoleMemory], on_cpu: bool) -> dict[int, int]:
+    """Node → bytes of host memory of all ranks there; on CPUs that is all they hold."""
+    totals: dict[int, int] = {}
+    for slot, roles in layout.shares().items():
+        for role in roles:
+            need = memory[role].host_bytes + (memory[role].total(memory[role].worst_phase).gpu if on_cpu else 0)
+            totals[layout.nodes[slot]] = totals.get(layout.nodes[slot], 0) + need
+    return totals

@@ -1,0 +1,96 @@
+"""Parameters, gradients and optimiser states: what is planned is what real engines hold, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import census
+from support.tiny import save_tiny_lm, tiny_tokenizer, trained
+
+from rlhf_dist.planning.architecture import architecture
+from rlhf_dist.planning.sharding import Held, Sharding, average_bytes, trained_states
+
+DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
+CROSSED = [("llama", stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+OTHERS = [("tied", 0, "fp32"), ("tied", 1, "bf16"), ("tied", 2, "fp32"), ("tied", 3, "bf16"), ("scalar", 1, "bf16")]
+OTHERS += [("scalar", 3, "fp32"), ("gpt2", 0, "bf16"), ("gpt2", 2, "bf16"), ("gpt2", 3, "bf16")]
+OFFLOADED = [("llama", 2, "zero2_offload"), ("tied", 3, "zero3_offload")]
+SMALL_GROUPS = ("llama", 3, "small")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Widths that no number of ranks divides, so that padding shows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("models")
+    odd: dict[str, Any] = {
+        "hidden_size": 36,
+        "intermediate_size": 55,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    }
+    tokenizer = tiny_tokenizer()
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=35, n_layer=2, n_head=5, n_positions=64))
+    gpt2.save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
+    return {
+        "llama": save_tiny_lm(folder / "llama", **odd),
+        "tied": save_tiny_lm(folder / "tied", tie_word_embeddings=True, **odd),
+        "scalar": save_tiny_lm(folder / "scalar", **odd),
+        "gpt2": folder / "gpt2",
+    }
+
+
+def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """`kind`: a precision, a file of ds_configs/ or `small`: shards in many tensors, nothing persistent, a small bucket."""
+    case: dict[str, Any] = {"path": str(models[name]), "scalar": name == "scalar", "zero_stage": stage}
+    if kind in ("fp32", "bf16"):
+        return case | {"precision": kind}
+    if kind == "small":
+        path = folder / "small.json"
+        section = {
+            "stage": 3,
+            "sub_group_size": 2000,
+            "stage3_param_persistence_threshold": 40,
+            "reduce_bucket_size": 5000,
+        }
+        path.write_text(json.dumps({"zero_optimization": section, "bf16": {"enabled": True}}), encoding="utf-8")
+    else:
+        path = DS_CONFIGS / f"{kind}.json"
+    return case | {"precision": "bf16", "ds_config_path": str(path)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_byte_is_planned(num_ranks: int, models: dict[str, Path], tmp_path: Path):
+    named = [*CROSSED, *OTHERS, *OFFLOADED, SMALL_GROUPS]
+    cases = [case_of(*name, models, tmp_path) for name in named]
+    wrong = []
+    for name, case, ranks in zip(named, cases, census.take(cases, num_ranks), strict=True):
+        settings = {key: value for key, value in case.items() if key not in ("path", "scalar")}
+        sharding = Sharding.of(trained(Path(case["path"]), **settings), num_ranks)
+        model = architecture(case["path"], case["scalar"])
+        for rank, seen in enumerate(ranks):
+            states = trained_states(model, sharding, rank)
+            at_rest = {
+                "parameters": states.parameters.total,
+                # On a CPU, the host memory of an offloaded shard is the device's, too: a lone rank has no copy.
+                "persistent": states.persistent.total if num_ranks > 1 else 0,
+                "gradients": states.gradients_kept.total,
+                "optimizer": states.optimizer.total,
+                "buffers": states.buffers.total,
+                "average": (Held() if case["scalar"] else average_bytes(model, sharding)).total,
+            }
+            boundary = at_rest | {"gradients": states.gradients.total}
+            for when, planned in (("boundary", boundary), ("after", at_rest)):
+                held = {purpose: size for purpose, size in seen[when].items() if purpose != "other"}
+                if held != planned:
+                    wrong.append((name, num_ranks, rank, when, planned, held))
+                # Batches, losses, rotary frequencies, norms: nothing that grows with the model.
+                assert seen[when]["other"] < 4096, (name, rank, when, seen[when])
+    assert not wrong, "\n".join(map(str, wrong))
