@@ -191,13 +191,11 @@ def _validate(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    from rlhf_dist.cli import plan_arguments
+    from rlhf_dist.cli.plan.arguments import parse
 
-    options = plan_arguments.parse(
-        _Parser, f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments
-    )
+    options = parse(Parser, f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments)
     if options is not None:
-        from rlhf_dist.cli import plan
+        from rlhf_dist.cli.plan import command as plan
 
         plan.run(options.command, options.config, options, options.overrides)
 

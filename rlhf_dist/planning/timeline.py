@@ -25,8 +25,10 @@ OPTIMISER = "the optimiser's memory traffic"
 PREFILL = "reading prompts"
 WEIGHTS = "reading weights and KV cache for every token"
 LAUNCHES = "launching each layer's kernels for every token"
-CHECKSUMS = "checksums of the weights, computed on CPUs at both ends"
+CHECKSUMS = "checksums of the weights at both ends"
 COPIES = "copies of the weights between GPU, host and object store"
+_CHECKSUM_PASSES = 5
+"""Of `weight_sync.buckets.checksum` over memory: words and weights in, products out and in, words in."""
 NETWORK = "the object store's transfers between nodes"
 
 
@@ -48,8 +50,6 @@ class Rates:
     """Between a GPU and pageable host memory."""
     host_memory_bytes_per_s: float = 10e9
     """That a rank's AdamW gets where optimiser states are offloaded."""
-    checksum_bytes_per_s: float = 0.2e9
-    """`weight_sync.buckets.checksum` on one core."""
     store_bytes_per_s: float = 2e9
     """Into Ray's object store, and between the stores of two nodes."""
     factors: Mapping[str, float] = field(default_factory=dict)
@@ -221,7 +221,7 @@ class _Clock:
             copies += 2 * size / self.rates.host_copy_bytes_per_s
         return {
             COLLECTIVES: self._collective(policy, size) if sharding.zero_stage == 3 else 0.0,
-            CHECKSUMS: 2 * size / self.rates.checksum_bytes_per_s,
+            CHECKSUMS: 2 * _CHECKSUM_PASSES * size / self._memory_bandwidth,
             COPIES: copies,
             # Nodes that have a bucket hand it on, so that rounds grow with the logarithm.
             NETWORK: math.ceil(math.log2(others + 1)) * size / self.rates.store_bytes_per_s,

@@ -15,24 +15,29 @@ from rlhf_dist.engine import zero
 from rlhf_dist.errors import TrainingError
 
 BUCKET_BYTES = 256 * 2**20
-_CHECKSUM_ELEMENTS = 2**20
-_INT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHECKSUM_WORDS = 2**18
 
 
 def checksum(name: str, tensor: Tensor) -> int:
     """A number that changes when bits of the tensor change or move; computed where the tensor is.
 
-    Positions and names are weighted so that swapped elements and swapped parameters are seen; weights are odd, so that
-    no bit is multiplied away; int64 wraps around, which is deterministic.
+    Σ xᵢ · (2(f + i) + 1) mod 2⁶⁴ over the tensor's bytes as 64-bit words xᵢ, with f of the name. Positions and names are
+    weighted so that swapped elements and swapped parameters are seen; weights are odd, so that no bit is multiplied away;
+    int64 wraps around, which is deterministic in any order.
     """
-    bits = tensor.detach().reshape(-1).view(_INT_VIEWS[tensor.element_size()])
-    total, first = 0, 1 + zlib.crc32(name.encode())
-    # A part at a time: widened to int64 with its weights, a part takes many times the memory of its elements.
-    for part in bits.split(_CHECKSUM_ELEMENTS):
-        weights = torch.arange(first, first + len(part), device=part.device, dtype=torch.int64)
-        total += int((part.to(torch.int64) * (2 * weights + 1)).sum())
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # words must lie on borders of words
+    raw = flat.view(torch.uint8)
+    num_words = raw.numel() // 8
+    first, total = 1 + zlib.crc32(name.encode()), 0
+    odd = 2 * torch.arange(min(num_words, _CHECKSUM_WORDS), device=raw.device, dtype=torch.int64) + 1
+    # A part at a time: the products take as much memory as the words.
+    for part in raw[: 8 * num_words].view(torch.int64).split(_CHECKSUM_WORDS):
+        total += int((part * odd[: len(part)]).sum()) + 2 * first * int(part.sum())
         first += len(part)
-    return total % 2**64
+    rest = int.from_bytes(bytes(raw[8 * num_words :].tolist()), "little")
+    return (total + rest * (2 * first + 1)) % 2**64
 
 
 class WeightSource:
@@ -53,9 +58,9 @@ class WeightSource:
             self._checksum = 0
         bucket = self._buckets[index]
         with zero.whole([parameter for _, parameter in bucket]):
-            copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in bucket if wanted}
-        self._checksum += sum(checksum(name, tensor) for name, tensor in copies.items())
-        return copies
+            # Of the weights where they are computed with, so that copies are checked, too, and a GPU does the sums.
+            self._checksum += sum(checksum(name, parameter) for name, parameter in bucket if wanted)
+            return {name: parameter.detach().to("cpu", copy=True) for name, parameter in bucket if wanted}
 
     def checksum(self) -> int:
         """Sum over all parameters sent since bucket 0."""
@@ -81,10 +86,11 @@ class WeightTarget:
                     f"the policy sent {name} of shape {tuple(tensor.shape)}, for which the rollout engine has {here}; "
                     "policy and engine must be the same model"
                 )
-            parameter.copy_(tensor.to(parameter.dtype))
+            # Of what arrived on the device, before any cast: it must equal what was sent.
+            arrived = tensor.to(parameter.device)
+            self._checksum += checksum(name, arrived)
+            parameter.copy_(arrived.to(parameter.dtype))
             self._received.add(name)
-            # Of what arrived, before any cast: it must equal what was sent.
-            self._checksum += checksum(name, tensor)
 
     def finish(self) -> int:
         """The checksum of a whole transfer, ready for the next.

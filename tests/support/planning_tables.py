@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from rlhf_dist.cli import plan as command
+from rlhf_dist.cli.plan import command
 from rlhf_dist.planning import tables
 from rlhf_dist.planning.plan import scaled
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.cli.plan import recognised
+from rlhf_dist.cli.plan.command import recognised
 from rlhf_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,3 +112,18 @@ def test_an_unknown_file_asks_for_the_command(tmp_path: Path):
 def test_mistakes_are_refused_in_words(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pipeline_is_planned_stage_by_stage(tiny_lm: Path, capsys: pytest.CaptureFixture[str]):
+    """Models that are not trained yet are planned as those they start from; no data is read."""
+    line = ["plan", "launch/recipes/movie_pipeline.yaml", "--sft.model.model_path", str(tiny_lm)]
+    assert main([*line, "--gpus", "8", "--gpu-memory", "80GB", "--format", "json"]) == 0
+    stages = json.loads(capsys.readouterr().out)
+    assert list(stages) == ["sft", "reward", "ppo", "eval"]
+    # PPO's roles by name, each with memory of its own.
+    assert {"policy", "value", "reference", "reward", "rollout"} <= set(
+        json.dumps(stages["ppo"]).replace('"', " ").split()
+    )
+    assert main([*line, "--gpus", "1", "--gpu-memory", "1GB"]) == 6
+    captured = capsys.readouterr()
+    assert "ppo: the run does not fit" in captured.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_a_parameter_of_another_shape_stops_the_run():
 def test_the_checksum_does_not_depend_on_the_parts_it_is_taken_in(monkeypatch: pytest.MonkeyPatch):
     tensor = torch.randn(1000)
     whole = buckets.checksum("w", tensor)
-    monkeypatch.setattr(buckets, "_CHECKSUM_ELEMENTS", 7)
+    monkeypatch.setattr(buckets, "_CHECKSUM_WORDS", 7)
     assert buckets.checksum("w", tensor) == whole
 
 
@@ -136,3 +137,18 @@ def test_a_rank_that_does_not_send_copies_and_sums_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(buckets, "checksum", lambda *_: pytest.fail("summed"))
     assert not source.bucket(0, wanted=False)
     assert source.checksum() == 0
+
+
+@pytest.mark.parametrize("num", [0, 1, 3, 4, 5, 2**20 + 3])
+def test_the_checksum_is_its_formula(num: int):
+    """In Python's integers, word by word, over several parts and a rest that fills no word."""
+    values = torch.randn(num, generator=torch.Generator().manual_seed(1)).bfloat16()
+    raw = values.view(torch.uint8).numpy().tobytes()
+    words = [int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8)]
+    first = 1 + zlib.crc32(b"w")
+    assert checksum("w", values) == sum(x * (2 * (first + i) + 1) for i, x in enumerate(words)) % 2**64
+
+
+def test_a_view_that_starts_between_two_words_has_the_checksum_of_its_copy():
+    values = torch.randn(33, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert checksum("w", values[1:]) == checksum("w", values[1:].clone())

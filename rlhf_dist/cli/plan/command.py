@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.cli.pipeline.stages import stage_config
+from rlhf_dist.config import PipelineConfig
 from rlhf_dist.config.load import load_config
+from rlhf_dist.config.references import STAGES, Reference
 from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.errors import ConfigError, PlacementError
 from rlhf_dist.planning import calibration, suggest, tables
@@ -33,27 +36,58 @@ def run(command: str | None, path: Path, options: Namespace, overrides: Sequence
         PlacementError: it does not fit (all tables are printed before).
         RlhfDistError: the configuration, a model's config or an option is wrong.
     """
-    report(load(command or recognised(path), path, overrides), options)
+    command = command or recognised(path)
+    config = load(command, path, overrides)
+    if command != "pipeline":
+        data, problem = report(config, options)
+        problems = [problem]
+    else:
+        data, problems = {}, []
+        for name, stage in planning_configs(config).items():
+            if options.format != "json":
+                print(f"## {name}\n" if options.format == "markdown" else f"{name}\n")
+            data[name], problem = report(stage, options)
+            problems.append(problem and f"{name}: {problem}")
+    if options.format == "json":
+        print(json.dumps(data, indent=2))
+    if any(problems):
+        raise PlacementError(" ".join(problem for problem in problems if problem))
 
 
-def report(config: AnyConfig, options: Namespace) -> None:
-    """Plan a run and print it. Raises as `run` does."""
+def planning_configs(pipeline: PipelineConfig) -> dict[str, Any]:
+    """Stage → what its command would be given, with the model that it starts from in place of one that is not trained yet: on
+    paper they are the same."""
+    configs: dict[str, Any] = {}
+
+    def locate(found: Reference) -> list[Path]:
+        if found.stage == "data":
+            return [Path(str(found))]  # data is not read
+        config = configs[found.stage]
+        return [Path((config.policy if found.stage == "ppo" else config.model).model_path)]
+
+    for name in pipeline.stages:
+        if name != "data":
+            configs[name] = stage_config(pipeline, name, locate, pipeline.run_dir)
+    return configs
+
+
+def report(config: AnyConfig, options: Namespace) -> tuple[dict[str, Any], str]:
+    """Plan a run and, unless as JSON, print it: (all numbers, why it does not fit or "")."""
     plan, found = planned(config, options)
     counts = parse_counts(options.scale) if options.scale else []
     scale = scaled(plan, counts) if counts else []
     changes = [] if plan.fits else suggest.sufficient_changes(config, plan, found)
     placements = suggest.placements(config, plan, found) if not plan.fits or options.suggest else []
-    if options.format == "json":
-        data = tables.as_data(plan, scale)
-        data["sufficient_changes"] = [one.overrides for one in changes]
-        data["placements"] = [_placement_data(one) for one in placements[:_MOST_PLACEMENTS]]
-        print(json.dumps(data, indent=2))
-    else:
+    data = tables.as_data(plan, scale)
+    data["sufficient_changes"] = [one.overrides for one in changes]
+    data["placements"] = [_placement_data(one) for one in placements[:_MOST_PLACEMENTS]]
+    if options.format != "json":
         shown = tables.tables(plan) + ([tables.scaling(scale)] if scale else [])
         shown += suggested(plan, changes, placements)
         show(shown, options.format)
-    if not plan.fits:
-        raise PlacementError(f"the run does not fit: {'; '.join(plan.problems)}. {_remedy(changes, placements)}")
+    if plan.fits:
+        return data, ""
+    return data, f"the run does not fit: {'; '.join(plan.problems)}. {_remedy(changes, placements)}."
 
 
 _MOST_PLACEMENTS = 2
@@ -72,7 +106,7 @@ def planned(config: AnyConfig, options: Namespace) -> tuple[Plan, Any]:
     return again(config), again
 
 
-def load(command: str, path: Path, overrides: Sequence[str]) -> AnyConfig:
+def load(command: str, path: Path, overrides: Sequence[str]) -> Any:
     """The checked configuration."""
     from rlhf_dist.cli.main import schema_of
 
@@ -88,6 +122,9 @@ def recognised(path: Path) -> str:
     keys = read_mapping(path)[0]
     data = keys.get("data")
     data = data if isinstance(data, Mapping) else {}
+    stages = [keys.get(name) for name in STAGES if name != "data"]
+    if "sets" in data or any(isinstance(stage, Mapping) and "data" in stage for stage in stages):
+        return "pipeline"
     if {"ppo", "value"} & keys.keys():
         return "ppo"
     if "sft" in keys:
@@ -101,7 +138,7 @@ def recognised(path: Path) -> str:
         return "ppo"
     raise ConfigError(
         f"{path} has the sections {', '.join(keys) or 'none'}, by which no command is recognised; name it: rlhf-dist plan "
-        "{sft,reward,ppo,eval} CONFIG"
+        "{sft,reward,ppo,eval,pipeline} CONFIG"
     )
 
 

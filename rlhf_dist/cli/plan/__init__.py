@@ -1,0 +1,1 @@
+"""`rlhf-dist plan`: memory, placement and time of a run on paper."""
