@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 from support.tiny import save_tiny_lm, save_tiny_rm
+from transformers import LlamaConfig
 
 from rlhf_dist.cli import wiring
-from rlhf_dist.cli.main import CONFIG_COMMANDS, main, schema_of
+from rlhf_dist.cli.main import CONFIG_COMMANDS, Parser, main, schema_of
 from rlhf_dist.cli.pipeline import command as pipeline
+from rlhf_dist.cli.plan.arguments import parse
+from rlhf_dist.cli.plan.command import planned
 from rlhf_dist.cli.prepare import ppo_specs
 from rlhf_dist.config.load import load_config
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.planning.placement import plan_placement
+from rlhf_dist.starter.recipes import RECIPES as QUICKSTARTS
+from rlhf_dist.starter.recipes import Stages, ppo_config, reward_config, sft_config
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
@@ -123,6 +128,40 @@ def test_it_fits_on_paper(name: str, capsys: pytest.CaptureFixture[str]):
         return
     assert [problem.split(" needs ")[0] for problem in plan["problems"]] == ["rollout"]
     assert main([*arguments, "--gpu-type", "b200"]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in NODES])
+def test_the_small_ones_fit_this_machine(name: str, models: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    """SmolLM2-135M on CPUs, by the sizes of that model."""
+    size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    size |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+    path = Path(models["lm"]).parent / "smollm2-135m"
+    LlamaConfig(**size).save_pretrained(path)
+    section = {"sft": "model", "reward": "model", "ppo": "policy", "pipeline": "sft.model"}[COMMANDS[name]]
+    arguments = ["plan", str(RECIPES / f"{name}.yaml"), f"--{section}.model_path", str(path), "--device", "cpu"]
+    arguments += ["--reward.model_path", str(path)] if COMMANDS[name] == "ppo" else []
+    assert main([*arguments, "--cpu-memory", "24GB", "--format", "json"]) == 0, capsys.readouterr().err
+    plan = json.loads(capsys.readouterr().out)
+    plan = plan["sft"] if COMMANDS[name] == "pipeline" else plan
+    assert plan["fits"]
+    assert plan["cluster"]["gpu"]["name"] == "CPU"
+
+
+@pytest.mark.parametrize("recipe", QUICKSTARTS.values(), ids=list(QUICKSTARTS))
+def test_the_quickstart_fits_this_machine(recipe, models: dict[str, str], tmp_path: Path):
+    """Its stages are ordinary configurations: planned, with the model that they are all made from."""
+    stages = Stages(tmp_path)
+    sft = sft_config(recipe, stages, Path(models["lm"]), 0, "ray")
+    reward, ppo = reward_config(recipe, stages, 0, "ray"), ppo_config(recipe, stages, 0, "ray")
+    reward = reward.model_copy(update={"model": reward.model.model_copy(update={"model_path": models["lm"]})})
+    changes = {
+        role: getattr(ppo, role).model_copy(update={"model_path": models["lm"]})
+        for role in ("policy", "reward", "value", "reference")
+    }
+    for config in (sft, reward, ppo.model_copy(update=changes)):
+        parts = parse(Parser, "plan", "", ["ppo"], ["c.yaml", "--cpu-memory", "24GB"])
+        assert parts is not None
+        assert not planned(config, parts)[0].problems
 
 
 @pytest.mark.parametrize("name", NODES)
