@@ -10,22 +10,12 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rlhf_dist import __version__
+from rlhf_dist.cli.arguments import CONFIG_COMMANDS, INTERRUPTED, PROG, Parser, load, schema_of
 from rlhf_dist.errors import ConfigError, RlhfDistError
 
-PROG = "rlhf-dist"
-INTERRUPTED = 130
-"""Exit code of a process ended by Ctrl-C, by the convention of shells (128 + SIGINT)."""
-
-CONFIG_COMMANDS = {
-    "sft": "supervised fine-tuning of a language model (or pretraining on plain text)",
-    "reward": "train a reward model on preferences (pairs, rankings, ratings)",
-    "ppo": "fine-tune a policy with PPO against a reward model",
-    "eval": "measure a policy and/or a reward model on held-out records",
-    "pipeline": "data, SFT, reward model, PPO and evaluation from one file; what is done is skipped, what is half done resumed",
-}
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "chat": "talk to a saved model",
@@ -35,13 +25,6 @@ OTHER_COMMANDS = {
     "plan": "memory, placement and time of a run on paper, from the models' configs alone",
     "schema": "print a command's configuration as a JSON schema, for editors",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the words of every other configuration error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,40 +92,6 @@ other commands:
 `{PROG} COMMAND --help` shows a command's options, with type, default and meaning."""
 
 
-def schema_of(command: str) -> type[Any]:
-    """The configuration schema of a command with a configuration."""
-    from rlhf_dist import config
-
-    schemas = {
-        "sft": config.SFTConfig,
-        "reward": config.RewardConfig,
-        "ppo": config.PPOConfig,
-        "eval": config.EvalConfig,
-        "pipeline": config.PipelineConfig,
-    }
-    return schemas[command]
-
-
-def load(command: str, prog: str, arguments: list[str]) -> Any | None:
-    """The checked configuration, or None when help was asked for and printed."""
-    from rlhf_dist.config.load import load_config, overrides_help
-
-    schema = schema_of(command)
-    usage = f"{prog} CONFIG.yaml [--section.key value ...]"
-    if not arguments:
-        raise ConfigError(f"{prog} needs a configuration file: {usage}. See `{prog} --help`.")
-    if any(a in ("-h", "--help") for a in arguments):
-        epilog = (
-            "The keys above are those of the YAML file; on the command line they override it. Relative paths are\n"
-            "relative to the current directory. `null` clears a value; lists and mappings are JSON or YAML in quotes.\n"
-            f"`{PROG} schema {command}` prints a JSON schema for editors."
-        )
-        print(overrides_help(schema, prog=prog, usage=usage, epilog=epilog), end="")
-        return None
-    path = None if arguments[0].startswith("-") else Path(arguments[0])
-    return load_config(schema, path, arguments if path is None else arguments[1:])
-
-
 def _run_config_command(command: str, arguments: list[str]) -> None:
     config = load(command, f"{PROG} {command}", arguments)
     if config is not None:
@@ -193,7 +142,7 @@ def _validate(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     from rlhf_dist.cli.plan.arguments import parse
 
-    options = parse(Parser, f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments)
+    options = parse(f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments)
     if options is not None:
         from rlhf_dist.cli.plan import command as plan
 

@@ -6,22 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.errors import ConfigError
 
 
-def parse(
-    parser_class: type[argparse.ArgumentParser],
-    prog: str,
-    about: str,
-    commands: Sequence[str],
-    arguments: Sequence[str],
-) -> argparse.Namespace | None:
+def parse(prog: str, about: str, commands: Sequence[str], arguments: Sequence[str]) -> argparse.Namespace | None:
     """The options, with `command` (None: to be recognised), `config` and `overrides`; None when help was asked for and printed.
 
     Raises:
         ConfigError: the arguments are not those of the command.
     """
-    parser = _parser(parser_class, prog, about, commands)
+    parser = _parser(prog, about, commands)
     if any(a in ("-h", "--help") for a in arguments):
         parser.print_help()
         return None
@@ -44,10 +39,8 @@ def parse(
     return options
 
 
-def _parser(
-    parser_class: type[argparse.ArgumentParser], prog: str, about: str, commands: Sequence[str]
-) -> argparse.ArgumentParser:
-    parser = parser_class(
+def _parser(prog: str, about: str, commands: Sequence[str]) -> Parser:
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [{{{','.join(commands)}}}] CONFIG.yaml [options] [--section.key value ...]",
         description=f"{about} Needs no weights, no data and no GPU, and starts nothing. Exit code: 0 if the run fits, 6 if "

@@ -108,7 +108,7 @@ def planned(config: AnyConfig, options: Namespace) -> tuple[Plan, Any]:
 
 def load(command: str, path: Path, overrides: Sequence[str]) -> Any:
     """The checked configuration."""
-    from rlhf_dist.cli.main import schema_of
+    from rlhf_dist.cli.arguments import schema_of
 
     return load_config(schema_of(command), path, overrides)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.main import CONFIG_COMMANDS, PROG, Parser, load
+from rlhf_dist.cli.arguments import CONFIG_COMMANDS, PROG, Parser, load
 from rlhf_dist.cli.submit import ray_job
 from rlhf_dist.errors import ConfigError
 

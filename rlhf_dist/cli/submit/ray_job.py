@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.main import INTERRUPTED
+from rlhf_dist.cli.arguments import INTERRUPTED
 from rlhf_dist.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist import __version__, cli
-from rlhf_dist.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS, main
+from rlhf_dist.cli.arguments import CONFIG_COMMANDS
+from rlhf_dist.cli.main import OTHER_COMMANDS, main
 from rlhf_dist.errors import ConfigError, DataError, PlacementError, WorkerError
 
 SFT = "run_dir: r\nmodel: {model_path: m}\ndata: {train: [{path: a, kind: text}]}\n"

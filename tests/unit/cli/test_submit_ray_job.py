@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.cli.main import load, main
+from rlhf_dist.cli.arguments import load
+from rlhf_dist.cli.main import main
 from rlhf_dist.cli.submit.ray_job import job_arguments
 from rlhf_dist.errors import ConfigError
 

@@ -11,7 +11,8 @@ from typing import get_args
 import pytest
 from support import planning_tables
 
-from rlhf_dist.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
+from rlhf_dist.cli.arguments import CONFIG_COMMANDS
+from rlhf_dist.cli.main import OTHER_COMMANDS
 from rlhf_dist.config import DataSource, RecordKind
 from rlhf_dist.data.records import read_preferences, read_prompts, read_sequences
 from rlhf_dist.tracking.metrics import METRICS, metrics_table

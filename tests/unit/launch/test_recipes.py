@@ -10,7 +10,8 @@ from support.tiny import save_tiny_lm, save_tiny_rm
 from transformers import LlamaConfig
 
 from rlhf_dist.cli import wiring
-from rlhf_dist.cli.main import CONFIG_COMMANDS, Parser, main, schema_of
+from rlhf_dist.cli.arguments import CONFIG_COMMANDS, schema_of
+from rlhf_dist.cli.main import main
 from rlhf_dist.cli.pipeline import command as pipeline
 from rlhf_dist.cli.plan.arguments import parse
 from rlhf_dist.cli.plan.command import planned
@@ -159,7 +160,7 @@ def test_the_quickstart_fits_this_machine(recipe, models: dict[str, str], tmp_pa
         for role in ("policy", "reward", "value", "reference")
     }
     for config in (sft, reward, ppo.model_copy(update=changes)):
-        parts = parse(Parser, "plan", "", ["ppo"], ["c.yaml", "--cpu-memory", "24GB"])
+        parts = parse("plan", "", ["ppo"], ["c.yaml", "--cpu-memory", "24GB"])
         assert parts is not None
         assert not planned(config, parts)[0].problems
 
