@@ -78,12 +78,11 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         ConfigError: `text` is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"{option} is {text!r}; write a size such as 80GB (10^9 bytes) or 80GiB (2^30 bytes)")
-    unit = (match[2] or "").lower()
-    power = "kmgt".index(unit[0]) + 1 if unit else 0
-    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+    unit = match[2].lower()
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1))
 
 
 def gpu_named(name: str) -> GPU:

@@ -174,6 +174,8 @@ def rates_of(options: Namespace, cluster: Cluster) -> Rates:
     path = options.rates
     if path is None:
         return Rates()
+    if not path.exists():
+        raise ConfigError(f"--rates {path} does not exist; give a JSON file of rates, or the folder of a run")
     if path.suffix == ".json":
         return calibration.read_rates(path)
     metrics = path / "metrics.jsonl" if path.is_dir() else path

@@ -127,3 +127,8 @@ def test_a_pipeline_is_planned_stage_by_stage(tiny_lm: Path, capsys: pytest.Capt
     assert main([*line, "--gpus", "1", "--gpu-memory", "1GB"]) == 6
     captured = capsys.readouterr()
     assert "ppo: the run does not fit" in captured.err
+
+
+def test_rates_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["plan", RECIPE, "--rates", str(tmp_path / "no")]) == 2
+    assert "no does not exist; give a JSON file of rates" in capsys.readouterr().err

@@ -246,7 +246,7 @@ def test_everything_is_json(eight_billion: PPOConfig):
 def test_sizes_and_names_are_read():
     assert parse_bytes("80GB", "--gpu-memory") == 80 * 10**9
     assert parse_bytes("1.5 TiB", "--gpu-memory") == 1.5 * 2**40
-    for wrong in ("80 gigs", "0GB", "-1GB"):
+    for wrong in ("80 gigs", "0GB", "-1GB", "80"):
         with pytest.raises(ConfigError, match="--gpu-memory"):
             parse_bytes(wrong, "--gpu-memory")
     assert gpu_named("H100") is GPUS["h100"]
