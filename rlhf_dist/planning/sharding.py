@@ -13,12 +13,13 @@ from itertools import accumulate
 
 from rlhf_dist.config import FrozenModel, TrainedModel
 from rlhf_dist.engine import zero
+from rlhf_dist.engine.optimizer import uses_cpu_adam
 from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture
 
 _ALIGNMENT = 2
 """ZeRO-1/2 pad a group's flat tensor to a multiple of this times the number of ranks."""
 _STEP_COUNTER_BYTES = 4
-"""AdamW counts the steps of each tensor it updates in a tensor of its own, in host memory."""
+"""torch's AdamW counts the steps of each tensor it updates in a tensor of its own, in host memory."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Sharding:
     sub_group_size: int = 1_000_000_000
     secondary_ranks: int = 1
     """Ranks of a ZeRO++ hpZ group, each of which holds a second shard of the parameters; 1 switches it off."""
+    step_counter_bytes: int = _STEP_COUNTER_BYTES
+    """Of each tensor that is updated."""
 
     @classmethod
     def of(cls, model: TrainedModel | FrozenModel, num_ranks: int) -> Sharding:
@@ -90,6 +93,7 @@ class Sharding:
             persistence_threshold=number("param_persistence_threshold", cls.persistence_threshold),
             sub_group_size=number("sub_group_size", cls.sub_group_size),
             secondary_ranks=number("zero_hpz_partition_size", 1),
+            step_counter_bytes=0 if uses_cpu_adam(settings) else _STEP_COUNTER_BYTES,  # CPUAdam's are plain numbers
         )
 
     def shard(self, size: int) -> int:
@@ -171,7 +175,7 @@ def _stage0(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> M
     """Whole on every rank, and gradients in the compute precision."""
     count, size = sum(map(sum, groups)), sharding.element_bytes
     master = 4 * count if size < 4 else 0  # in fp32 AdamW updates the parameters themselves
-    counters = held(_STEP_COUNTER_BYTES * sum(map(len, groups)), on_host=True)
+    counters = held(sharding.step_counter_bytes * sum(map(len, groups)), on_host=True)
     return ModelStates(
         parameters=held(size * count),
         gradients=held(size * count),
@@ -183,7 +187,7 @@ def _stages12(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) ->
     size, offloads = sharding.element_bytes, sharding.offload_optimizer
     padded = [sharding.padded(group) for group in groups]
     shards = [flat // sharding.num_ranks for flat in padded]
-    counters = held(_STEP_COUNTER_BYTES * len(groups), on_host=True)
+    counters = held(sharding.step_counter_bytes * len(groups), on_host=True)
     optimizer = held(12 * sum(shards), on_host=offloads) + counters
     kept, buffers = Held(), Held()
     if sharding.zero_stage == 1 and size < 4 and not offloads:
@@ -217,7 +221,9 @@ def _stage3(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> M
     size, offloads = sharding.element_bytes, sharding.offload_optimizer
     sizes = [number for group in groups for number in group]
     count = _shards(sizes, sharding)
-    counters = held(_STEP_COUNTER_BYTES * sum(_num_sub_groups(group, sharding) for group in groups), on_host=True)
+    counters = held(
+        sharding.step_counter_bytes * sum(_num_sub_groups(group, sharding) for group in groups), on_host=True
+    )
     kept = held(4 * count, on_host=offloads)
     if offloads:
         kept += held(4 * count, on_host=True)  # what AdamW reads, which is allocated for good there
