@@ -66,6 +66,8 @@ def job_arguments(config: Any, arguments: Sequence[str], working_dir: Path) -> l
     if config.cluster == "inline":
         raise ConfigError("cluster is inline, which hosts nothing on a cluster; a job needs cluster: ray")
     path = Path(arguments[0])
+    if arguments[0].startswith("-"):
+        raise ConfigError("a job needs a configuration file behind its command, which travels with it; write one")
     if not path.resolve().is_relative_to(working_dir.resolve()):
         raise ConfigError(
             f"{path} is not below --working-dir {working_dir.resolve()}, which is what travels with the job; submit from "

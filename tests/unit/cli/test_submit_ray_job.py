@@ -56,6 +56,12 @@ def test_the_configuration_must_travel_with_the_job(project: Path):
     assert arguments_of("sft", str(project / "sft.yaml"))[0] == "sft.yaml"
 
 
+def test_overrides_alone_are_no_configuration(project: Path):
+    given = ["--run_dir", "r", "--model.model_path", "m", "--data.train", "[{path: x.jsonl, kind: text}]"]
+    with pytest.raises(ConfigError, match="needs a configuration file"):
+        arguments_of("sft", *given)
+
+
 def test_inline_has_nothing_to_do_on_a_cluster(project: Path):
     with pytest.raises(ConfigError, match="cluster is inline"):
         arguments_of("sft", "sft.yaml", "--cluster", "inline")
