@@ -44,9 +44,13 @@ def schema_of(command: str) -> type[Any]:
 
 def load(command: str, prog: str, arguments: list[str]) -> Any | None:
     """The checked configuration, or None when help was asked for and printed."""
+    return load_schema(schema_of(command), prog, arguments, command)
+
+
+def load_schema(schema: type[Any], prog: str, arguments: list[str], name: str) -> Any | None:
+    """As `load`, for a schema that is known; `name` is what `rlhf-dist schema` calls it."""
     from rlhf_dist.config.load import load_config, overrides_help
 
-    schema = schema_of(command)
     usage = f"{prog} CONFIG.yaml [--section.key value ...]"
     if not arguments:
         raise ConfigError(f"{prog} needs a configuration file: {usage}. See `{prog} --help`.")
@@ -54,7 +58,7 @@ def load(command: str, prog: str, arguments: list[str]) -> Any | None:
         epilog = (
             "The keys above are those of the YAML file; on the command line they override it. Relative paths are\n"
             "relative to the current directory. `null` clears a value; lists and mappings are JSON or YAML in quotes.\n"
-            f"`{PROG} schema {command}` prints a JSON schema for editors."
+            f"`{PROG} schema {name}` prints a JSON schema for editors."
         )
         print(overrides_help(schema, prog=prog, usage=usage, epilog=epilog), end="")
         return None

@@ -18,6 +18,7 @@ from rlhf_dist.errors import ConfigError, RlhfDistError
 
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
+    "data": "make data, mix it, look at it: templates, self-instruct, deduplication, responses, labels by a model, ...",
     "chat": "talk to a saved model",
     "submit": "run a command as a job of a Ray cluster or of Slurm",
     "doctor": "what works on this machine, what does not, what to do",
@@ -57,6 +58,7 @@ def _run(argv: list[str]) -> int:
     if command in OTHER_COMMANDS:
         commands: dict[str, Callable[[list[str]], int | None]] = {
             "quickstart": _quickstart,
+            "data": _data,
             "chat": _chat,
             "submit": _submit,
             "doctor": _doctor,
@@ -149,7 +151,19 @@ def _plan(arguments: list[str]) -> None:
         plan.run(options.command, options.config, options, options.overrides)
 
 
+def _data(arguments: list[str]) -> None:
+    from rlhf_dist.cli.data import command as data
+
+    data.run(arguments)
+
+
 def _schema(arguments: list[str]) -> None:
+    if arguments[:1] == ["data"] and len(arguments) == 2:
+        from rlhf_dist.cli.data import command as data
+        from rlhf_dist.config.load import json_schema
+
+        print(json_schema(data.resolved(data.action_of(f"{PROG} schema data", arguments[1]).schema)))
+        return
     command, rest = _kind(f"{PROG} schema", OTHER_COMMANDS["schema"], arguments)
     if rest:
         raise ConfigError(f"{PROG} schema {command}: '{rest[0]}' is one argument too many. Remove it.")

@@ -12,6 +12,7 @@ from rlhf_dist.cluster.group import WorkerSpec
 from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, TrainedModel
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
@@ -33,6 +34,8 @@ class Prepared:
     """[n] token ids → text."""
     contents: Mapping[str, str] = field(default_factory=dict)
     """Path in the configuration → what is there. A checkpoint then belongs to the contents, wherever they lie."""
+    bad_rows: tuple[str, ...] = ()
+    """Lines of the account of rows that were left out under `on_bad_row: skip`."""
 
 
 def check_model(path: str, max_length_tokens: int, role: str) -> Any:
@@ -85,6 +88,11 @@ def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -
             f"the {role} model at {path!r} has embeddings for {model_config.get_text_config().vocab_size} tokens but the "
             f"tokenizer has {len(policy)}; resize its embeddings"
         )
+
+
+def bad_rows(*datasets: Any) -> tuple[str, ...]:
+    """Lines of the account of what was left out of data sets as bad."""
+    return tuple(line for found in datasets if found is not None for line in Quarantine(list(found.report.bad)).lines())
 
 
 def describe_data(**datasets: Any) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _prepare_supervised(
         "records a step": settings.batch_size,
         "epochs": round(steps * settings.batch_size / len(data.train), 3),
     }
-    return Prepared([spec], data, facts, decoder(tokenizer))
+    return Prepared([spec], data, facts, decoder(tokenizer), bad_rows=bad_rows(data.train, data.eval))
 
 
 def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
@@ -213,7 +221,7 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
         "optimiser steps an iteration": settings.updates_per_iteration,
         "longest prompt (tokens)": limit,
     }
-    return Prepared(ppo_specs(config), data, facts)
+    return Prepared(ppo_specs(config), data, facts, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
 
 
 def ppo_specs(config: PPOConfig) -> list[WorkerSpec]:
@@ -270,8 +278,9 @@ def prepare_eval(config: EvalConfig) -> Prepared:
         else None,
     }
     facts = describe_data(**{name: dataset for name, dataset in data.items() if dataset})
+    left_out = bad_rows(*data.values())
     data["decode"] = decoder(tokenizer)
-    return Prepared(_eval_specs(config, data), data, facts)
+    return Prepared(_eval_specs(config, data), data, facts, bad_rows=left_out)
 
 
 def _eval_specs(config: EvalConfig, data: dict[str, Any]) -> list[WorkerSpec]:

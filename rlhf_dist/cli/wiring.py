@@ -31,7 +31,7 @@ from rlhf_dist.config import EvalConfig, HostedRun, PPOConfig, Precision, Reward
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.errors import RunFolderError
 from rlhf_dist.tracking.console import print_table
-from rlhf_dist.tracking.run_folder import RunFolder
+from rlhf_dist.tracking.run_folder import BAD_ROWS, RunFolder, write_atomically
 from rlhf_dist.trainers import ppo as ppo_trainer
 from rlhf_dist.trainers.checkpoint import Checkpoints, step_of
 from rlhf_dist.trainers.evaluate import evaluate_all
@@ -69,6 +69,8 @@ def hosted(config: Any, prepared: Prepared, session: Session | None) -> Iterator
         nonlocal folder
         folder = RunFolder.open(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
         folder.write_config(dump_yaml(config))
+        if prepared.bad_rows:
+            write_atomically(folder.path / BAD_ROWS, "".join(prepared.bad_rows))
         return folder.logs_dir
 
     try:

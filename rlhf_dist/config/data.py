@@ -9,6 +9,7 @@ from pydantic import Field
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
 
 RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
+BadRowPolicy = Literal["error", "skip"]
 
 
 class DataSource(Schema):
@@ -29,6 +30,10 @@ class DataSource(Schema):
     """Column names of a .csv/.tsv/.txt file that has no header row."""
     delimiter: str | None = None
     """Column separator of a .csv/.tsv/.txt file; by the file's ending when null (comma, or tab for .tsv and .txt)."""
+    on_bad_row: BadRowPolicy = "error"
+    """What a row does that cannot be read or used (broken JSON, a missing, empty or non-string field, a chosen equal to its
+    rejected, ...): `error` stops before anything is started, `skip` leaves the row out, counts it, and lists it with its place
+    and the reason."""
     limit: PositiveInt | None = None
     """Use the first `limit` records only."""
     min_margin: NonNegative = 0.5

@@ -16,6 +16,7 @@ from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.fitting import Encoded, fit, fit_responses, fit_text
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.data.store import DataReport, Ragged, Tally
@@ -130,12 +131,13 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sp
     Raises:
         DataError: a file or record that cannot be used (with its place), or nothing left to train or evaluate on.
     """
-    train = [record for source in data.train for record in read_sequences(source)]
-    held_out = [record for source in data.eval for record in read_sequences(source)]
+    bad, bad_held_out = Quarantine(), Quarantine()
+    train = [record for source in data.train for record in read_sequences(source, bad)]
+    held_out = [record for source in data.eval for record in read_sequences(source, bad_held_out)]
     train, held_out = _split(data, train, held_out, seed)
     return Split(
-        _encode_sequences(train, data, tokenizer),
-        None if held_out is None else _encode_sequences(held_out, data, tokenizer),
+        _encode_sequences(train, data, tokenizer, bad),
+        None if held_out is None else _encode_sequences(held_out, data, tokenizer, bad_held_out),
     )
 
 
@@ -143,7 +145,9 @@ def load_sequences(
     sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> SequenceDataset:
     """All records of kinds `instruction`, `messages` and `text`. Errors as `load_sft`."""
-    return _encode_sequences([record for source in sources for record in read_sequences(source)], settings, tokenizer)
+    bad = Quarantine()
+    records = [record for source in sources for record in read_sequences(source, bad)]
+    return _encode_sequences(records, settings, tokenizer, bad)
 
 
 def load_preferences(
@@ -154,12 +158,13 @@ def load_preferences(
     `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read; those of `eval` never
     are, since the held-out loss is without them. Errors as `load_sft`.
     """
-    train = [record for source in data.train for record in read_preferences(source, seed, use_margins)]
-    held_out = [record for source in data.eval for record in read_preferences(source, seed, use_margins=False)]
+    bad, bad_held_out = Quarantine(), Quarantine()
+    train = [record for source in data.train for record in read_preferences(source, seed, use_margins, bad)]
+    held_out = [record for source in data.eval for record in read_preferences(source, seed, False, bad_held_out)]
     train, held_out = _split(data, train, held_out, seed, _prompt_of)
     return Split(
-        _encode_preferences(train, data, tokenizer),
-        None if held_out is None else _encode_preferences(held_out, data, tokenizer),
+        _encode_preferences(train, data, tokenizer, bad),
+        None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out),
     )
 
 
@@ -171,8 +176,9 @@ def load_pairs(
     use_margins: bool = True,
 ) -> PreferenceDataset:
     """All pairs and rankings of kinds `preference` and `ratings`; the arguments as in `load_preferences`."""
-    records = [record for source in sources for record in read_preferences(source, seed, use_margins)]
-    return _encode_preferences(records, settings, tokenizer)
+    bad = Quarantine()
+    records = [record for source in sources for record in read_preferences(source, seed, use_margins, bad)]
+    return _encode_preferences(records, settings, tokenizer, bad)
 
 
 def load_prompts(
@@ -183,8 +189,10 @@ def load_prompts(
 ) -> PromptDataset:
     """Prompts to generate from. A longer one than `max_prompt_tokens` is left out under `skip`, else refused: prompts
     are never cut. Errors as `load_sft`."""
-    rows, texts, tally = [], [], Tally()
-    for prompt in (prompt for source in sources for prompt in read_prompts(source)):
+    bad = Quarantine()
+    prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
+    rows, texts, tally = [], [], Tally(bad)
+    for prompt in prompts:
         tally.num_records += 1
         with _at(prompt.location):
             ids = encode_prompt(tokenizer, prompt.messages)
@@ -227,10 +235,13 @@ def _prompt_of(preference: Preference) -> Hashable:
 
 
 def _encode_sequences(
-    records: Sequence[Conversation | Text], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    records: Sequence[Conversation | Text],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: Quarantine,
 ) -> SequenceDataset:
     rows: list[Encoded] = []
-    tally = Tally()
+    tally = Tally(bad)
     for record in records:
         tally.num_records += 1
         with _at(record.location):
@@ -247,11 +258,11 @@ def _encode_sequences(
 
 
 def _encode_preferences(
-    preferences: Sequence[Preference], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    preferences: Sequence[Preference], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, bad: Quarantine
 ) -> PreferenceDataset:
     records: list[list[list[int]]] = []
     used: list[Preference] = []
-    tally = Tally()
+    tally = Tally(bad)
     for preference in preferences:
         tally.num_records += 1
         with _at(preference.location):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.config import DataSource
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.errors import DataError
 
 Row = tuple[str, Mapping[str, Any]]
@@ -22,21 +23,30 @@ _PLAIN_TEXT_FIELD = {"text": "text", "prompt": "prompt"}
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_rows(source: DataSource) -> Iterator[Row]:
+def read_rows(source: DataSource, quarantine: Quarantine | None = None) -> Iterator[Row]:
     """The first `source.limit` rows of a file, a `datasets` directory or a hub name.
+
+    Under `source.on_bad_row: skip` a row that cannot be parsed goes to `quarantine`; a file that cannot be read on behind
+    it (a .json or .parquet file, an open quotation in a table) is refused all the same.
 
     Raises:
         DataError: nothing there, an unknown format, broken or non-UTF-8 content (with its line), no rows.
     """
+    quarantine = Quarantine() if quarantine is None else quarantine
+    known = len(quarantine)
     empty = True
-    for row in islice(_rows(source), source.limit):
+    for row in islice(_rows(source, quarantine), source.limit):
         empty = False
         yield row
     if empty:
-        raise DataError(f"{source.path} holds no records; a set needs at least one: give another file, or leave it out")
+        bad = quarantine.rows[known:]
+        why = f" (all {len(bad)} rows are bad, the first: {bad[0].reason})" if bad else ""
+        raise DataError(
+            f"{source.path} holds no records{why}; a set needs at least one: give another file, or leave it out"
+        )
 
 
-def _rows(source: DataSource) -> Iterator[Row]:
+def _rows(source: DataSource, quarantine: Quarantine) -> Iterator[Row]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _dataset_rows(source, _load_directory(source, path))
@@ -52,7 +62,7 @@ def _rows(source: DataSource) -> Iterator[Row]:
     if reader is not None:
         if not path.is_file():
             raise DataError(f"{source.path} does not exist (looked in {Path.cwd()}); give the path of a data file")
-        return reader(source, path)
+        return reader(source, path, quarantine)
     if path.exists() or path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         known = ", ".join(readers)
         raise DataError(
@@ -62,38 +72,57 @@ def _rows(source: DataSource) -> Iterator[Row]:
     return _dataset_rows(source, _load_hub(source))
 
 
-def _lines(source: DataSource, path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file with their line ends; a byte-order mark is dropped."""
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines with their line ends; a byte-order mark is dropped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as err:
-                raise DataError(
-                    f"{source.path}:{number}: byte 0x{line[err.start]:02x} at column {err.start + 1} is not UTF-8; "
-                    "data is read as UTF-8: convert the file (for example with iconv -f latin1 -t utf-8)"
-                ) from err
+            yield line.removeprefix(_BOM) if number == 1 else line
 
 
-def _jsonl_rows(source: DataSource, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(source, path), start=1):
-        if not line.strip():
-            continue
-        location = f"{source.path}:{number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise DataError(
-                f"{location}: not JSON ({err.msg} at column {err.colno}); every line must be one JSON object: mend it"
-            ) from err
-        yield location, _object(location, values)
-
-
-def _json_rows(source: DataSource, path: Path) -> Iterator[Row]:
+def _decode(source: DataSource, number: int, line: bytes) -> str:
     try:
-        content = json.loads("".join(_lines(source, path)))
+        return line.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise DataError(
+            f"{source.path}:{number}: byte 0x{line[err.start]:02x} at column {err.start + 1} is not UTF-8; "
+            "data is read as UTF-8: convert the file (for example with iconv -f latin1 -t utf-8)"
+        ) from err
+
+
+def _text_lines(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is UTF-8 and not blank."""
+    for number, raw in enumerate(_lines(path), start=1):
+        line = ""
+        with quarantine.guard(source.on_bad_row, repr(raw)):
+            line = _decode(source, number, raw)
+        if line.strip():
+            yield number, line
+
+
+def _jsonl_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
+    for number, line in _text_lines(source, path, quarantine):
+        location = f"{source.path}:{number}"
+        values = None
+        with quarantine.guard(source.on_bad_row, line.rstrip("\r\n")):
+            values = _object(location, _parse(location, line))
+        if values is not None:
+            yield location, values
+
+
+def _parse(location: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as err:
+        raise DataError(
+            f"{location}: not JSON ({err.msg} at column {err.colno}); every line must be one JSON object: mend it"
+        ) from err
+    except RecursionError as err:
+        raise DataError(f"{location}: JSON nested too deeply to be read; a record is one flat object: mend it") from err
+
+
+def _json_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
+    try:
+        content = json.loads("".join(_decode(source, number, raw) for number, raw in enumerate(_lines(path), start=1)))
     except json.JSONDecodeError as err:
         raise DataError(
             f"{source.path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); a .json file is one list of "
@@ -104,9 +133,13 @@ def _json_rows(source: DataSource, path: Path) -> Iterator[Row]:
         raise DataError(
             f'{source.path} holds neither a list of objects nor {{"data": [...]}}; give it one of these forms'
         )
-    for number, values in enumerate(records, start=1):
+    for number, found in enumerate(records, start=1):
         location = f"{source.path}: record {number}"
-        yield location, _object(location, values)
+        values = None
+        with quarantine.guard(source.on_bad_row, found):
+            values = _object(location, found)
+        if values is not None:
+            yield location, values
 
 
 def _object(location: str, values: Any) -> Mapping[str, Any]:
@@ -115,10 +148,10 @@ def _object(location: str, values: Any) -> Mapping[str, Any]:
     return values
 
 
-def _txt_rows(source: DataSource, path: Path) -> Iterator[Row]:
+def _txt_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
     """A table when columns or a delimiter are named, else one plain text a line (empty lines are left out)."""
     if source.columns is not None or source.delimiter is not None:
-        yield from _table_rows(source, path)
+        yield from _table_rows(source, path, quarantine)
         return
     field = _PLAIN_TEXT_FIELD.get(source.kind)
     if field is None:
@@ -127,12 +160,11 @@ def _txt_rows(source: DataSource, path: Path) -> Iterator[Row]:
             f"{' and '.join(map(repr, _PLAIN_TEXT_FIELD))}; if it is a table, name its columns"
         )
     column = source.fields.get(field, field)
-    for number, line in enumerate(_lines(source, path), start=1):
-        if line.strip():
-            yield f"{source.path}:{number}", {column: line.rstrip("\r\n")}
+    for number, line in _text_lines(source, path, quarantine):
+        yield f"{source.path}:{number}", {column: line.rstrip("\r\n")}
 
 
-def _table_rows(source: DataSource, path: Path) -> Iterator[Row]:
+def _table_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
     """Rows of delimited text. Comma-separated files may quote fields, as RFC 4180 has it.
 
     In tab-separated text a quote is a character like any other (IANA's text/tab-separated-values has no quoting), so a
@@ -142,11 +174,13 @@ def _table_rows(source: DataSource, path: Path) -> Iterator[Row]:
     if len(delimiter) != 1:
         raise DataError(f"{source.path}: delimiter {delimiter!r} must be one character; set delimiter to one")
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(_lines(source, path), delimiter=delimiter, quoting=quoting, strict=True)
+    # What is not UTF-8 passes through the reader, so that lines keep their numbers; a row that holds such is then refused.
+    lines = (raw.decode("utf-8", "surrogateescape") for raw in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     # The csv module refuses fields over 128 KiB unless told otherwise, for the whole process; documents are longer.
     old_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        yield from _named_columns(source, reader)
+        yield from _named_columns(source, reader, quarantine)
     except csv.Error as err:
         raise DataError(
             f"{source.path}:{reader.line_num}: not a table delimited by {delimiter!r} ({err}); close the quoted field, "
@@ -156,7 +190,7 @@ def _table_rows(source: DataSource, path: Path) -> Iterator[Row]:
         csv.field_size_limit(old_limit)
 
 
-def _named_columns(source: DataSource, reader: Any) -> Iterator[Row]:
+def _named_columns(source: DataSource, reader: Any, quarantine: Quarantine) -> Iterator[Row]:
     """Rows of a `csv.reader`, named by `source.columns` or by the first row."""
     columns = source.columns
     last_line = 0
@@ -165,17 +199,35 @@ def _named_columns(source: DataSource, reader: Any) -> Iterator[Row]:
         if not cells:
             continue
         if columns is None:
+            _check_utf8(source, line, cells)
             columns = tuple(cells)
             continue
-        if len(cells) != len(columns):
-            raise DataError(
-                f"{source.path}:{line}: {len(cells)} columns where there should be {len(columns)} "
-                f"({', '.join(columns)}); mend the line, or set columns and delimiter to what the file has"
-            )
-        yield f"{source.path}:{line}", dict(zip(columns, cells, strict=True))
+        row = None
+        with quarantine.guard(source.on_bad_row, cells):
+            row = _checked_cells(source, line, cells, columns)
+        if row is not None:
+            yield f"{source.path}:{line}", row
 
 
-def _parquet_rows(source: DataSource, path: Path) -> Iterator[Row]:
+def _checked_cells(source: DataSource, line: int, cells: list[str], columns: tuple[str, ...]) -> dict[str, str]:
+    _check_utf8(source, line, cells)
+    if len(cells) != len(columns):
+        raise DataError(
+            f"{source.path}:{line}: {len(cells)} columns where there should be {len(columns)} "
+            f"({', '.join(columns)}); mend the line, or set columns and delimiter to what the file has"
+        )
+    return dict(zip(columns, cells, strict=True))
+
+
+def _check_utf8(source: DataSource, first_line: int, cells: list[str]) -> None:
+    """Refuse cells that were read from bytes that are not UTF-8."""
+    for cell in cells:
+        if not cell.isascii():
+            for number, part in enumerate(cell.split("\n"), start=first_line):
+                _decode(source, number, part.encode("utf-8", "surrogateescape"))
+
+
+def _parquet_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 

@@ -18,17 +18,21 @@ How the kinds are read:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 from rlhf_dist.config import DataSource, RecordKind
 from rlhf_dist.data.dialogues import is_ranking, preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.files import read_rows
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.ratings import pair_by_rating
 from rlhf_dist.errors import ConfigError, DataError
+
+R = TypeVar("R")
 
 FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output", "demonstration"),
@@ -96,43 +100,69 @@ class Prompt:
     location: str
 
 
-def read_sequences(source: DataSource) -> list[Conversation | Text]:
+def read_sequences(source: DataSource, quarantine: Quarantine | None = None) -> list[Conversation | Text]:
     """Records of kinds `instruction`, `messages` and `text`.
+
+    Args:
+        source: where they are.
+        quarantine: takes the rows that cannot be used, under `source.on_bad_row: skip`.
 
     Raises:
         DataError: what cannot be read, with its place.
         ConfigError: a kind or field name that cannot be meant.
     """
     _check_kind(source, ("instruction", "messages", "text"), "supervised training")
-    records: list[Conversation | Text] = []
-    for row in read_fields(source):
+
+    def record(row: Fields) -> Conversation | Text:
         if source.kind == "text":
-            records.append(Text(row.text("text"), row.location))
-        elif source.kind == "instruction":
+            return Text(row.text("text"), row.location)
+        if source.kind == "instruction":
             response = {"role": "assistant", "content": row.text("output")}
-            records.append(Conversation((_instruction(row), response), row.location))
-        else:
-            records.append(Conversation(row.messages("messages"), row.location))
+            return Conversation((_instruction(row), response), row.location)
+        return Conversation(row.messages("messages"), row.location)
+
+    return _read(source, quarantine, record)
+
+
+def _read(source: DataSource, quarantine: Quarantine | None, record: Callable[[Fields], R]) -> list[R]:
+    """What `record` makes of the rows that can be used.
+
+    Raises:
+        DataError: a bad row under `error`; under `skip`, that no row is left.
+    """
+    quarantine = Quarantine() if quarantine is None else quarantine
+    records: list[R] = []
+    known = len(quarantine)
+    for row in read_fields(source, quarantine):
+        with quarantine.guard(source.on_bad_row, row.values):
+            records.append(record(row))
+    if not records:
+        raise DataError(
+            f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "
+            f"{quarantine.rows[known].reason}"
+        )
     return records
 
 
-def read_preferences(source: DataSource, seed: int, use_margins: bool = True) -> list[Preference]:
+def read_preferences(
+    source: DataSource, seed: int, use_margins: bool = True, quarantine: Quarantine | None = None
+) -> list[Preference]:
     """Pairs and rankings of kind `preference`, and pairs made of kind `ratings` (drawn by `seed`).
 
     `use_margins` False: the field `margin` of pairs is not read, so that an unrelated column of that name does no harm.
-    Errors as `read_sequences`.
+    `quarantine` and errors as in `read_sequences`.
     """
     _check_kind(source, ("preference", "ratings"), "reward modelling")
     if source.kind == "ratings":
-        return _rated_pairs(source, seed)
-    records = []
-    for row in read_fields(source):
+        return _rated_pairs(source, seed, quarantine)
+
+    def record(row: Fields) -> Preference:
         prompt, responses = preference_messages(row)
         if is_ranking(row):
-            records.append(_ranking(row, prompt, responses))
-        else:
-            records.append(Preference(prompt, responses, row.location, _margin(row) if use_margins else None))
-    return records
+            return _ranking(row, prompt, responses)
+        return Preference(prompt, responses, row.location, _margin(row) if use_margins else None)
+
+    return _read(source, quarantine, record)
 
 
 def _ranking(row: Fields, prompt: tuple[Message, ...], responses: tuple[tuple[Message, ...], ...]) -> Preference:
@@ -185,13 +215,13 @@ def _ranks(ratings: Sequence[float]) -> tuple[int, ...]:
     return tuple(ratings.index(rating) for rating in ratings)
 
 
-def read_prompts(source: DataSource) -> list[Prompt]:
+def read_prompts(source: DataSource, quarantine: Quarantine | None = None) -> list[Prompt]:
     """Prompts of kind `prompt`, or those of `instruction`, `messages` and `preference` records.
 
-    Errors as `read_sequences`.
+    `quarantine` and errors as in `read_sequences`.
     """
     _check_kind(source, ("prompt", "instruction", "messages", "preference"), "prompts")
-    return [Prompt(_prompt(source, row), row.location) for row in read_fields(source)]
+    return _read(source, quarantine, lambda row: Prompt(_prompt(source, row), row.location))
 
 
 def _prompt(source: DataSource, row: Fields) -> tuple[Message, ...]:
@@ -216,11 +246,14 @@ def _instruction(row: Fields) -> Message:
     return {"role": "user", "content": "\n\n".join(part for part in parts if part)}
 
 
-def _rated_pairs(source: DataSource, seed: int) -> list[Preference]:
+def _rated_pairs(source: DataSource, seed: int, quarantine: Quarantine | None) -> list[Preference]:
     groups: dict[str, list[tuple[str, float, str]]] = {}
-    for row in read_fields(source):
-        rated = (row.text("response"), row.number("rating"), row.location)
-        groups.setdefault(row.optional_text("prompt"), []).append(rated)
+
+    def record(row: Fields) -> tuple[str, tuple[str, float, str]]:
+        return row.optional_text("prompt"), (row.text("response"), row.number("rating"), row.location)
+
+    for prompt, rated in _read(source, quarantine, record):
+        groups.setdefault(prompt, []).append(rated)
     pairs = []
     for number, (prompt, rated) in enumerate(groups.items()):
         for i, j in pair_by_rating([rating for _, rating, _ in rated], seed, source.min_margin, group=number):
@@ -241,8 +274,11 @@ def _rated_pairs(source: DataSource, seed: int) -> list[Preference]:
     return pairs
 
 
-def read_fields(source: DataSource) -> Iterator[Fields]:
-    """Rows by field; a mapped column that no row has is refused, since optional fields would hide the misspelling."""
+def read_fields(source: DataSource, quarantine: Quarantine | None = None) -> Iterator[Fields]:
+    """Rows by field; a mapped column that no row has is refused, since optional fields would hide the misspelling.
+
+    `quarantine` takes the rows that cannot be parsed, under `source.on_bad_row: skip`.
+    """
     known = FIELDS[source.kind]
     for field in source.fields:
         if field not in known:
@@ -253,7 +289,7 @@ def read_fields(source: DataSource) -> Iterator[Fields]:
                 f"{', '.join(known)} to a column"
             )
     unseen = set(source.fields.values())
-    for location, values in read_rows(source):
+    for location, values in read_rows(source, quarantine):
         row = Fields(location, values, source.fields)
         unseen = {column for column in unseen if not row.has_column(column)}
         yield row

@@ -18,6 +18,7 @@ from typing import Any
 from rlhf_dist.config import DataSet, DataSource
 from rlhf_dist.data.dialogues import preference_messages
 from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import read_fields
 from rlhf_dist.errors import DataError
 
@@ -27,11 +28,13 @@ class WrittenSet:
     """What became of a set."""
 
     num_records: int
-    """Records read."""
+    """Records read that can be used."""
     num_left_out: int
     """Records that the shares of the parts leave."""
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     """Part ("" where the set is not divided) → file, relative to the stage's folder → its number of records."""
+    bad: Quarantine = field(default_factory=Quarantine)
+    """Rows left out under `on_bad_row: skip`."""
 
 
 def set_path(name: str, part: str, source: int) -> str:
@@ -50,10 +53,22 @@ def write_set(wanted: DataSet, seed: int, folder: Path) -> WrittenSet:
     Raises:
         DataError: a source or record that cannot be used (with its place), or a part that would be empty.
     """
-    rows = [(number, row) for number, source in enumerate(wanted.sources) for row in read_fields(source)]
-    about = [subject(wanted.sources[number], row) for number, row in rows]
+    rows: list[tuple[int, str]] = []
+    """Source and line of each record."""
+    about: list[Hashable] = []
+    bad = Quarantine()
+    for number, source in enumerate(wanted.sources):
+        for row in read_fields(source, bad):
+            with bad.guard(source.on_bad_row, row.values):
+                key, line = subject(source, row), _line(row)
+                about.append(key)
+                rows.append((number, line))
+    if not rows:
+        raise DataError(
+            f"set {wanted.name!r}: none of its {len(bad)} rows can be used, the first since {bad.rows[0].reason}"
+        )
     if not wanted.parts:
-        return WrittenSet(len(rows), 0, {"": _write(wanted, "", rows, folder)})
+        return WrittenSet(len(rows), 0, {"": _write(wanted, "", rows, folder)}, bad)
     parts = divide(about, wanted.parts, f"{seed}/{wanted.name}")
     files = {}
     for part, chosen in parts.items():
@@ -64,7 +79,7 @@ def write_set(wanted: DataSet, seed: int, folder: Path) -> WrittenSet:
                 "share, or give more records"
             )
         files[part] = _write(wanted, part, [rows[i] for i in chosen], folder)
-    return WrittenSet(len(rows), len(rows) - sum(map(len, parts.values())), files)
+    return WrittenSet(len(rows), len(rows) - sum(map(len, parts.values())), files, bad)
 
 
 def divide(about: Sequence[Hashable], shares: Mapping[str, float], stream: str) -> dict[str, list[int]]:
@@ -126,11 +141,11 @@ def _turns(messages: Sequence[Mapping[str, str]]) -> Hashable:
     return tuple((message["role"], message["content"].strip()) for message in messages)
 
 
-def _write(wanted: DataSet, part: str, rows: Sequence[tuple[int, Fields]], folder: Path) -> dict[str, int]:
+def _write(wanted: DataSet, part: str, rows: Sequence[tuple[int, str]], folder: Path) -> dict[str, int]:
     """One file for each source, also where none of its records is in the part: file → number of records."""
     files = {}
     for number in range(len(wanted.sources)):
-        lines = [_line(row) for source, row in rows if source == number]
+        lines = [line for source, line in rows if source == number]
         name = set_path(wanted.name, part, number)
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_dist.data.quarantine import BadRow, Quarantine
+
 MAX_LISTED = 20
 """Left-out records that a report names; the rest is only counted."""
 
@@ -33,10 +35,14 @@ class DataReport:
     """Responses left out of rankings that are used: too long under on_too_long=skip, or the same as a better one."""
     dropped: tuple[str, ...] = ()
     """Places of those rankings, the first `MAX_LISTED`."""
+    bad: tuple[BadRow, ...] = ()
+    """Rows that cannot be used and were left out under `on_bad_row: skip`; not counted as records."""
 
     def losses(self) -> dict[str, str]:
         """What was left out or cut, each with its number and the first places; empty where nothing was."""
         found = {}
+        if self.bad:
+            found["bad rows left out"] = f"{len(self.bad)} ({self.bad[0].reason}; ...)"
         if self.num_skipped:
             found["left out"] = f"{self.num_skipped} of {self.num_records} ({', '.join(self.skipped[:3])}, ...)"
         if self.num_dropped:
@@ -49,7 +55,9 @@ class DataReport:
 class Tally:
     """Counts towards a `DataReport`."""
 
-    def __init__(self) -> None:
+    def __init__(self, quarantine: Quarantine | None = None) -> None:
+        """`quarantine`: the bad rows that were left out of the records."""
+        self._quarantine = quarantine
         self.num_records = self.num_truncated = self.num_tokens = 0
         self._num_skipped = 0
         self._skipped: list[str] = []
@@ -79,6 +87,7 @@ class Tally:
             skipped=tuple(self._skipped),
             num_dropped=self._num_dropped,
             dropped=tuple(self._dropped),
+            bad=() if self._quarantine is None else tuple(self._quarantine.rows),
         )
 
 

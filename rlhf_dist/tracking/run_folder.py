@@ -8,6 +8,7 @@ RUN_DIR/
   checkpoints/     step_*/
   model/           the trained model in Hugging Face format
   model_ema/       the moving average of a policy's weights, where `ppo.ema_decay` is set
+  bad_rows.jsonl   data rows that were left out under `on_bad_row: skip`, with the reasons
   refused_step_*.jsonl   the samples that a step was refused for
   logs/            logs of the actors, TensorBoard and wandb files
 """
@@ -23,6 +24,8 @@ from typing import Any
 from typing_extensions import Self
 
 from rlhf_dist.errors import RunFolderError
+
+BAD_ROWS = "bad_rows.jsonl"
 
 
 def write_atomically(path: Path, text: str) -> None:

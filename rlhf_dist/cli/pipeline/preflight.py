@@ -24,7 +24,7 @@ from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import RlhfDistError
 from rlhf_dist.models.loading import as_scalar_config, check_causal_lm, load_model_config
 from rlhf_dist.tracking.lineage import sha256_of_file
-from rlhf_dist.tracking.run_folder import RunFolder, write_atomically
+from rlhf_dist.tracking.run_folder import BAD_ROWS, RunFolder, write_atomically
 
 MANIFEST = "manifest.json"
 """Of the data stage: what each file holds, and what was left out."""
@@ -152,6 +152,7 @@ def make_data(stage: Stage, folder: Path) -> dict[str, Any]:
         DataError: a record that cannot be used, or a part that would be empty.
     """
     sets: dict[str, Any] = {}
+    bad_rows: list[str] = []
     for wanted in stage.config.sets:
         written = write_set(wanted, stage.seed, folder / "sets")
         sources = [
@@ -170,5 +171,10 @@ def make_data(stage: Stage, folder: Path) -> dict[str, Any]:
             "left_out": written.num_left_out,
             "files": files,
         }
+        if written.bad:
+            sets[wanted.name]["bad_rows"] = len(written.bad)
+            bad_rows.extend(written.bad.lines())
+    if bad_rows:
+        write_atomically(folder / BAD_ROWS, "".join(bad_rows))
     write_atomically(folder / MANIFEST, json.dumps(sets, indent=2, ensure_ascii=False) + "\n")
     return sets

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from rlhf_dist.config import DataSource
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Prompt, read_preferences, read_prompts, read_sequences
 from rlhf_dist.errors import ConfigError, DataError
 
@@ -332,3 +336,40 @@ def test_ratings_without_prompt_and_without_pairs(source):
         read_preferences(source("ratings", rows, min_margin=9), 0)
     with pytest.raises(DataError, match=r":1: field 'rating' is 'x', which is not a finite number"):
         read_preferences(source("ratings", [{"response": "a", "rating": "x"}]), 0)
+
+
+def test_bad_rows_are_set_aside_with_place_and_reason_and_the_others_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = b'{"instruction": "i", "output": "o"}\n'
+    bad = [b"{broken\n", b"\xff\n", b"[1]\n", b'{"instruction": "i"}\n', b'{"instruction": "i", "output": 3}\n']
+    path.write_bytes(b"".join(good + line for line in bad))
+    quarantine = Quarantine()
+    source = DataSource(path=str(path), kind="instruction", on_bad_row="skip")
+    assert len(read_sequences(source, quarantine)) == len(bad)
+    places = [f"{path}:{2 * n}" for n in range(1, 1 + len(bad))]
+    assert [row.reason.startswith(f"{place}: ") for row, place in zip(quarantine.rows, places, strict=True)] == [
+        True
+    ] * 5
+    assert quarantine.rows[0].row == "{broken"
+    assert quarantine.rows[4].row == {"instruction": "i", "output": 3}
+    assert [json.loads(line)["row"] for line in quarantine.lines()][3] == {"instruction": "i"}
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
+        read_sequences(source.model_copy(update={"on_bad_row": "error"}))
+
+
+def test_bad_rows_of_tables_keep_the_line_numbers_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,chosen,rejected\np,a,b\np,\xff,b\np,a\np,a,a\np,c,d\n")
+    quarantine = Quarantine()
+    source = DataSource(path=str(path), kind="preference", on_bad_row="skip")
+    found = read_preferences(source, 0, quarantine=quarantine)
+    assert [pair.location for pair in found] == [f"{path}:2", f"{path}:6"]
+    assert [row.reason.split(": ")[0] for row in quarantine.rows] == [f"{path}:{n}" for n in (3, 4, 5)]
+
+
+def test_a_source_of_bad_rows_only_is_refused_with_the_first_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for content, problem in (("{\n", "not JSON"), ('{"text": ""}\n', "holds no text")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=problem):
+            read_sequences(DataSource(path=str(path), kind="text", on_bad_row="skip"))

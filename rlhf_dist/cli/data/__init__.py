@@ -1,0 +1,1 @@
+"""`rlhf-dist data`: the commands that make and show data."""

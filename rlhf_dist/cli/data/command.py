@@ -1,0 +1,66 @@
+"""`rlhf-dist data ACTION CONFIG`: from the name of an action to its configuration and its code.
+
+Both are imported when the action is called, so that help and refusals answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from rlhf_dist.cli.arguments import PROG, load_schema
+from rlhf_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Action:
+    """One command below `rlhf-dist data`."""
+
+    help: str
+    schema: str
+    """module:class of its configuration."""
+    run: str
+    """module:function that takes the checked configuration and does the work."""
+
+
+ACTIONS: dict[str, Action] = {}
+
+
+def run(arguments: list[str]) -> None:
+    """Run an action with its arguments; without any, or for help, list the actions."""
+    prog = f"{PROG} data"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview(prog))
+        return
+    name, rest = arguments[0], arguments[1:]
+    action = action_of(prog, name)
+    config = load_schema(resolved(action.schema), f"{PROG} data {name}", rest, f"data {name}")
+    if config is not None:
+        resolved(action.run)(config)
+
+
+def action_of(prog: str, name: str) -> Action:
+    """The action of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ACTIONS:
+        close = get_close_matches(name, ACTIONS, n=1)
+        guess = f"did you mean {close[0]}?" if close else f"the actions are {', '.join(ACTIONS)}."
+        raise ConfigError(f"{prog} has no action '{name}'; {guess} See `{prog} --help`.")
+    return ACTIONS[name]
+
+
+def overview(prog: str) -> str:
+    """The help text."""
+    listed = "\n".join(f"  {name:<14} {action.help}" for name, action in ACTIONS.items())
+    return f"usage: {prog} ACTION CONFIG.yaml [--section.key value ...]\n\nactions:\n{listed}"
+
+
+def resolved(place: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,1 @@
+"""Schemas of `rlhf-dist data ...` and `rlhf-dist label`, one file a command."""

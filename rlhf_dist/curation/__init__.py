@@ -1,0 +1,1 @@
+"""Making data: instruction records and preferences out of labelled sets, models and people."""

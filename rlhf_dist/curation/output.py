@@ -1,0 +1,132 @@
+"""The folder that a data command writes.
+
+OUT_DIR/
+  config.yaml      the resolved configuration
+  records.jsonl    what was made, one record a line
+  bad_rows.jsonl   input rows that were left out, with the reasons; absent where there are none
+  report.json      counts, and where everything came from
+  ...              what else a command has to say: its own files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist import __version__
+from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.errors import RunFolderError
+from rlhf_dist.tracking.run_folder import BAD_ROWS, write_atomically
+
+RECORDS = "records.jsonl"
+REPORT = "report.json"
+CONFIG = "config.yaml"
+
+
+class OutputFolder:
+    """A result while it is made, aside; `written` puts it in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write_records(self, records: Iterable[Mapping[str, Any]], name: str = RECORDS) -> int:
+        """One JSON line a record, as they come (they need not fit into memory); returns their number.
+
+        Raises:
+            DataError: whatever making the records raises; then nothing of the folder will appear.
+        """
+        number = 0
+        with (self.path / name).open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                number += 1
+            file.flush()
+            os.fsync(file.fileno())
+        return number
+
+    def write_bad_rows(self, quarantine: Quarantine) -> None:
+        """The account of rows that were left out, where there are any."""
+        if quarantine:
+            write_atomically(self.path / BAD_ROWS, "".join(quarantine.lines()))
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Numbers and provenance; keys keep their order."""
+        content = {"rlhf_dist": __version__, **report}
+        write_atomically(self.path / REPORT, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_output(out_dir: Path, overwrite: bool) -> None:
+    """Refuse a folder that may not be written; touches nothing.
+
+    Raises:
+        RunFolderError: something is there that is not an earlier result, or one is and `overwrite` is not set, or the
+            folder cannot be made.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise RunFolderError(f"out_dir {out_dir} is a file; a result needs a folder. Choose another out_dir.")
+    if out_dir.exists() and any(out_dir.iterdir()):
+        if not (out_dir / REPORT).is_file():
+            raise RunFolderError(
+                f"out_dir {out_dir} is not empty and holds no result of a data command (there is no {REPORT} in it), so it "
+                "is not replaced. Choose another out_dir, or empty the folder yourself."
+            )
+        if not overwrite:
+            raise RunFolderError(
+                f"out_dir {out_dir} holds an earlier result, and none is replaced unasked. Pass --overwrite true, or choose "
+                "another out_dir."
+            )
+    parent = out_dir
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RunFolderError(
+            f"out_dir {out_dir} cannot be written: {parent} is not a folder that this user may write to. Choose another "
+            "out_dir, or change its permissions."
+        )
+
+
+@contextlib.contextmanager
+def written(out_dir: Path, overwrite: bool, config_yaml: str) -> Iterator[OutputFolder]:
+    """A folder to fill; at the end of the block it takes its place, and after an error nothing has changed.
+
+    Raises:
+        RunFolderError: as `check_output`.
+    """
+    check_output(out_dir, overwrite)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private, and data are there to be shared
+        write_atomically(aside / CONFIG, config_yaml)
+        yield OutputFolder(aside)
+        check_output(out_dir, overwrite)  # hours may have passed
+        _put(aside, out_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put(new: Path, place: Path) -> None:
+    """Exchange a folder for another; the old one is away only when the new one is in its place."""
+    if not place.exists():
+        new.rename(place)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
+    place.rename(old / place.name)
+    try:
+        new.rename(place)
+    except OSError:
+        (old / place.name).rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
