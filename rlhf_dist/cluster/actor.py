@@ -1,4 +1,8 @@
-"""The process that hosts one rank of a role."""
+"""The process that hosts one rank of a role.
+
+Nothing here imports torch or transformers while this module is imported: they read the environment when they are, and a rank
+takes that over by a call.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from rlhf_dist.cluster.network import interface_with
-from rlhf_dist.engine.distributed import RankContext, free_port
 from rlhf_dist.errors import RlhfDistError
+
+if TYPE_CHECKING:
+    from rlhf_dist.engine.distributed import RankContext
 
 
 class RankHost:
@@ -25,8 +31,14 @@ class RankHost:
     def __init__(self) -> None:
         self._worker: Any = None
 
+    def take_over(self, environment: Mapping[str, str]) -> None:
+        """Set variables in this process; the first call."""
+        os.environ.update(environment)
+
     def address(self) -> tuple[str, int]:
         """An address other nodes reach, and a free port on it, for the role's rendezvous."""
+        from rlhf_dist.engine.distributed import free_port
+
         return ray.util.get_node_ip_address(), free_port()
 
     def build(self, worker: str, context: RankContext, kwargs: dict[str, Any], log_path: str) -> None:

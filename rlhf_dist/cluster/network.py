@@ -101,15 +101,14 @@ def check_rendezvous(role: str, addresses: Sequence[str]) -> None:
         )
 
 
-def rank_environment(config: RayConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that rank processes on a cluster get: those of the driver's `environment` whose names `ray.pass_env` covers,
-    then `ray.env_vars`."""
-    passed = {
+def passed_environment(config: RayConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that rank processes on a cluster take over: those of the driver's `environment` whose names `ray.pass_env`
+    covers, but for those that `ray.env_vars` sets."""
+    return {
         name: value
         for name, value in environment.items()
-        if any(fnmatchcase(name, pattern) for pattern in config.pass_env)
+        if name not in config.env_vars and any(fnmatchcase(name, pattern) for pattern in config.pass_env)
     }
-    return passed | config.env_vars
 
 
 def _is_loopback(address: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -22,7 +23,7 @@ from rlhf_dist.cluster.actor import RankHost
 from rlhf_dist.cluster.futures import gathered
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec, describe
 from rlhf_dist.cluster.hosting import announce_accelerator
-from rlhf_dist.cluster.network import check_rendezvous, rank_environment
+from rlhf_dist.cluster.network import check_rendezvous, passed_environment
 from rlhf_dist.cluster.ray_group import RayGroup
 from rlhf_dist.config import RayConfig
 from rlhf_dist.engine.distributed import RankContext
@@ -99,8 +100,9 @@ class RaySession:
         if self._private:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run reports to nobody unasked
             _private_token(os.environ)
-            # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
-            ray.init("local", include_dashboard=False, **common)
+            with _kept_from_new_processes(signal.SIGUSR1):
+                # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
+                ray.init("local", include_dashboard=False, **common)
         else:
             try:
                 ray.init(self.config.address, **common)
@@ -171,22 +173,28 @@ class RaySession:
         return Reserved(groups, plan.numbered_by_node(nodes))
 
     def _start(self, spec: WorkerSpec, reserved: Reserved | None) -> Hosts:
+        common = {"runtime_env": {"env_vars": self.config.env_vars}} if self.config.env_vars else {}
+        host = ray.remote(RankHost)
         if reserved is None:
-            return [ray.remote(RankHost).options(num_cpus=0).remote() for _ in range(spec.placement.num_ranks)]
-        environment = {} if self._private else rank_environment(self.config, os.environ)
-        return [
-            ray.remote(RankHost)
-            .options(
+            return [host.options(num_cpus=0, **common).remote() for _ in range(spec.placement.num_ranks)]
+        hosts = [
+            host.options(
                 num_cpus=spec.placement.cpus_per_rank,
                 num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     reserved.groups[slot.reservation], placement_group_bundle_index=slot.bundle
                 ),
-                runtime_env={"env_vars": environment} if environment else None,
-            )
-            .remote()
+                **common,
+            ).remote()
             for slot in reserved.plan.ranks[spec.role]
         ]
+        if not self._private:  # the processes of a private Ray have inherited all of it
+            # By a call, from process to process: Ray writes a runtime_env into logs that everybody on the node can read, and
+            # there are tokens among these. Calls of one caller run in their order, so no answer need be waited for.
+            environment = passed_environment(self.config, os.environ)
+            for started in hosts:
+                started.take_over.remote(environment)
+        return hosts
 
     def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
         addresses = group.addresses()
@@ -213,6 +221,17 @@ class RaySession:
             self._idle.clear()
             ray.shutdown()
             self._connected = False
+
+
+@contextlib.contextmanager
+def _kept_from_new_processes(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in the processes that are started inside, for as long as they live: what a group of processes is sent is
+    meant for the driver, and would end Ray's. The driver handles one that comes meanwhile when it leaves this block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _private_token(environment: MutableMapping[str, str]) -> None:

@@ -33,9 +33,21 @@ class RayConfig(Schema):
     """Interface of the ranks' collectives (NCCL, gloo) on every node, such as `eth0`; null takes, on each node, the one with
     the address by which Ray knows the node. NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where set on a node, come first."""
     env_vars: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of all rank processes. They are kept in config.yaml: secrets belong into `pass_env`."""
-    pass_env: tuple[str, ...] = ("HF_*", "TRANSFORMERS_*", "TOKENIZERS_*", "NCCL_*", "TORCH_*", "PYTORCH_*", "VLLM_*")
-    """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment."""
+    """Environment variables of all rank processes, there from their start. They stand in clear in config.yaml and in logs of
+    Ray that every user of a node can read: secrets belong into the driver's environment, and their names into `pass_env`."""
+    pass_env: tuple[str, ...] = (
+        "HF_*",
+        "TRANSFORMERS_*",
+        "TOKENIZERS_*",
+        "NCCL_*",
+        "GLOO_*",
+        "TORCH_*",
+        "PYTORCH_*",
+        "VLLM_*",
+    )
+    """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment, before they
+    import torch or transformers. They go from process to process and are written nowhere. What a process reads at its very
+    start, such as LD_LIBRARY_PATH, belongs into `env_vars`."""
 
 
 class Placement(Schema):

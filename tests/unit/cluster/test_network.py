@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from rlhf_dist.cluster.network import check_rendezvous, interface_with, rank_environment
+from rlhf_dist.cluster.network import check_rendezvous, interface_with, passed_environment
 from rlhf_dist.config import RayConfig
 from rlhf_dist.errors import PlacementError
 
@@ -39,4 +39,4 @@ def test_ranks_elsewhere_cannot():
 def test_what_a_rank_takes_over():
     config = RayConfig(env_vars={"NCCL_DEBUG": "WARN", "MINE": "1"})
     driver = {"HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "PATH": "/bin", "AWS_SECRET": "x"}
-    assert rank_environment(config, driver) == {"HF_HOME": "/hf", "NCCL_DEBUG": "WARN", "MINE": "1"}
+    assert passed_environment(config, driver) == {"HF_HOME": "/hf"}
