@@ -47,8 +47,8 @@ class RankHost:
         with _traceback_in_log():
             from rlhf_dist.cluster.hosting import build_worker
 
-            interface = context.interface or interface_with(ray.util.get_node_ip_address())
-            self._worker = build_worker(worker, replace(context, interface=interface), kwargs)
+            context = replace(context, own_interface=interface_with(ray.util.get_node_ip_address()))
+            self._worker = build_worker(worker, context, kwargs)
 
     def run(self, method: str, *args: Any) -> Any:
         """Call a method of the worker."""

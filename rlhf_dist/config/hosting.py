@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from rlhf_dist.config.base import (
     AbsolutePath,
@@ -31,7 +32,8 @@ class RayConfig(Schema):
     """Longest wait for the cluster to grant the placement before the run is refused."""
     network_interface: str | None = None
     """Interface of the ranks' collectives (NCCL, gloo) on every node, such as `eth0`; null takes, on each node, the one with
-    the address by which Ray knows the node. NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where set on a node, come first."""
+    the address by which Ray knows the node, unless NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME says otherwise. A name that is set
+    here comes before these variables."""
     env_vars: dict[str, str] = Field(default_factory=dict)
     """Environment variables of all rank processes, there from their start. They stand in clear in config.yaml and in logs of
     Ray that every user of a node can read: secrets belong into the driver's environment, and their names into `pass_env`."""
@@ -48,6 +50,16 @@ class RayConfig(Schema):
     """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment, before they
     import torch or transformers. They go from process to process and are written nowhere. What a process reads at its very
     start, such as LD_LIBRARY_PATH, belongs into `env_vars`."""
+
+    @model_validator(mode="after")
+    def _one_interface(self) -> RayConfig:
+        for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            if self.network_interface is not None and variable in self.env_vars:
+                raise ValueError(
+                    f"network_interface is {self.network_interface!r} and env_vars sets {variable} "
+                    f"{self.env_vars[variable]!r}; keep one of them"
+                )
+        return self
 
 
 class Placement(Schema):
@@ -180,6 +192,15 @@ class Hosting(Schema):
     """`auto` uses GPUs where there are any."""
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _variables_have_processes(self) -> Self:
+        if self.cluster == "inline" and self.ray.env_vars:
+            raise ValueError(
+                f"ray.env_vars sets {', '.join(self.ray.env_vars)} in rank processes, and cluster: inline has none but this one; "
+                "set them in the shell and remove ray.env_vars, or use cluster: ray"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
