@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rlhf_dist.cluster.network import interface_with
+from rlhf_dist.cluster.network import Place, check_interface, interface_with, listener, why_unreachable
 from rlhf_dist.errors import RlhfDistError
 
 if TYPE_CHECKING:
@@ -30,16 +31,30 @@ class RankHost:
 
     def __init__(self) -> None:
         self._worker: Any = None
+        self._listener: socket.socket | None = None
 
     def take_over(self, environment: Mapping[str, str]) -> None:
         """Set variables in this process; the first call."""
         os.environ.update(environment)
 
-    def address(self) -> tuple[str, int]:
-        """An address other nodes reach, and a free port on it, for the role's rendezvous."""
+    def place(self) -> Place:
+        """The node, with a free port for the role's rendezvous."""
         from rlhf_dist.engine.distributed import free_port
 
-        return ray.util.get_node_ip_address(), free_port()
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), free_port())
+
+    def listen(self, port: int) -> None:
+        """Accept connections until `stop_listening`: ranks on other nodes try whether they reach this one."""
+        self._listener = listener(port)
+
+    def stop_listening(self) -> None:
+        """Leave the port to the rendezvous."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def reach(self, address: str, port: int) -> str | None:
+        """See `why_unreachable`."""
+        return why_unreachable(address, port)
 
     def build(self, worker: str, context: RankContext, kwargs: dict[str, Any], log_path: str) -> None:
         """Import and construct the worker; collective over the role's ranks."""
@@ -47,6 +62,7 @@ class RankHost:
         with _traceback_in_log():
             from rlhf_dist.cluster.hosting import build_worker
 
+            check_interface(context.interface)
             context = replace(context, own_interface=interface_with(ray.util.get_node_ip_address()))
             self._worker = build_worker(worker, context, kwargs)
 

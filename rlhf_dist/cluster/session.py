@@ -23,7 +23,7 @@ from rlhf_dist.cluster.actor import RankHost
 from rlhf_dist.cluster.futures import gathered
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec, describe
 from rlhf_dist.cluster.hosting import announce_accelerator
-from rlhf_dist.cluster.network import check_rendezvous, passed_environment
+from rlhf_dist.cluster.network import check_interface, passed_environment
 from rlhf_dist.cluster.ray_group import RayGroup
 from rlhf_dist.config import RayConfig
 from rlhf_dist.engine.distributed import RankContext
@@ -68,7 +68,9 @@ class RaySession:
 
     def check(self, specs: Sequence[WorkerSpec]) -> None:
         """Compare the demand with what this machine has, or what the cluster says it has."""
-        if not self._private:
+        if self._private:
+            check_interface(self.config.network_interface)
+        else:
             self._connect()
         plan = _plan(specs, self.device)
         nodes, where = self._nodes()
@@ -197,9 +199,7 @@ class RaySession:
         return hosts
 
     def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
-        addresses = group.addresses()
-        address, port = addresses[0]
-        check_rendezvous(spec.role, [host for host, _ in addresses])
+        address, port = group.meet()
         builds = []
         for rank, host in enumerate(group.hosts):
             context = RankContext(

@@ -31,9 +31,9 @@ class RayConfig(Schema):
     placement_timeout_s: Positive = 120.0
     """Longest wait for the cluster to grant the placement before the run is refused."""
     network_interface: str | None = None
-    """Interface of the ranks' collectives (NCCL, gloo) on every node, such as `eth0`; null takes, on each node, the one with
-    the address by which Ray knows the node, unless NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME says otherwise. A name that is set
-    here comes before these variables."""
+    """Interface of the ranks' collectives (NCCL, gloo), such as `eth0`, which every node must have. It comes before
+    NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; null leaves it to these variables, and where they are not set takes, on each
+    node, the one with the address by which Ray knows the node."""
     env_vars: dict[str, str] = Field(default_factory=dict)
     """Environment variables of all rank processes, there from their start. They stand in clear in config.yaml and in logs of
     Ray that every user of a node can read: secrets belong into the driver's environment, and their names into `pass_env`."""
@@ -197,7 +197,7 @@ class Hosting(Schema):
     def _variables_have_processes(self) -> Self:
         if self.cluster == "inline" and self.ray.env_vars:
             raise ValueError(
-                f"ray.env_vars sets {', '.join(self.ray.env_vars)} in rank processes, and cluster: inline has none but this one; "
+                f"ray.env_vars sets {', '.join(self.ray.env_vars)} in rank processes, and cluster: inline has none; "
                 "set them in the shell and remove ray.env_vars, or use cluster: ray"
             )
         return self
