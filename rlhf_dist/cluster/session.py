@@ -28,6 +28,7 @@ from rlhf_dist.cluster.ray_group import RayGroup
 from rlhf_dist.config import RayConfig
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.errors import PlacementError
+from rlhf_dist.planning.machine import usable_cpus
 from rlhf_dist.planning.placement import PlacementPlan, misfit, plan_placement
 
 Hosts = list[Any]
@@ -91,7 +92,7 @@ class RaySession:
     def _nodes(self) -> tuple[list[dict[str, float]], str]:
         """What each node has in all, and the place in words."""
         if self._private:
-            return [{"GPU": float(torch.cuda.device_count()), "CPU": float(os.cpu_count() or 1)}], "this machine"
+            return [{"GPU": float(torch.cuda.device_count()), "CPU": float(usable_cpus())}], "this machine"
         return [node["Resources"] for node in ray.nodes() if node["Alive"]], "the cluster"
 
     def _connect(self) -> None:
@@ -104,7 +105,7 @@ class RaySession:
             _private_token(os.environ)
             with _kept_from_new_processes(signal.SIGUSR1):
                 # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
-                ray.init("local", include_dashboard=False, **common)
+                ray.init("local", include_dashboard=False, num_cpus=usable_cpus(), **common)
         else:
             try:
                 ray.init(self.config.address, **common)
@@ -162,10 +163,18 @@ class RaySession:
             granted = all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups)
             if not granted:
                 free = ray.available_resources()
+                whose, remedy = (
+                    "the cluster",
+                    "wait for other jobs to end, ask for less, or raise ray.placement_timeout_s",
+                )
+                if self._private:  # nobody else is there to wait for
+                    whose = "the private Ray on this machine"
+                    remedy = (
+                        "lower num_ranks or cpus_per_rank, or compare the GPUs with CUDA_VISIBLE_DEVICES and nvidia-smi"
+                    )
                 raise PlacementError(
-                    f"the cluster did not grant {describe(specs, self.device)} within {self.config.placement_timeout_s:g} s "
-                    f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); wait for other jobs to end, ask "
-                    "for less, or raise ray.placement_timeout_s"
+                    f"{whose} did not grant {describe(specs, self.device)} within {self.config.placement_timeout_s:g} s "
+                    f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); {remedy}"
                 )
             tables = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
         except BaseException:

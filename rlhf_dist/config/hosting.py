@@ -68,7 +68,9 @@ class Placement(Schema):
     num_ranks: PositiveInt = 1
     """Processes (ranks) of this role under `cluster: ray`. `cluster: inline` always hosts one rank in this process."""
     gpus_per_rank: float = Field(default=1.0, gt=0, le=1)
-    """Share of a GPU a rank gets when the device is cuda. 1: its own GPU. Below 1: rank i of every such role shares GPU i."""
+    """Share of a GPU a rank gets when the device is cuda. 1: its own GPU. Below 1: the roles of
+    that kind share as many GPUs as the largest of them has ranks. A role has one rank on each of the first `num_ranks` of
+    these; where they lie on one node, rank i is on the i-th, else ranks are numbered node by node."""
     cpus_per_rank: Positive = 1.0
     """CPUs reserved for a rank on a Ray cluster."""
     threads_per_rank: PositiveInt = 1

@@ -123,12 +123,14 @@ def test_a_request_to_stop_that_reaches_all_processes_ends_none_of_them(tmp_path
 _VARIABLES = (
     _HOSTED
     + """
-import os
+import os, ray
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 names = ["GIVEN", "HF_GIVEN", "STRANGE"]
 session = RaySession(RayConfig(env_vars={"GIVEN": "here", "HF_GIVEN": "configured"}), "cpu")
 for _ in range(2):  # the second time in processes that were kept
     with hosted(session) as groups:
         print(*groups["model"].call("variables", names).result()[0])
+assert session._nodes()[0][0]["CPU"] == ray.cluster_resources()["CPU"] == 1
 session.close()
 """
 )
