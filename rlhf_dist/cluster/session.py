@@ -188,7 +188,7 @@ class RaySession:
         host = ray.remote(RankHost)
         if reserved is None:
             return [host.options(num_cpus=0, **common).remote() for _ in range(spec.placement.num_ranks)]
-        hosts = [
+        hosts: Hosts = [
             host.options(
                 num_cpus=spec.placement.cpus_per_rank,
                 num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
