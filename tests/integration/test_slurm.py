@@ -76,7 +76,7 @@ class Job:
         self.slurm.run("scancel", "--signal=USR1", "--batch", self.id)
 
     def start_now(self) -> None:
-        """Slurm lets a requeued job wait for two minutes. A start within the second of its end would be refused by the nodes."""
+        """Slurm lets a requeued job wait for two minutes. A start within the second of its end is refused by the nodes."""
         time.sleep(3)
         self.slurm.run("scontrol", "update", f"jobid={self.id}", "StartTime=now")
 
@@ -201,6 +201,14 @@ def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_con
     raylets = [line for line in lines if "raylet/raylet" in line]
     assert len(raylets) == 2
     assert all("CPU,8" in line and "GPU,1" in line for line in raylets), raylets
+    ports = {
+        socket.laddr.port
+        for process in job.processes()
+        for socket in process.net_connections("tcp")
+        if socket.status == psutil.CONN_LISTEN
+    }
+    assert len(ports) > 10, ports
+    assert not ports & {52365, *range(10002, 20000)}, "Ray's own choices, which other jobs on the node would make as well"
 
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log

@@ -181,7 +181,13 @@ def test_a_warning_while_ray_starts_is_acted_on_at_once(job: Job):
 
 @pytest.mark.parametrize(
     "job",
-    [{"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "DRIVER": "trap 'exit 75' USR1; call driver; sleep 60 & wait $!"}],
+    [
+        {
+            "SLURM_ARRAY_JOB_ID": "12",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "DRIVER": "trap 'exit 75' USR1; call driver; sleep 60 & wait $!",
+        }
+    ],
     indirect=True,
 )
 def test_the_last_task_of_an_array_requeues_itself_alone(job: Job):
