@@ -71,14 +71,20 @@ class Job:
             time.sleep(0.3)
         return facts
 
+    @property
+    def name(self) -> str:
+        """What Slurm's commands call it. The job id of an array's last task is that of the whole array."""
+        facts = self.facts()
+        return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayJobId" in facts else self.id
+
     def warn(self) -> None:
         """What Slurm does some time before the job's time is over."""
-        self.slurm.run("scancel", "--signal=USR1", "--batch", self.id)
+        self.slurm.run("scancel", "--signal=USR1", "--batch", self.name)
 
     def start_now(self) -> None:
         """Slurm lets a requeued job wait for two minutes. A start within the second of its end is refused by the nodes."""
         time.sleep(3)
-        self.slurm.run("scontrol", "update", f"jobid={self.id}", "StartTime=now")
+        self.slurm.run("scontrol", "update", f"jobid={self.name}", "StartTime=now")
 
     def freeze_driver(self) -> None:
         """As in a step that takes longer than what is left of the job's time."""
