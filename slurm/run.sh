@@ -47,11 +47,9 @@ run_on_slurm() {
     say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $command on ${nodes[*]}"
     start_ray
     wait_for_nodes
-    local resume=()
-    case "$command" in # a pipeline goes on by itself
-        sft | reward | ppo) resume=(--resume auto) ;;
-    esac
-    run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}"
+    describe_resuming "$command" "$config"
+    run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}" \
+        "${continued[@]}"
     finish "$driver_status"
 }
 
@@ -72,6 +70,19 @@ seed_of_array_task() {
     [[ "$run_dir" == *'{seed}'* ]] || fail "the tasks of a job array would all write to one run_dir;" \
         "put {seed} into it, as in '--run_dir runs/ppo-{seed}', or in $config"
     seed_arguments=(--seed "$SLURM_ARRAY_TASK_ID")
+}
+
+# A job continues the run that is in its folder, unless the file or an argument (the last one counts) says otherwise. When it was
+# requeued, it does so in any case: that run is its own.
+describe_resuming() {
+    local command="$1" config="$2"
+    resume=() continued=()
+    case "$command" in
+        sft | reward | ppo) ;;
+        *) return 0 ;; # a pipeline goes on by itself, an evaluation is always run whole
+    esac
+    grep -qE '^resume[[:space:]]*:' "$config" || resume=(--resume auto)
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || continued=(--resume auto --overwrite false)
 }
 
 run_dir_in_arguments() {
@@ -236,7 +247,7 @@ requeue() {
     scontrol requeue "$job" || say "Slurm did not requeue the job; submit it again to continue the run"
 }
 
-# Whether somebody ended the job. Slurm takes a requeue of such a job, too, and of one whose time is over: both are "completing".
+# Whether somebody ended the job. Slurm would requeue such a job, too; like one whose time is over, it is "completing".
 cancelled() {
     local facts
     while read -r facts; do # of arrays and heterogeneous jobs, there are several lines

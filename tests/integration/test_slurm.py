@@ -88,7 +88,7 @@ class Job:
 
     def freeze_driver(self) -> None:
         """As in a step that takes longer than what is left of the job's time."""
-        drivers = [p for p in self.processes() if "rlhf-dist" in " ".join(p.cmdline()) and "python" in p.name()]
+        drivers = [p for p in self.processes() if [Path(word).name for word in p.cmdline()[1:2]] == ["rlhf-dist"]]
         assert drivers, [p.cmdline() for p in self.processes()]
         for process in drivers:
             process.suspend()
@@ -214,7 +214,9 @@ def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_con
         if socket.status == psutil.CONN_LISTEN
     }
     assert len(ports) > 10, ports
-    assert not ports & {52365, *range(10002, 20000)}, "Ray's own choices, which other jobs on the node would make as well"
+    assert not ports & {52365, *range(10002, 20000)}, (
+        "Ray's own choices, which other jobs on the node would make as well"
+    )
 
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log

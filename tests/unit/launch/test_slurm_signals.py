@@ -91,7 +91,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    (tmp_path / "c.yaml").write_text("run_dir: r-{seed}\n")
+    (tmp_path / "c.yaml").write_text("run_dir: r-{seed}\n" + getattr(request, "param", {}).get("FILE", ""))
     (tmp_path / "state").write_text("JobState=RUNNING Reason=None")
     variables = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
@@ -201,3 +201,25 @@ def test_the_last_task_of_an_array_requeues_itself_alone(job: Job):
 def test_the_folder_of_a_job_is_told_apart_from_another_clusters(job: Job):
     job.wait_for("driver")
     assert (job.folder / ".rlhf_dist" / "jobs" / "big-12" / "token").exists()
+
+
+def _driver(job: Job) -> list[str]:
+    job.wait_for("driver")
+    return next(call for call in job.calls if call.startswith("rlhf-dist")).split()[1:]
+
+
+def test_the_driver_goes_on_where_an_earlier_job_ended(job: Job):
+    assert _driver(job) == ["ppo", "c.yaml", "--ray.address", "10.0.0.1:6379", "--resume", "auto"]
+
+
+@pytest.mark.parametrize("job", [{"FILE": "resume: 'no' # never\n"}], indirect=True)
+def test_what_the_file_says_of_resuming_stands(job: Job):
+    assert _driver(job) == ["ppo", "c.yaml", "--ray.address", "10.0.0.1:6379"]
+
+
+@pytest.mark.parametrize(
+    "job", [{"FILE": "resume: 'no'\noverwrite: true\n", "SLURM_RESTART_COUNT": "1"}], indirect=True
+)
+def test_a_job_that_was_requeued_continues_its_own_run_in_any_case(job: Job):
+    """Another run it would not continue, or would have removed; this one it began itself."""
+    assert _driver(job)[-4:] == ["--resume", "auto", "--overwrite", "false"]
