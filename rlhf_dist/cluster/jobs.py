@@ -178,8 +178,8 @@ class JobClient:
         except Exception as error:
             if "already exists" in str(error):
                 message = (
-                    f"the cluster at {self.address} has a job {job_id!r} already, running or ended; choose another --job-id, or "
-                    "give none"
+                    f"the cluster at {self.address} has a job {job_id!r} already, running or ended; choose another --job-id, "
+                    "or give none"
                 )
             else:
                 reason = f"the Ray cluster at {self.address} did not {what}: {_first_line(error)}"

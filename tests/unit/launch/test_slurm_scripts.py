@@ -104,7 +104,7 @@ def test_each_node_gives_the_container_the_gpus_it_has(gpus: dict[str, str], opt
     apptainer.write_text('#!/bin/bash\necho "$@"\n')
     apptainer.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = bash(f"bash {SLURM}/in_apptainer.sh --pwd /x i.sif run it", PATH=path, **gpus)
+    done = bash(f"bash {SLURM}/in_apptainer.sh --pwd /x i.sif run it", tmp_path, PATH=path, **gpus)
     assert done.stdout == f"exec {option}--pwd /x i.sif run it\n"
 
 
