@@ -252,7 +252,7 @@ cancelled() {
     local facts
     while read -r facts; do # of arrays and heterogeneous jobs, there are several lines
         [[ "$facts " == "JobId=$SLURM_JOB_ID "*" JobState=COMPLETING "* ]] || continue
-        [[ "$facts " == *" Reason=TimeLimit "* ]] || return 0
+        [[ "$facts " =~ \ (Reason=TimeLimit\ |PreemptTime=[0-9]) ]] || return 0
     done < <(scontrol show job --oneliner "$SLURM_JOB_ID")
     return 1
 }

@@ -120,10 +120,15 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
         shell.wait()
 
 
-def test_the_time_limit_before_the_checkpoint_is_a_requeue_too(job: Job):
+@pytest.mark.parametrize(
+    "why",
+    ["Reason=TimeLimit PreemptTime=None", "Reason=None PreemptTime=2026-11-24T17:19:04"],
+    ids=["time limit", "pre-emption after a time of grace"],
+)
+def test_the_end_before_the_checkpoint_is_a_requeue_too(job: Job, why: str):
     job.wait_for("driver")
     job.send(signal.SIGUSR1, "USR1")
-    job.state("JobState=COMPLETING Reason=TimeLimit")
+    job.state(f"JobState=COMPLETING {why}")
     job.send(signal.SIGTERM)
     assert job.end() == 75, job.log
     assert [call for call in job.calls if call.startswith("requeue")] == ["requeue 12"]
@@ -137,7 +142,7 @@ def test_a_job_that_is_cancelled_stays_cancelled(job: Job, warned: bool):
     job.wait_for("driver")
     if warned:
         job.send(signal.SIGUSR1, "USR1")
-    job.state("JobState=COMPLETING Reason=None")
+    job.state("JobState=COMPLETING Reason=None PreemptTime=None")
     job.send(signal.SIGTERM)
     assert job.end() == 143, job.log
     assert not [call for call in job.calls if call.startswith("requeue")]
