@@ -28,6 +28,7 @@ from typing import Any
 from rlhf_dist.cli import stopping, wiring
 from rlhf_dist.cli.pipeline.descent import Lineage, inputs_of, lineage_of
 from rlhf_dist.cli.pipeline.preflight import MANIFEST, PREPARE, Preflight, filled
+from rlhf_dist.cli.pipeline.stage_config import stage_config
 from rlhf_dist.cli.pipeline.stages import (
     Planner,
     Stage,
@@ -35,7 +36,6 @@ from rlhf_dist.cli.pipeline.stages import (
     check_descent,
     check_unchanged,
     files_of,
-    stage_config,
     state_of,
 )
 from rlhf_dist.cluster.group import Session

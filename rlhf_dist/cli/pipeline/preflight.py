@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.pipeline.stages import Stage, State, files_of, raise_together, stage_config
+from rlhf_dist.cli.pipeline.stage_config import stage_config
+from rlhf_dist.cli.pipeline.stages import Stage, State, files_of, raise_together
 from rlhf_dist.cli.prepare import Prepared, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
 from rlhf_dist.cluster.group import Session
 from rlhf_dist.config import PipelineConfig
