@@ -73,7 +73,8 @@ def planning_configs(pipeline: PipelineConfig) -> dict[str, Any]:
 
 def report(config: AnyConfig, options: Namespace) -> tuple[dict[str, Any], str]:
     """Plan a run and, unless as JSON, print it: (all numbers, why it does not fit or "")."""
-    plan, found = planned(config, options)
+    plan, replan = planned(config, options)
+    found = suggest.Counted(replan)
     counts = parse_counts(options.scale) if options.scale else []
     scale = scaled(plan, counts) if counts else []
     changes = [] if plan.fits else suggest.sufficient_changes(config, plan, found)
@@ -87,7 +88,9 @@ def report(config: AnyConfig, options: Namespace) -> tuple[dict[str, Any], str]:
         show(shown, options.format)
     if plan.fits:
         return data, ""
-    return data, f"the run does not fit: {'; '.join(plan.problems)}. {_remedy(changes, placements)}."
+    best = (changes or placements)[:1]
+    remedy = f"It would with: {' '.join(best[0].overrides)}" if best else _no_remedy(plan, found.number)
+    return data, f"the run does not fit: {'; '.join(plan.problems)}. {remedy}."
 
 
 _MOST_PLACEMENTS = 2
@@ -210,13 +213,8 @@ def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
     return {"overrides": one.overrides, "iteration_s": one.plan.timeline.total}
 
 
-def _remedy(changes: Sequence[suggest.Suggestion], placements: Sequence[suggest.Suggestion]) -> str:
-    best = (changes or placements)[:1]
-    if not best:
-        return (
-            "No change of ZeRO stage, offload, micro-batches or placement that was tried helps; use more or larger GPUs"
-        )
-    return f"It would with: {' '.join(best[0].overrides)}"
+def _no_remedy(plan: Plan, number: int) -> str:
+    return f"None of the {number} other configurations that were planned fits; use more or larger GPUs"
 
 
 def show(shown: Sequence[tables.Table], form: str) -> None:

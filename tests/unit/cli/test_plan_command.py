@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_a_run_that_does_not_fit_prints_the_tables_and_what_would_help(capsys: p
     assert "**It would fit with**" in out
     assert "the run does not fit" in err
     assert "It would with: --" in err
+
+
+def test_a_run_that_nothing_makes_fit_says_how_much_was_tried(capsys: pytest.CaptureFixture[str]):
+    """The policy's copy in a rollout engine alone is larger than such a GPU."""
+    assert main(["plan", RECIPE, "--gpus", "8", "--gpu-memory", "16GB", "--format", "json"]) == 6
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert data["sufficient_changes"] == data["placements"] == []
+    number = int(re.search(r"None of the (\d+) other configurations that were planned fits", err)[1])  # pyright: ignore
+    assert number > 100
 
 
 def test_overrides_and_options_may_be_mixed(capsys: pytest.CaptureFixture[str]):
