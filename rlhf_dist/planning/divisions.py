@@ -1,5 +1,5 @@
-"""Whole layouts of a run on the GPUs there are: which roles share GPUs, how the trained ones are sharded, how much they take at a
-time. They are candidates; `suggest` plans each."""
+"""Whole layouts of a run on the GPUs there are: which roles share GPUs, how the trained ones are sharded, how much they take at
+a time. They are candidates; `suggest` plans each."""
 
 from __future__ import annotations
 

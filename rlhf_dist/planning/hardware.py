@@ -85,7 +85,7 @@ def parse_bytes(text: str, option: str) -> int:
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1))
 
 
-def gpu_named(name: str) -> GPU:
+def gpu_named(name: str, option: str) -> GPU:
     """A GPU of the table.
 
     Raises:
@@ -93,5 +93,5 @@ def gpu_named(name: str) -> GPU:
     """
     found = GPUS.get(name.lower())
     if found is None:
-        raise ConfigError(f"--gpu-type is {name!r}; choose one of {', '.join(GPUS)}, or give --gpu-memory alone")
+        raise ConfigError(f"{option} is {name!r}; choose one of {', '.join(GPUS)}")
     return found

@@ -132,7 +132,9 @@ def plan_run(
         ConfigError: roles share a GPU and ask for more than one.
     """
     work = work_of(config)
-    lengths = Lengths(mean_prompt or work.prompt, mean_response or work.response, work.response)
+    prompt = work.prompt if mean_prompt is None else mean_prompt
+    response = work.response if mean_response is None else mean_response
+    lengths = Lengths(prompt, response, work.response)
     return _plan(work, cluster, rates or Rates(), lengths)
 
 

@@ -298,9 +298,9 @@ def test_sizes_and_names_are_read():
     for wrong in ("80 gigs", "0GB", "-1GB", "80"):
         with pytest.raises(ConfigError, match="--gpu-memory"):
             parse_bytes(wrong, "--gpu-memory")
-    assert gpu_named("H100") is GPUS["h100"]
+    assert gpu_named("H100", "--gpu-type") is GPUS["h100"]
     with pytest.raises(ConfigError, match="choose one of"):
-        gpu_named("h1000")
+        gpu_named("h1000", "--gpu-type")
     assert parse_counts("8,64") == [8, 64]
     with pytest.raises(ConfigError, match="--scale"):
         parse_counts("8,many")
