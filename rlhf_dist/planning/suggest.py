@@ -140,7 +140,16 @@ def _singles(plan: Plan) -> Iterator[Change]:
     """Changes of the roles that are too large, those that cost least first."""
     names = plan.crowded or [role.name for role in plan.work.roles]
     roles = [role for name in names if (role := plan.work.role(name)) is not None]
-    for kind in (_checkpointing, _smaller_passes, _more_sharding, _own_gpus, _more_ranks, _shared_gpus, _offload):
+    for kind in (
+        _checkpointing,
+        _smaller_passes,
+        _more_sharding,
+        _own_gpus,
+        _more_ranks,
+        _shared_gpus,
+        _fewer_ranks,
+        _offload,
+    ):
         for role in roles:
             yield from kind(role, plan)
 
@@ -210,6 +219,12 @@ def _shared_gpus(role: Role, plan: Plan) -> Iterator[Change]:
     if plan.layout.misfit and len(roles) > 1 and role is roles[0] and not role.inline:
         ranks: Change = {f"{other.key}.num_ranks": min(other.num_ranks, plan.cluster.num_gpus) for other in roles}
         yield ranks | {f"{other.key}.gpus_per_rank": even_share(len(roles)) for other in roles}
+
+
+def _fewer_ranks(role: Role, plan: Plan) -> Iterator[Change]:
+    """Where a node's memory is short: each rank reads the whole checkpoint there."""
+    if plan.lacks_host_memory and role.num_ranks > 1:
+        yield {f"{role.key}.num_ranks": role.num_ranks // 2}
 
 
 def _offload(role: Role, plan: Plan) -> Iterator[Change]:

@@ -56,7 +56,7 @@ def _parser(prog: str, about: str, commands: Sequence[str]) -> Parser:
         help="b200, h200, h100, a100-80gb, a100-40gb, l40s, a10g, v100-32gb: memory and rates by its datasheet",
     )
     add("--gpu-memory", help="of one GPU, such as 80GB (10^9 bytes) or 80GiB, in place of the type's")
-    add("--cpu-memory", help="host memory of a node, which is then checked, too")
+    add("--cpu-memory", help="host memory of a node (default: this machine's, or 250GB for each GPU)")
     add("--format", choices=["table", "markdown", "json"], default="table", help="of the output (default: table)")
     add(
         "--rates",

@@ -201,7 +201,9 @@ def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
 
 
 def _no_remedy(plan: Plan, number: int) -> str:
-    return f"None of the {number} other configurations that were planned fits; use more or larger GPUs"
+    needed = ["more or larger GPUs"] if len(plan.problems) > plan.lacks_host_memory else []
+    needed += ["nodes with more host memory"] if plan.lacks_host_memory else []
+    return f"None of the {number} other configurations that were planned fits; use {' and '.join(needed)}"
 
 
 def show(shown: Sequence[tables.Table], form: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_dist.errors import ConfigError
-from rlhf_dist.planning.hardware import GPUS, Cluster, gpu_named, parse_bytes
+from rlhf_dist.planning.hardware import GPUS, HOST_BYTES_PER_GPU, Cluster, gpu_named, parse_bytes
 from rlhf_dist.planning.placement import plan_placement
 from rlhf_dist.planning.roles import AnyConfig, work_of
 
@@ -33,7 +33,9 @@ def cluster_of(config: AnyConfig, options: Namespace) -> Cluster:
     needed = _gpus_asked_for(config)
     per_node = options.gpus or (here if here and not options.nodes else min(_GPUS_PER_NODE, needed))
     nodes = options.nodes or (-(-needed // per_node) if not options.gpus else 1)
-    return Cluster(gpu, per_node, nodes, memory, host)
+    if host is None and here and not asked:  # it is about this machine
+        host = psutil.virtual_memory().total
+    return Cluster(gpu, per_node, nodes, memory, host or HOST_BYTES_PER_GPU * per_node, host is None)
 
 
 def _gpus_asked_for(config: AnyConfig) -> int:

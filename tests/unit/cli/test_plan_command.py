@@ -88,6 +88,26 @@ def test_a_cpu_run_is_held_against_this_machine(tiny_lm: Path, tmp_path: Path, c
     assert main(["plan", str(tmp_path / "sft.yaml"), "--cpu-memory", "1GB"]) == 6
 
 
+def test_host_memory_is_checked_against_what_such_nodes_usually_have(capsys: pytest.CaptureFixture[str]):
+    """Sixteen ranks on a node that each read 141 GB, before anything is sharded."""
+    line = ["plan", "launch/recipes/llama_70b_ppo.yaml", "--gpus", "8", "--nodes", "8", "--gpu-type", "b200"]
+    shared = []
+    for role in ("reference", "reward"):
+        shared += [f"--{role}.num_ranks", "8", f"--{role}.gpus_per_rank", "0.5"]
+    assert main([*line, *shared, "--format", "markdown"]) == 6
+    out, err = capsys.readouterr()
+    assert "Host memory of the fullest node: 2264.9 of 2000.0 GB (assumed: 250 GB a GPU, see --cpu-memory)" in out
+    assert "the ranks of a node need 2264.9 GB of its 2000.0 GB of host memory (assumed: 250 GB a GPU" in err
+    assert re.search(r"It would with: --(reference|reward)\.num_ranks 4\b", err)  # fewer ranks read it fewer times
+    assert main([*line, *shared, "--cpu-memory", "3TB", "--format", "markdown"]) == 0
+    assert "Host memory of the fullest node: 2264.9 of 3000.0 GB.\n" in capsys.readouterr().out
+    supervised = ["plan", "launch/recipes/llama_8b_sft.yaml", "--gpus", "8", "--cpu-memory", "10GB"]
+    assert main([*supervised, "--gpu-memory", "80GB"]) == 6
+    assert "planned fits; use nodes with more host memory." in capsys.readouterr().err
+    assert main([*supervised, "--gpu-memory", "8GB"]) == 6
+    assert "planned fits; use more or larger GPUs and nodes with more host memory." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("recipe", "command"),
     [
