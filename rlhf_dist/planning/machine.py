@@ -140,10 +140,12 @@ def check_network() -> Sequence[Finding]:
 
 
 def check_host_name() -> Finding:
-    """gloo announces to other ranks what the host's name means, unless it was given an interface."""
+    """What the host's name means. A run gives gloo and NCCL the interface of the address by which Ray knows the node, so that
+    it matters only where Ray took that address from the name."""
     name = socket.gethostname()
     remedy = (
-        "add the name to /etc/hosts with an address that other nodes reach, or set GLOO_SOCKET_IFNAME to an interface"
+        "look whether Ray knows this node by an address that other nodes reach (ray list nodes); if not, start it with "
+        "--node-ip-address ADDRESS, or add the name to /etc/hosts with such an address"
     )
     try:
         addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
