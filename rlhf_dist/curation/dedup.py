@@ -130,7 +130,7 @@ def _flat(name: str, value: Any) -> str:
         return value
     if isinstance(value, Mapping) and "content" in value:
         return f"{value.get('role', '')}{SEPARATOR}{_flat(name, value['content'])}"
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         return SEPARATOR.join(_flat(name, item) for item in value)
     if isinstance(value, (int, float)):
         return str(value)
