@@ -116,8 +116,8 @@ class SFTData(TrainingData):
             for source in getattr(self, name):
                 if source.kind != "text":
                     raise ValueError(
-                        f"{name} has {source.path} of kind {source.kind!r}, and it takes plain text only; give kind text, or move "
-                        "the set to train"
+                        f"{name} has {source.path} of kind {source.kind!r}, and it takes plain text only; give kind text, or "
+                        "move the set to train"
                     )
         if self.eval_pretraining and not self.pretraining:
             raise ValueError(
@@ -131,8 +131,8 @@ class SFTData(TrainingData):
         weights = self.mixing.weights if self.mixing is not None else None
         if weights is not None and len(weights) != len(names):
             raise ValueError(
-                f"mixing.weights holds {len(weights)} numbers for {len(names)} sets to train on ({', '.join(names)}); give each "
-                "one, in this order"
+                f"mixing.weights holds {len(weights)} numbers for {len(names)} sets to train on ({', '.join(names)}); give "
+                "each one, in this order"
             )
         return self
 

@@ -31,8 +31,8 @@ class SFTSettings(SupervisedSettings):
     """How a language model is fine-tuned, and how much plain text is mixed in."""
 
     pretraining_ratio: NonNegative = 0.0
-    """Sequences of `data.pretraining` for each record of a step: a step of 32 records at 0.125 has 4 such sequences beside them.
-    Rounded to whole sequences."""
+    """Sequences of `data.pretraining` for each record of a step: a step of 32 records at 0.125 has 4 such sequences beside
+    them. Rounded to whole sequences."""
     pretraining_coef: NonNegative | None = None
     """Weight of the text's mean loss over its tokens, added to the mean loss over the records' targets. null takes
     `pretraining_ratio`: a sequence of text then weighs as much as a record, however long the two are."""
@@ -71,14 +71,14 @@ class SFTStage(Schema):
         settings, there = self.sft, bool(self.data.pretraining)
         if there and settings.pretraining_ratio == 0:
             raise ValueError(
-                "data.pretraining names text, but sft.pretraining_ratio is 0, so none of it would be used; set the ratio (0.1 is "
-                "one sequence for ten records), or remove data.pretraining"
+                "data.pretraining names text, but sft.pretraining_ratio is 0, so none of it would be used; set the ratio (0.1 "
+                "is one sequence for ten records), or remove data.pretraining"
             )
         if not there and (settings.pretraining_ratio > 0 or settings.pretraining_coef is not None):
             name = "pretraining_ratio" if settings.pretraining_ratio > 0 else "pretraining_coef"
             raise ValueError(
-                f"sft.{name} is {getattr(settings, name):g}, but data.pretraining names no text; name some (kind text), or remove "
-                f"sft.{name}"
+                f"sft.{name} is {getattr(settings, name):g}, but data.pretraining names no text; name some (kind text), or "
+                f"remove sft.{name}"
             )
         if there and settings.pretraining_per_step == 0:
             raise ValueError(

@@ -32,6 +32,9 @@ class FakeTask:
         report = UpdateReport({"sft/loss": self.model.state}, 1)
         return self.model.answer("update", report, step, indices.tolist())
 
+    def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
+        return {"lm": (self.train, indices)}
+
     def evaluate(self) -> dict[str, float]:
         self.events.append(("evaluate",))
         return {"sft/eval_loss": self.model.state}
