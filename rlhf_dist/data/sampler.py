@@ -52,9 +52,10 @@ class LengthGroupedSampler:
     """The items of another sampler, epoch by epoch, in an order in which the items of a step are of like length.
 
     As in transformers' `LengthGroupedSampler`, an epoch is cut into mega-batches of up to `MEGA_BATCH_STEPS` steps, at least
-    four of them where it is long enough, and each is sorted by length. There the steps then come longest first, and lengths
-    fall through every mega-batch; here their order is drawn, so that a step's length says nothing about when it comes. A step
-    that holds the end of one epoch and the beginning of the next takes what comes, without regard to length.
+    four of them where it is long enough, and each is sorted by length; here all have the same number of steps, to within one.
+    There the steps then come longest first, and lengths fall through every mega-batch; here their order is drawn, so that a
+    step's length says nothing about when it comes. A step that holds the end of one epoch and the beginning of the next takes
+    what comes, without regard to length.
 
     An epoch's order is a function of seed, stream and epoch, and it holds the items of the other sampler's epoch.
     """
@@ -64,8 +65,8 @@ class LengthGroupedSampler:
         self.num_items = base.num_items
         self._base, self._lengths, self._batch_size = base, torch.from_numpy(np.asarray(lengths)), batch_size
         self._seed, self._stream = seed, stream
-        steps = min(max(self.num_items // (4 * batch_size), 1), MEGA_BATCH_STEPS)
-        self._mega_batch = steps * batch_size
+        self._most_steps = min(max(self.num_items // (4 * batch_size), 1), MEGA_BATCH_STEPS)
+        """Of a mega-batch."""
         self._epoch = lru_cache(maxsize=2)(self._draw)
 
     def indices(self, start: int, count: int) -> Tensor:
@@ -77,15 +78,20 @@ class LengthGroupedSampler:
         items = self._base.indices(epoch * self.num_items, self.num_items)
         head = min(-epoch * self.num_items % self._batch_size, self.num_items)
         num_steps = (self.num_items - head) // self._batch_size
-        whole = items[head : head + num_steps * self._batch_size]
+        whole, tail = items[head:].split(
+            [num_steps * self._batch_size, len(items) - head - num_steps * self._batch_size]
+        )
         parts = [items[:head]]
-        for number, mega_batch in enumerate(whole.split(self._mega_batch)):
+        mega_batches = whole.reshape(num_steps, self._batch_size).tensor_split(
+            max(1, -(-num_steps // self._most_steps))
+        )
+        for number, mega_batch in enumerate(mega_batches):
             # Stable: of equal length, the order that was drawn.
-            by_length = torch.argsort(self._lengths[mega_batch], descending=True, stable=True)
-            steps = mega_batch[by_length].reshape(-1, self._batch_size)
+            by_length = torch.argsort(self._lengths[mega_batch.flatten()], descending=True, stable=True)
+            steps = mega_batch.flatten()[by_length].reshape(mega_batch.shape)
             order = permutation(self._seed, f"{self._stream}/{epoch}", number, len(steps))
             parts.append(steps[order].flatten())
-        return torch.cat([*parts, items[head + len(whole) :]])
+        return torch.cat([*parts, tail])
 
 
 def _part(epoch_of: Callable[[int], Tensor], num_items: int, start: int, count: int) -> Tensor:

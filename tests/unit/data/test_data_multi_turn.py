@@ -28,7 +28,8 @@ FORMATS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "Gemma": (
         "{{ bos_token }}{% for m in messages %}"
         + ALTERNATE
-        + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}"
+        + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}"
+        "{{ '<end_of_turn>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
         ("<start_of_turn>", "<end_of_turn>"),
         "{}<end_of_turn>",
