@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
-from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
+from rlhf_dist.config import DataSettings, DataSource, RewardData, TrainingData
 from rlhf_dist.config.data import source_names
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
@@ -31,10 +31,13 @@ Indices = Sequence[int] | Tensor
 class SequenceDataset:
     """Sequences with their targets; an item is a conversation, or a chunk of a plain text."""
 
-    def __init__(self, rows: Sequence[Encoded], report: DataReport) -> None:
+    def __init__(self, rows: Sequence[Encoded], report: DataReport, groups: Sequence[str] = ()) -> None:
+        """`groups`: which group each row belongs to, such as the set it comes from; none: all to one group `""`."""
         self._ids = Ragged([ids for ids, _ in rows])
         self._masks = Ragged([mask for _, mask in rows], dtype=np.bool_)
         self.report = report
+        self.groups: dict[str, Tensor] = _members(groups or [""] * len(rows))
+        """Group → its items, rising; the groups in the order of their first items."""
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -42,6 +45,11 @@ class SequenceDataset:
     @property
     def lengths(self) -> np.ndarray:
         """[len] int64 tokens of each item."""
+        return self._ids.lengths
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[len] int64 tokens of each item's longest sequence: its only one."""
         return self._ids.lengths
 
     def batch(self, indices: Indices) -> TokenBatch:
@@ -87,6 +95,11 @@ class PreferenceDataset:
     def lengths(self) -> np.ndarray:
         """[len] int64 tokens of each item, all its responses."""
         return np.add.reduceat(self._ids.lengths, self._starts[:-1])
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[len] int64 tokens of each item's longest sequence."""
+        return np.maximum.reduceat(self._ids.lengths, self._starts[:-1])
 
     def batch(self, indices: Indices) -> PreferenceBatch:
         """The items `indices`, in that order."""
@@ -142,29 +155,17 @@ class Split(Generic[T]):
     eval: T | None
 
 
-def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[SequenceDataset]:
-    """Training and held-out sequences; the latter come from `eval`, or are `eval_fraction` of the records of `train`.
-
-    Raises:
-        DataError: a file or record that cannot be used (with its place), or nothing left to train or evaluate on.
-    """
-    bad, bad_held_out = Quarantine(), Quarantine()
-    train = [record for source in data.train for record in read_sequences(source, bad)]
-    held_out = [record for source in data.eval for record in read_sequences(source, bad_held_out)]
-    train, held_out = _split(data, train, held_out, seed)
-    return Split(
-        _encode_sequences(train, data, tokenizer, bad),
-        None if held_out is None else _encode_sequences(held_out, data, tokenizer, bad_held_out),
-    )
-
-
 def load_sequences(
     sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> SequenceDataset:
-    """All records of kinds `instruction`, `messages` and `text`. Errors as `load_sft`."""
+    """All records of kinds `instruction`, `messages` and `text`.
+
+    Raises:
+        DataError: a file or record that cannot be used (with its place), or nothing left.
+    """
     bad = Quarantine()
     records = [record for source in sources for record in read_sequences(source, bad)]
-    return _encode_sequences(records, settings, tokenizer, bad)
+    return encode_sequences(records, settings, tokenizer, bad)
 
 
 def load_preferences(
@@ -173,12 +174,12 @@ def load_preferences(
     """Training and held-out pairs and rankings; no prompt is on both sides of a split by `eval_fraction`.
 
     `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read; those of `eval` never
-    are, since the held-out loss is without them. Errors as `load_sft`.
+    are, since the held-out loss is without them. Errors as `load_sequences`.
     """
     bad, bad_held_out = Quarantine(), Quarantine()
     train = _named_preferences(data.train, seed, use_margins, bad)
     held_out = _named_preferences(data.eval, seed, False, bad_held_out)
-    train, held_out = _split(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
+    train, held_out = split_records(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
     return Split(
         _encode_preferences(train, data, tokenizer, bad),
         None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out),
@@ -204,7 +205,7 @@ def load_prompts(
     on_too_long: Literal["error", "skip", "truncate"] = "error",
 ) -> PromptDataset:
     """Prompts to generate from. A longer one than `max_prompt_tokens` is left out under `skip`, else refused: prompts
-    are never cut. Errors as `load_sft`."""
+    are never cut. Errors as `load_sequences`."""
     bad = Quarantine()
     prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
     rows, texts, tally = [], [], Tally(bad)
@@ -228,14 +229,15 @@ def load_prompts(
     return PromptDataset(rows, texts, tally.report())
 
 
-def _split(
+def split_records(
     settings: TrainingData,
     train: list[R],
     held_out: list[R],
     seed: int,
     together: Callable[[R], Hashable] | None = None,
 ) -> tuple[list[R], list[R] | None]:
-    """Records to train on and to hold out. Records are split, not chunks: no text is on both sides."""
+    """Records to train on, and held out: `held_out` if there are any, else `eval_fraction` of `train`, or None. Records are
+    split, not chunks: no text is on both sides."""
     if held_out:
         return train, held_out
     if settings.eval_fraction == 0:
@@ -261,15 +263,18 @@ def _prompt_of(preference: Preference) -> Hashable:
     return tuple((message["role"], message["content"].strip()) for message in preference.prompt)
 
 
-def _encode_sequences(
+def encode_sequences(
     records: Sequence[Conversation | Text],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad: Quarantine,
+    groups: Sequence[str] = (),
 ) -> SequenceDataset:
+    """Records as sequences with targets. `groups`: of each record, as in `SequenceDataset`. Errors as `load_sequences`."""
     rows: list[Encoded] = []
+    of_row: list[str] = []
     tally = Tally(bad)
-    for record in records:
+    for number, record in enumerate(records):
         tally.num_records += 1
         with _at(record.location):
             if isinstance(record, Text):
@@ -280,8 +285,9 @@ def _encode_sequences(
             tally.skip(record.location)
         tally.num_tokens += sum(len(ids) for ids, _ in kept)
         rows += kept
+        of_row += [groups[number] if groups else ""] * len(kept)
     _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return SequenceDataset(rows, tally.report())
+    return SequenceDataset(rows, tally.report(), of_row)
 
 
 def _encode_preferences(
@@ -334,6 +340,13 @@ def _readable(messages: tuple[Message, ...]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _members(groups: Sequence[str]) -> dict[str, Tensor]:
+    items: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        items.setdefault(group, []).append(i)
+    return {group: torch.tensor(members, dtype=torch.long) for group, members in items.items()}
 
 
 def _lengths(rows: Sequence[Tensor]) -> Tensor:

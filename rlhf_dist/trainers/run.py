@@ -24,7 +24,9 @@ from rlhf_dist.trainers.checkpoint import Checkpoints
 
 LINE_METRICS = (
     "sft/loss",
+    "sft/pretraining_loss",
     "sft/eval_loss",
+    "sft/eval_pretraining_loss",
     "reward_model/loss",
     "reward_model/accuracy",
     "reward_model/eval_accuracy",
