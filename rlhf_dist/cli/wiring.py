@@ -174,6 +174,8 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
     )
     summary = trainer.run(resume=config.resume == "auto")
     run.save_model(task.model)
+    if config.model.lora is not None:
+        run.save_adapter(task.model)
     return run.finish(summary)
 
 
@@ -203,6 +205,8 @@ def run_ppo(config: PPOConfig, session: Session | None = None, prepared: Prepare
         )
         summary = trainer.run(resume=config.resume == "auto")
         run.save_model(policy)
+        if config.policy.lora is not None:
+            run.save_adapter(policy)
         if config.ppo.ema_decay is not None:
             run.save_average(policy)
         return run.finish(summary)

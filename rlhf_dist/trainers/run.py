@@ -153,6 +153,10 @@ class Run:
         """Write the model to model/."""
         self._write_model(self.folder.model_dir, model.save_model)
 
+    def save_adapter(self, model: Trained) -> None:
+        """Write the model's adapters to adapter/."""
+        self._write_model(self.folder.adapter_dir, model.save_adapter)
+
     def save_average(self, policy: Policy) -> None:
         """Write the moving average of the policy's weights to model_ema/."""
         self._write_model(self.folder.model_ema_dir, policy.save_average)
