@@ -158,7 +158,9 @@ def run_reward(config: RewardConfig, session: Session | None = None, prepared: P
     prepared = prepared or prepare_reward(config)
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole.of(groups["model"], config.model)
-        task = RewardTask(model, prepared.data.train, prepared.data.eval)
+        near_ties = config.reward.near_ties
+        below = near_ties.below if near_ties is not None else None
+        task = RewardTask(model, prepared.data.train, prepared.data.eval, below)
         return _supervised(config, config.reward, run, task, prepared)
 
 

@@ -124,8 +124,8 @@ class TrainedModel(ModelHost):
     def _adapters_freeze_already(self) -> TrainedModel:
         if self.lora is not None and self.freeze.any:
             raise ValueError(
-                "lora is set, which freezes all of the model but the adapters (and a scalar head), and so is freeze; remove one "
-                "of the two (to adapt some layers only, name them in lora.target_modules)"
+                "lora is set, which freezes all of the model but the adapters (and a scalar head), and so is freeze; remove "
+                "one of the two (to adapt some layers only, name them in lora.target_modules)"
             )
         return self
 
