@@ -37,7 +37,11 @@ class Trained(Protocol):
         ...
 
     def save_model(self, path: Path) -> Future[None]:
-        """Write the model in Hugging Face format (safetensors, config, tokenizer)."""
+        """Write the model in Hugging Face format (safetensors, config, tokenizer), adapters merged into it."""
+        ...
+
+    def save_adapter(self, path: Path) -> Future[None]:
+        """Write the adapters of a model that has some, in peft's format."""
         ...
 
 

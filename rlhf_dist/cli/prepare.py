@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_dist.algo.rewards import RunningMoments
+from rlhf_dist.cli.facts import describe_trained
+from rlhf_dist.cli.near_ties import tell_apart
 from rlhf_dist.cluster.group import WorkerSpec
 from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, SFTSettings, TrainedModel
 from rlhf_dist.config.deepspeed import read_ds_config
@@ -155,7 +157,9 @@ def prepare_reward(config: RewardConfig) -> Prepared:
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=2)  # a pair is the smallest
     check_model(config.model.model_path, config.data.max_length_tokens, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
-    data = load_preferences(config.data, tokenizer, config.seed, use_margins=config.reward.margin_coef > 0)
+    told_apart = config.reward.near_ties is not None
+    use_margins = config.reward.margin_coef > 0 or told_apart
+    data = load_preferences(config.data, tokenizer, config.seed, use_margins, held_out_margins=told_apart)
     most = max(part.most_responses for part in (data.train, data.eval) if part is not None)
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=most)
     margin_coef, num_with_margins = config.reward.margin_coef, data.train.num_with_margins
@@ -165,7 +169,10 @@ def prepare_reward(config: RewardConfig) -> Prepared:
             "records a margin (pairs) or ratings (rankings)"
         )
     worker = f"{WORKERS}.preference_model:PreferenceModelWorker"
-    objective = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
+    objective: dict[str, Any] = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
+    near_tie_facts: dict[str, Any] = {}
+    if config.reward.near_ties is not None:
+        data, objective["near_ties"], near_tie_facts = tell_apart(config.reward.near_ties, data)
     prepared = _prepare_supervised(config, data, config.reward, "reward", worker, tokenizer, objective)
     if config.reward.bag_of_words_baseline:
         check_baseline()
@@ -176,6 +183,7 @@ def prepare_reward(config: RewardConfig) -> Prepared:
             )
     if margin_coef > 0:
         prepared.facts["training records with margins"] = num_with_margins
+    prepared.facts.update(near_tie_facts)
     return prepared
 
 
@@ -186,7 +194,7 @@ def _prepare_supervised(
     section: str,
     worker: str,
     tokenizer: Any,
-    objective: dict[str, float] | None = None,
+    objective: dict[str, Any] | None = None,
     order: Sampler | None = None,
 ) -> Prepared:
     """`order`: of the training records; None: all of them, shuffled anew each epoch."""
@@ -207,6 +215,7 @@ def _prepare_supervised(
     facts = {
         **describe_data(training_records=data.train, held_out_records=data.eval),
         **({"records of an epoch": epoch} if order else {}),
+        **describe_trained(config.model, "model", scalar=section == "reward"),
         "optimiser steps": steps,
         "records a step": settings.batch_size,
         "epochs": round(steps * settings.batch_size / epoch, 3),
@@ -269,6 +278,8 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
         "responses an iteration": settings.responses_per_iteration,
         "optimiser steps an iteration": settings.updates_per_iteration,
         "longest prompt (tokens)": limit,
+        **describe_trained(policy, "policy", scalar=False),
+        **describe_trained(value, "value", scalar=True),
     }
     return Prepared(ppo_specs(config), data, facts, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
 

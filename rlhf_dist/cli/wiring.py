@@ -176,16 +176,17 @@ def run_reward(config: RewardConfig, session: Session | None = None, prepared: P
     prepared = prepared or prepare_reward(config)
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole.of(groups["model"], config.model)
-        task = RewardTask(model, prepared.data.train, prepared.data.eval)
-        trainer = _trainer(config, config.reward, run, task, prepared)
-        summary = trainer.run(resume=config.resume == "auto")
+        near_ties = config.reward.near_ties
+        below = near_ties.below if near_ties is not None else None
+        task = RewardTask(model, prepared.data.train, prepared.data.eval, below)
+        summary = _trainer(config, config.reward, run, task, prepared).run(resume=config.resume == "auto")
 
         def score(dataset: PreferenceDataset, indices: Tensor) -> Tensor:
             return model.score_pairs(dataset.batch(indices)).result()
 
         decode = prepared.decode if config.reward.bag_of_words_baseline else None
         found, moments = report_trained(config.run_dir, prepared.data, score, decode)
-        run.save_model(model, {score_moments.FILE: moments.to_json()})
+        _save(config, run, model, {score_moments.FILE: moments.to_json()})
         return run.finish(summary | found)
 
 
@@ -193,8 +194,14 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
     summary = _trainer(config, settings, run, task, prepared).run(resume=config.resume == "auto")
     if prepared.shares:
         summary["shares"] = list(prepared.shares)
-    run.save_model(task.model)
+    _save(config, run, task.model)
     return run.finish(summary)
+
+
+def _save(config: Any, run: Run, model: Any, files: Mapping[str, str] | None = None) -> None:
+    run.save_model(model, files)
+    if config.model.lora is not None:
+        run.save_adapter(model)
 
 
 def _trainer(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared) -> SupervisedTrainer:
@@ -236,6 +243,8 @@ def run_ppo(config: PPOConfig, session: Session | None = None, prepared: Prepare
         )
         summary = trainer.run(resume=config.resume == "auto")
         run.save_model(policy)
+        if config.policy.lora is not None:
+            run.save_adapter(policy)
         if config.ppo.ema_decay is not None:
             run.save_average(policy)
         return run.finish(summary)

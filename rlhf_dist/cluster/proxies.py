@@ -95,6 +95,10 @@ class _TrainedRole(_Role):
         """See `roles.Trained`."""
         return _nothing(self.group.call("save_model", path))
 
+    def save_adapter(self, path: Path) -> Future[None]:
+        """See `roles.Trained`."""
+        return _nothing(self.group.call("save_adapter", path))
+
     def one_step(
         self,
         batch: Any,

@@ -28,6 +28,7 @@ from rlhf_dist.config.hosting import (
 from rlhf_dist.config.pipeline import DataSet, DataStage, PipelineConfig
 from rlhf_dist.config.ppo import PPOConfig, PPOSettings, RolloutConfig
 from rlhf_dist.config.supervised import RewardConfig, RewardSettings, SFTConfig, SFTSettings, SupervisedSettings
+from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -37,8 +38,10 @@ __all__ = [
     "DataStage",
     "EvalConfig",
     "EvalData",
+    "FreezeConfig",
     "FrozenModel",
     "HostedRun",
+    "LoRAConfig",
     "ModelHost",
     "OptimizerConfig",
     "PPOConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import model_validator
 
@@ -48,6 +49,19 @@ class SFTSettings(SupervisedSettings):
         return self.pretraining_ratio if self.pretraining_coef is None else self.pretraining_coef
 
 
+class NearTiesConfig(Schema):
+    """What is done about pairs whose margin is small, which often outnumber the clear ones. Formulas and sources:
+    rlhf_dist/algo/near_ties.py."""
+
+    below: Positive
+    """A pair with a margin (difference of ratings, for ranked records) below this is a near-tie. One whose record states no
+    margin is not."""
+    treat: Literal["keep", "drop", "down_weight", "soft_labels"] = "down_weight"
+    """`keep` trains on near-ties like on all others; `drop` leaves them out, and prompts that have no other pair; `down_weight`
+    lowers their weight until in total they weigh no more than the clear pairs of the training set; `soft_labels` trains towards
+    a preference of 50 % at margin 0, rising to 100 % at `below`. Accuracy is reported for both classes in any case."""
+
+
 class RewardSettings(SupervisedSettings):
     """How a reward model is trained. All pairs of a prompt together weigh as much as the one pair of another."""
 
@@ -60,6 +74,18 @@ class RewardSettings(SupervisedSettings):
     bag_of_words_baseline: bool = False
     """Also fit a linear model of the words of the responses (TF-IDF and logistic regression, scikit-learn) on the training
     records, and say what it reaches on the held-out ones. A reward model that does not beat it has learnt little."""
+    near_ties: NearTiesConfig | None = None
+    """How pairs of small margins are treated; null does not tell them apart."""
+
+    @model_validator(mode="after")
+    def _margins_are_used_once(self) -> RewardSettings:
+        if self.near_ties is not None and self.near_ties.treat == "soft_labels" and self.margin_coef > 0:
+            raise ValueError(
+                f"margin_coef is {self.margin_coef} and near_ties.treat is soft_labels: the one asks for differences of "
+                "scores above the margin, the other for small ones at small margins; set margin_coef to 0 or choose another "
+                "treatment"
+            )
+        return self
 
 
 class SFTStage(Schema):

@@ -17,6 +17,7 @@ from rlhf_dist.config import (
     SFTConfig,
     TrainedModel,
 )
+from rlhf_dist.planning.architecture import Architecture, architecture
 
 Command = Literal["sft", "reward", "ppo", "eval"]
 AnyConfig = SFTConfig | RewardConfig | PPOConfig | EvalConfig
@@ -77,6 +78,13 @@ class Role:
     def frozen(self) -> FrozenModel | None:
         """Its settings, if it only runs forward."""
         return self.hosting if isinstance(self.hosting, FrozenModel) else None
+
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes of its model, with what is trained of it. Errors as `architecture`."""
+        if self.trained is None:
+            return architecture(self.model_path, self.scalar)
+        return architecture(self.model_path, self.scalar, self.trained.freeze, self.trained.lora)
 
     @property
     def rollout(self) -> RolloutConfig | None:

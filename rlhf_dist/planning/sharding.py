@@ -140,7 +140,7 @@ def frozen_states(model: Architecture, sharding: Sharding) -> ModelStates:
 def trained_states(model: Architecture, sharding: Sharding, rank: int) -> ModelStates:
     """Of a trained model on `rank`."""
     stage = {0: _stage0, 1: _stages12, 2: _stages12, 3: _stage3}[sharding.zero_stage]
-    return stage(model.groups, sharding, rank)
+    return stage(model.groups, model.frozen_sizes, sharding, rank)
 
 
 def largest_states(model: Architecture, sharding: Sharding) -> ModelStates:
@@ -171,19 +171,19 @@ def _persistent(sizes: Sequence[int], sharding: Sharding) -> Held:
     return held(sharding.element_bytes * (whole + second))
 
 
-def _stage0(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> ModelStates:
+def _stage0(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: Sharding, rank: int) -> ModelStates:
     """Whole on every rank, and gradients in the compute precision."""
     count, size = sum(map(sum, groups)), sharding.element_bytes
     master = 4 * count if size < 4 else 0  # in fp32 AdamW updates the parameters themselves
     counters = held(sharding.step_counter_bytes * sum(map(len, groups)), on_host=True)
     return ModelStates(
-        parameters=held(size * count),
+        parameters=held(size * (count + sum(frozen))),
         gradients=held(size * count),
         optimizer=held(master + 8 * count) + counters,
     )
 
 
-def _stages12(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> ModelStates:
+def _stages12(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: Sharding, rank: int) -> ModelStates:
     size, offloads = sharding.element_bytes, sharding.offload_optimizer
     padded = [sharding.padded(group) for group in groups]
     shards = [flat // sharding.num_ranks for flat in padded]
@@ -206,7 +206,8 @@ def _stages12(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) ->
         gradients += kept
         # Parameters on their way back to the GPU, and one gradient on its way to the host at both ends.
         buffers = held(size * (sum(shards) + largest), on_host=True) + held(size * largest)
-    return ModelStates(held(size * sum(padded)), Held(), gradients, kept, optimizer, buffers)
+    parameters = held(size * (sum(padded) + sum(frozen)))
+    return ModelStates(parameters, Held(), gradients, kept, optimizer, buffers)
 
 
 def _met(group: Sequence[int], start: int, shard: int) -> int:
@@ -217,7 +218,7 @@ def _met(group: Sequence[int], start: int, shard: int) -> int:
     return sum(met) + max(0, start + shard - max(start, ends[-1]))
 
 
-def _stage3(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> ModelStates:
+def _stage3(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: Sharding, rank: int) -> ModelStates:
     size, offloads = sharding.element_bytes, sharding.offload_optimizer
     sizes = [number for group in groups for number in group]
     count = _shards(sizes, sharding)
@@ -229,8 +230,8 @@ def _stage3(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> M
         kept += held(4 * count, on_host=True)  # what AdamW reads, which is allocated for good there
     bucket = sharding.reduce_bucket_size if sharding.contiguous_gradients else 0
     return ModelStates(
-        parameters=held(size * count, on_host=sharding.offload_param),
-        persistent=_persistent(sizes, sharding),
+        parameters=held(size * (count + _shards(frozen, sharding)), on_host=sharding.offload_param),
+        persistent=_persistent([*sizes, *frozen], sharding),
         gradients=kept,
         gradients_kept=kept,
         optimizer=held(12 * count, on_host=offloads) + counters,

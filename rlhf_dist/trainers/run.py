@@ -156,6 +156,10 @@ class Run:
         """Write the model to model/, with `files` (name → text) beside its own."""
         self._write_model(self.folder.model_dir, model.save_model, files or {})
 
+    def save_adapter(self, model: Trained) -> None:
+        """Write the model's adapters to adapter/."""
+        self._write_model(self.folder.adapter_dir, model.save_adapter)
+
     def save_average(self, policy: Policy) -> None:
         """Write the moving average of the policy's weights to model_ema/."""
         self._write_model(self.folder.model_ema_dir, policy.save_average)

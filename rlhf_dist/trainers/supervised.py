@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.losses import ranked_pairs, ranking_loss
+from rlhf_dist.algo.near_ties import pair_margins
 from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
 from rlhf_dist.data.sampler import TRAINING_ORDER, EpochSampler, Sampler
@@ -102,6 +103,8 @@ class RewardTask:
     model: PreferenceModel
     train: Any
     eval: Any | None
+    near_ties_below: float | None = None
+    """Margin below which a pair is a near-tie, where these are told apart."""
 
     def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
         """See `Task`."""
@@ -113,7 +116,9 @@ class RewardTask:
 
     def evaluate(self) -> dict[str, float]:
         """See `pair_metrics`."""
-        return pair_metrics(lambda batch: self.model.score_pairs(batch).result(), self.eval) if self.eval else {}
+        if not self.eval:
+            return {}
+        return pair_metrics(lambda batch: self.model.score_pairs(batch).result(), self.eval, self.near_ties_below)
 
 
 def mean_nll(model: LanguageModelScorer, dataset: Any) -> float:
@@ -138,12 +143,16 @@ def _nll_sums(model: LanguageModelScorer, dataset: Any, pieces: Iterable[torch.T
     return sum(s["nll"] for s in sums), sum(s["num_targets"] for s in sums)
 
 
-def pair_metrics(score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any) -> dict[str, float]:
+def pair_metrics(
+    score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any, near_ties_below: float | None = None
+) -> dict[str, float]:
     """Held-out loss, accuracy (equal scores count one half) and score difference of whatever gives [P, K] scores.
 
     Means over prompts of each prompt's mean over its pairs. The loss is without margins and centering, so that runs with
-    other coefficients, and other models, compare.
+    other coefficients, and other models, compare. With `near_ties_below`, also the accuracy of each class of
+    `algo/near_ties.py` that has pairs, over the same weights.
     """
+    classes = torch.zeros(2, 2, dtype=torch.float64)  # near-ties, clear pairs; of each the right ones and all
     sums = torch.zeros(3, dtype=torch.float64)
     for chunk in chunks(len(dataset)):
         batch: PreferenceBatch = dataset.batch(chunk)
@@ -152,10 +161,17 @@ def pair_metrics(score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any)
         better, worse, weights = ranked_pairs(batch.present, batch.ranks)
         equal = (scores[:, better] == scores[:, worse]) * weights
         sums += torch.stack([loss, pair_sums["accuracy"] + 0.5 * equal.sum(), pair_sums["margin"]])
+        if near_ties_below is not None:
+            right = (scores[:, better] > scores[:, worse]) * weights + 0.5 * equal
+            _, near = pair_margins(batch.ratings, batch.rated, better, worse, near_ties_below)
+            classes += torch.stack([torch.stack([(x * c).sum() for x in (right, weights)]) for c in (near, ~near)])
     means = (sums / len(dataset)).tolist()
-    return dict(
-        zip(("reward_model/eval_loss", "reward_model/eval_accuracy", "reward_model/eval_margin"), means, strict=True)
-    )
+    names = ("reward_model/eval_loss", "reward_model/eval_accuracy", "reward_model/eval_margin")
+    metrics: dict[str, float] = dict(zip(names, means, strict=True))
+    for name, (right, total) in zip(("near_tie", "clear"), classes.tolist(), strict=True):
+        if total:
+            metrics[f"reward_model/eval_{name}_accuracy"] = right / total
+    return metrics
 
 
 def chunks(num: int, size: int = EVAL_CHUNK) -> Iterator[torch.Tensor]:

@@ -66,7 +66,8 @@ def _census(case: dict[str, Any], context: Any) -> dict[str, dict[str, int]]:
         arguments: tuple[Any, ...] = (pairs, [[0], [1]], 2 * context.world_size, 0)
     else:
         worker = LanguageModelWorker(config=config, context=context, num_steps=4)
-        worker.engine.keep_average(0.9)
+        if config.lora is None:
+            worker.engine.keep_average(0.9)
         arguments = (batch, [[0, 1], [2, 3]], batch.num_targets * context.world_size, 0)
     engine = worker.engine._engine
     found: dict[str, dict[str, int]] = {}
