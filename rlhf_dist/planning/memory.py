@@ -245,18 +245,21 @@ def _reducing(role: Role, model: Architecture, sharding: Sharding, states: Model
     """On the GPU during backward passes: gradients on their way, and buckets that exist only then."""
     size, count, stage = sharding.element_bytes, model.num_trained, sharding.zero_stage
     bucket = min(sharding.reduce_bucket_size, count)
-    if stage == 0 or (stage == 1 and size < 4):
+    if stage == 0 or sharding.keeps_fp32_gradients:
         several = role.num_ranks > 1
         return (4 if stage else size) * bucket * several  # flattened to be reduced
     fresh = size * max(map(max, model.groups))
     if stage == 3:
         return fresh
     # The bucket is allocated whole, however small the model; what is reduced of it is flattened once more.
-    buckets = sharding.reduce_bucket_size * (2 if sharding.overlap_comm else 1) if sharding.contiguous_gradients else 0
+    flattened = bucket if role.num_ranks > 1 else 0
+    if sharding.accumulates_whole:
+        buckets = 0 if role.num_ranks > 1 else sharding.bucket_elements  # (of several ranks: among the gradients)
+        return 4 * (count + buckets + flattened) + fresh
     again = 0
     if size == 4 and any(role.num_micro_batches(passes) > 1 or len(role.update) > 1 for passes in role.update):
         again = states.gradients.gpu  # each micro-batch's are added to those before
-    return size * (buckets + (bucket if role.num_ranks > 1 else 0)) + fresh + again
+    return size * (sharding.bucket_elements + flattened) + fresh + again
 
 
 def _stepping(model: Architecture, sharding: Sharding) -> Held:

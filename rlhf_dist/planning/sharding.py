@@ -64,6 +64,8 @@ class Sharding:
     """Ranks of a ZeRO++ hpZ group, each of which holds a second shard of the parameters; 1 switches it off."""
     step_counter_bytes: int = _STEP_COUNTER_BYTES
     """Of each tensor that is updated."""
+    keeps_fp32_gradients: bool = False
+    """ZeRO-1 in bf16, states on the GPU: DeepSpeed's BF16_Optimizer, with whole fp32 gradients for good."""
 
     @classmethod
     def of(cls, model: TrainedModel | FrozenModel, num_ranks: int) -> Sharding:
@@ -93,8 +95,19 @@ class Sharding:
             persistence_threshold=number("param_persistence_threshold", cls.persistence_threshold),
             sub_group_size=number("sub_group_size", cls.sub_group_size),
             secondary_ranks=number("zero_hpz_partition_size", 1),
+            keeps_fp32_gradients=stage == 1 and model.precision == "bf16" and not offloads("offload_optimizer"),
             step_counter_bytes=0 if uses_cpu_adam(settings) else _STEP_COUNTER_BYTES,  # CPUAdam's are plain numbers
         )
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """ZeRO-1 in 16 bits without BF16_Optimizer: micro-batches add up in whole fp32 gradients, reduced at the step's end."""
+        return self.zero_stage == 1 and self.element_bytes < 4 and not self.keeps_fp32_gradients
+
+    @property
+    def bucket_elements(self) -> int:
+        """ZeRO-1/2: of the buckets that gradients are copied to before they are reduced."""
+        return self.reduce_bucket_size * (1 + self.overlap_comm) * self.contiguous_gradients
 
     def shard(self, size: int) -> int:
         """Elements of a rank's shard of a parameter of `size` elements under ZeRO-3."""
@@ -190,12 +203,14 @@ def _stages12(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: 
     counters = held(sharding.step_counter_bytes * len(groups), on_host=True)
     optimizer = held(12 * sum(shards), on_host=offloads) + counters
     kept, buffers = Held(), Held()
-    if sharding.zero_stage == 1 and size < 4 and not offloads:
-        # DeepSpeed's BF16_Optimizer: whole fp32 gradients that stay, and those of the backward passes in bf16.
+    if sharding.keeps_fp32_gradients:
+        # Whole fp32 gradients that stay, and those of the backward passes in bf16.
         kept = held(4 * sum(padded))
         gradients = kept + held(size * sum(map(sum, groups)))
     elif size < 4:
         gradients = held(4 * sum(shards))
+        if sharding.accumulates_whole and sharding.num_ranks > 1:
+            gradients += held(4 * sharding.bucket_elements)  # the whole ones lie there until the step is taken
     else:
         # The parameters that the partition meets, each with its whole gradient.
         pairs = zip(groups, shards, strict=True)

@@ -43,6 +43,11 @@ def _rank(rank: int, num_ranks: int, port: int, cases: list[dict[str, Any]], fol
     context = RankContext(rank=rank, world_size=num_ranks, master_port=port)
     prepare_process(context)
     join_process_group(context)
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: (
+        True
+    )  # torch computes in it on any CPU; this process is the test's own
     found = [_census(case, context) for case in cases]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
@@ -108,6 +113,7 @@ def _claims(engine: Any) -> dict[str, Storages]:
     ]
     gradients = [
         *(p.grad for p in [*parameters, *masters] if p.grad is not None),
+        *_tensors([getattr(p, "grad_accum", None) for p in parameters]),
         *_tensors(getattr(optimizer, "averaged_gradients", {})),
         *_tensors(getattr(optimizer, "fp32_groups_gradients_flat", [])),
         *_tensors(getattr(optimizer, "grad_partitions_flat_buffer", None)),

@@ -14,7 +14,7 @@ from rlhf_dist.planning.architecture import architecture
 from rlhf_dist.planning.sharding import Held, Sharding, average_bytes, trained_states
 
 DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
-CROSSED = [("llama", stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+CROSSED = [("llama", stage, precision) for stage in range(4) for precision in ("fp32", "bf16", "fp16")]
 OTHERS = [("tied", 0, "fp32"), ("tied", 1, "bf16"), ("tied", 2, "fp32"), ("tied", 3, "bf16"), ("scalar", 1, "bf16")]
 OTHERS += [("scalar", 3, "fp32"), ("gpt2", 0, "bf16"), ("gpt2", 2, "bf16"), ("gpt2", 3, "bf16")]
 OFFLOADED = [("llama", 2, "zero2_offload"), ("tied", 3, "zero3_offload"), ("llama", 2, "torch_adamw")]
@@ -72,7 +72,7 @@ def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: P
     if " " in kind:
         part, kind = kind.split(" ")
         case |= PARTLY[part]
-    if kind in ("fp32", "bf16"):
+    if kind in ("fp32", "bf16", "fp16"):
         return case | {"precision": kind}
     if kind == "small":
         path = folder / "small.json"
