@@ -113,7 +113,7 @@ def pair_metrics(
             classes += torch.stack([torch.stack([(x * c).sum() for x in (right, weights)]) for c in (near, ~near)])
     means = (sums / len(dataset)).tolist()
     names = ("reward_model/eval_loss", "reward_model/eval_accuracy", "reward_model/eval_margin")
-    metrics = dict(zip(names, means, strict=True))
+    metrics: dict[str, float] = dict(zip(names, means, strict=True))
     for name, (right, total) in zip(("near_tie", "clear"), classes.tolist(), strict=True):
         if total:
             metrics[f"reward_model/eval_{name}_accuracy"] = right / total

@@ -59,9 +59,7 @@ def test_dropped_pairs_hand_their_weight_to_the_prompts_others():
 
 def test_a_prompt_of_near_ties_only_has_no_loss_and_no_gradient():
     scores = SCORES.clone().requires_grad_()
-    value, _ = ranking_loss(
-        scores, PRESENT, ranks=RANKS, near_ties=NearTieRule(9.0, "drop"), margins=margins(9.0)
-    )
+    value, _ = ranking_loss(scores, PRESENT, ranks=RANKS, near_ties=NearTieRule(9.0, "drop"), margins=margins(9.0))
     value.backward()
     assert value.item() == pytest.approx(nll(0.2))
     assert not scores.grad[:2].any()
