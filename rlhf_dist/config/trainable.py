@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_dist.config.base import Count, Positive, PositiveInt, Schema
 
 
-class FreezeConfig(Schema):
+class FreezeConfig(Schema, frozen=True):
     """What stays as it was loaded. What is frozen has no gradient, no optimiser state and no weight decay; it is still part of
     checkpoints and of the saved model."""
 
@@ -34,7 +34,7 @@ class FreezeConfig(Schema):
         return self.embeddings or self.num_layers > 0 or self.all_but_head
 
 
-class LoRAConfig(Schema):
+class LoRAConfig(Schema, frozen=True):
     """Low-rank adapters beside frozen matrices: y = W x + (alpha / rank) B A x (Hu et al. 2021, "LoRA: Low-Rank Adaptation of
     Large Language Models"). W stays as it was loaded; a scalar head is trained whole."""
 
