@@ -44,8 +44,11 @@ class Trained(Protocol):
 class LanguageModel(Trained, Protocol):
     """A language model under supervised training."""
 
-    def update(self, batch: TokenBatch, step: int) -> Future[UpdateReport]:
-        """Optimiser step number `step` (0-based): on the mean negative log-likelihood of the batch's targets."""
+    def update(
+        self, batch: TokenBatch, step: int, text: TokenBatch | None = None, text_coef: float = 0.0
+    ) -> Future[UpdateReport]:
+        """Optimiser step number `step` (0-based): on the mean negative log-likelihood of the batch's targets, plus `text_coef`
+        times that of the targets of `text`."""
         ...
 
     def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:

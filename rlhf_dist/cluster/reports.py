@@ -21,7 +21,7 @@ class MetricNames(NamedTuple):
     """Metric → (loss term, sum) of a `StepReport`."""
 
 
-LM_METRICS = MetricNames("train", {"sft/loss": ("lm", "loss")})
+LM_METRICS = MetricNames("train", {"sft/loss": ("lm", "loss"), "sft/pretraining_loss": ("pretraining", "loss")})
 RM_METRICS = MetricNames(
     "train",
     {

@@ -140,10 +140,20 @@ def _supervised(config: SFTConfig | RewardConfig) -> Work:
     pairs = isinstance(config, RewardConfig)
     settings = config.reward if isinstance(config, RewardConfig) else config.sft
     length, each = config.data.max_length_tokens, 2 if pairs else 1
-    step = Passes(settings.batch_size * each, length, 0 if pairs else length - 1, sequences_per_row=each)
+    step = [Passes(settings.batch_size * each, length, 0 if pairs else length - 1, sequences_per_row=each)]
+    if isinstance(config, SFTConfig) and config.sft.pretraining_per_step:
+        step.append(Passes(config.sft.pretraining_per_step, length, length - 1))
     model, inline = config.model, config.cluster == "inline"
     role = Role(
-        "model", model, model.model_path, model.precision, pairs, update=(step,), updates=1, key="model", inline=inline
+        "model",
+        model,
+        model.model_path,
+        model.precision,
+        pairs,
+        update=tuple(step),
+        updates=1,
+        key="model",
+        inline=inline,
     )
     return Work("reward" if pairs else "sft", (role,), 0, 0, 0, 1)
 

@@ -26,6 +26,11 @@ class Action:
 
 
 ACTIONS: dict[str, Action] = {
+    "templates": Action(
+        "instruction records out of labelled sets, by Jinja templates with names for labels",
+        "rlhf_dist.config.curation.templates:TemplatesConfig",
+        "rlhf_dist.cli.data.templates:run",
+    ),
     "dedup": Action(
         "remove exact and near duplicates, and records that evaluation sets contain",
         "rlhf_dist.config.curation.dedup:DedupConfig",
