@@ -124,6 +124,9 @@ class NearVerdicts:
     num_full_buckets: int = 0
     """Buckets of which some kept texts were not compared, for there were more than `max_bucket`."""
 
+    num_cut: int = 0
+    """Texts with more candidates than `max_compared`."""
+
     @classmethod
     def none(cls, num_texts: int) -> NearVerdicts:
         """No text is like another."""
@@ -156,7 +159,8 @@ def find_near(files: BandFiles, active: np.ndarray, text_of: Callable[[int], str
         parts = [kept[begin : begin + num] for begin, num in zip(begins, filled[its], strict=True) if num]
         near = None
         if parts:
-            likely = _likely(low_bytes, text, np.unique(np.concatenate(parts)), least)
+            likely, num_cut = _likely(low_bytes, text, np.unique(np.concatenate(parts)), least, settings.max_compared)
+            verdicts.num_cut += num_cut > 0
             for other in likely.tolist():
                 verdicts.num_compared += 1
                 similarity = jaccard(shingles_of(text), shingles_of(other))
@@ -182,6 +186,12 @@ def _least_estimate(settings: NearDuplicates) -> float:
     return lowest + (1 - lowest) / 256
 
 
-def _likely(low_bytes: np.ndarray, text: int, others: np.ndarray, least: float) -> np.ndarray:
-    """Those of `others` whose signatures agree with that of `text` in a share of `least` or more."""
-    return others[(low_bytes[others] == low_bytes[text]).mean(axis=1) >= least]
+def _likely(low_bytes: np.ndarray, text: int, others: np.ndarray, least: float, most: int) -> tuple[np.ndarray, int]:
+    """Those of `others`, rising, whose signatures agree with that of `text` in a share of `least` or more; of more than `most`
+    those that agree best. And how many that leaves out."""
+    shares = (low_bytes[others] == low_bytes[text]).mean(axis=1)
+    likely = np.flatnonzero(shares >= least)
+    num_cut = max(len(likely) - most, 0)
+    if num_cut:
+        likely = np.sort(likely[np.argsort(-shares[likely], kind="stable")[:most]])
+    return others[likely], num_cut

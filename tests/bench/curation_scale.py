@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +120,8 @@ def measured(command: list[str]) -> dict[str, float]:
 
 def shingles(record: dict[str, Any]) -> set[str]:
     """Runs of five characters of what is compared."""
-    fields = (record[field].casefold() for field in ("instruction", "input", "output"))
+    plain = {field: unicodedata.normalize("NFKC", record[field]) for field in ("instruction", "input", "output")}
+    fields = (re.sub("[\u00ad\u200b\ufeff]", "", text).casefold() for text in plain.values())
     text = "\0".join(("", *(" ".join(field.split()) for field in fields)))
     return {text[i : i + 5] for i in range(len(text) - 4)}
 

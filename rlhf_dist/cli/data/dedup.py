@@ -152,6 +152,7 @@ def _report(
         content["near"] = banding_report(config.near) | {
             "pairs compared by their true similarity": verdicts.near.num_compared,
             "buckets of which some were not compared (near.max_bucket)": verdicts.near.num_full_buckets,
+            "records of whose candidates some were not compared (near.max_compared)": verdicts.near.num_cut,
         }
     if evaluation is not None:
         content["decontaminate"] = evaluation.report()

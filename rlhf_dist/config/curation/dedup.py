@@ -31,8 +31,11 @@ class NearDuplicates(Schema):
     """Least probability that two texts of exactly `threshold` become candidates; those that are more similar become so more
     surely. Bands are made as long as this allows: longer ones leave fewer pairs to compare."""
     max_bucket: PositiveInt = 1000
-    """Kept records of one bucket (records with an equal band) that a record is compared with, at most. It bounds the time
-    when very many texts are alike but below the threshold; where it cut something off, the report says so."""
+    """Kept records of one bucket (records with an equal band) that are candidates for a record, at most. This and
+    `max_compared` bound the time where very many texts are alike, but below the threshold, as those of one long template are;
+    where either cut something off, the report says so."""
+    max_compared: PositiveInt = 100
+    """Candidates that a record is compared with by true similarity, at most: those of the highest estimates."""
 
 
 class Decontamination(Schema):

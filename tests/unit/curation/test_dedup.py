@@ -151,6 +151,18 @@ def test_of_very_full_buckets_only_so_many_are_compared_and_that_is_said() -> No
     assert find_duplicates(rows, DedupSettings(near=near), fields=("text",)).near.num_full_buckets == 0
 
 
+def test_of_very_many_candidates_the_likeliest_are_compared_and_that_is_said() -> None:
+    """A copy but for a word, among many texts that are half as like it as that."""
+    words = STORY.split()
+    others = [" ".join([*words[:-6], *(f"w{i}{k}" for k in range(6))]) for i in range(40)]
+    near = NearDuplicates(threshold=0.9, recall=0.9999, max_compared=2)
+    rows = texts(*others, STORY, STORY.replace("one.", "two."))
+    found = find_duplicates(rows, DedupSettings(near=near), fields=("text",))
+    assert len(found.kept()) == 41
+    assert found.near.of[41] == 40
+    assert found.near.num_cut > 0
+
+
 def test_records_without_text_in_the_chosen_fields_are_not_alike() -> None:
     rows = [
         {"input": "", "output": "a"},
