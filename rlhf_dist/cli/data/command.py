@@ -31,6 +31,16 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.templates:TemplatesConfig",
         "rlhf_dist.cli.data.templates:run",
     ),
+    "dedup": Action(
+        "remove exact and near duplicates, and records that evaluation sets contain",
+        "rlhf_dist.config.curation.dedup:DedupConfig",
+        "rlhf_dist.cli.data.dedup:run",
+    ),
+    "mix": Action(
+        "mix sets in chosen shares",
+        "rlhf_dist.config.curation.mix:MixConfig",
+        "rlhf_dist.cli.data.mix:run",
+    ),
 }
 
 
