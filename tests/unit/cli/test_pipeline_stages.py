@@ -170,7 +170,27 @@ def test_a_stage_is_given_what_its_command_would_be(make: Make, tmp_path: Path):
     [source] = reward.data.train
     assert source.path == str(stages["data"].folder / "sets" / "reviews.reward" / "0.jsonl")
     assert (source.kind, source.fields) == ("ratings", {"response": "text"})
+    assert source.name == "reviews.reward"
     assert stages["data"].folder.name == f"01_data-{stages['data'].key[:10]}"
+
+
+def test_text_beside_the_records_of_sft_counts_by_what_it_is(make: Make, tmp_path: Path):
+    """From a set of the data stage, and from a file: one that changes makes SFT and what follows another run."""
+    web = write_rows(tmp_path / "web.jsonl", [{"text": f"page {i}"} for i in range(6)])
+    files = ["${data.reviews.reward}", web]
+    data = {
+        "pretraining": [{"path": path, "kind": "text", "fields": {}} for path in files],
+        "mixing": {"method": "equal"},
+    }
+    changes: dict[str, Any] = {"sft": {"data": data, "sft": {"pretraining_ratio": 0.5}}}
+    before = plan(make(**changes))
+    pretraining = before["sft"].config.data.pretraining
+    assert [source.name for source in pretraining] == ["reviews.reward", None]
+    assert {item.place for item in before["sft"].inputs} >= {"data.pretraining[0].path", "data.pretraining[1].path"}
+    pipeline.validate(make(**changes))
+    write_rows(tmp_path / "web.jsonl", [{"text": f"page {i}"} for i in range(7)])
+    after = plan(make(**changes))
+    assert [name for name in before if before[name].key != after[name].key] == ["sft", "reward", "ppo", "eval"]
 
 
 def test_inputs_that_change_while_the_pipeline_runs_are_noticed(make: Make, tmp_path: Path):
