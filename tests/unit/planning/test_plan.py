@@ -24,7 +24,7 @@ from rlhf_dist.planning.memory import largest_bucket
 from rlhf_dist.planning.placement import Slot
 from rlhf_dist.planning.plan import Plan, parse_counts, plan_run, scaled
 from rlhf_dist.planning.roles import Passes, Role, work_of
-from rlhf_dist.planning.tables import as_data, scaling
+from rlhf_dist.planning.tables import as_data, memory, scaling
 from rlhf_dist.planning.timeline import Rates
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -103,7 +103,7 @@ def test_the_kv_cache_is_as_large_as_a_real_one(tiny_lm: Path):
 def test_the_largest_bucket_is_that_of_the_sync(bucket_bytes: int, tiny_lm: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.bfloat16)
     buckets = zero.parameter_buckets(model, bucket_bytes)
-    real = max(sum(p.numel() * p.element_size() for _, p in bucket) for bucket in buckets)
+    real = max(sum(p.base.numel() * p.base.element_size() for p in bucket) for bucket in buckets)
     assert largest_bucket(architecture(str(tiny_lm)), "bf16", bucket_bytes) == real
 
 
@@ -325,3 +325,37 @@ def test_inline_runs_have_one_rank_of_each_role(eight_billion: PPOConfig):
     assert {memory.role.num_ranks for memory in plan.memory.values()} == {1}
     assert len(plan.gpus) == 1
     assert plan.problems[0].startswith("policy + value + reference + reward + rollout need")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_is_frozen_needs_no_gradients_and_no_moments(tiny_lm: Path, stage: int):
+    """Of the whole plan; the bytes themselves are held against real engines in test_exact_bytes.py."""
+
+    def planned(**part: Any) -> Any:
+        model = {"model_path": str(tiny_lm), "zero_stage": stage, "micro_batch_size": 1} | part
+        config = SFTConfig.model_validate(
+            {
+                "run_dir": "r",
+                "model": model,
+                "data": {"train": [{"path": "a", "kind": "text"}], "max_length_tokens": 64},
+                "sft": {"batch_size": 2},
+            }
+        )
+        return plan_run(config, cluster())
+
+    whole, lora, head = planned(), planned(lora={"rank": 2}), planned(freeze={"all_but_head": True})
+    needs = [plan.memory["model"] for plan in (whole, lora, head)]
+    assert [n.model.num_parameters for n in needs] == [needs[0].model.num_parameters] * 3
+    assert needs[1].model.num_trained == 2 * sum(
+        sum(shape) for name, shape in needs[0].model.parameters if "_proj" in name
+    )
+    assert needs[2].model.num_trained == dict(needs[0].model.parameters)["lm_head.weight"][0] * 64
+    for less in needs[1:]:
+        assert less.phases["step"]["optimiser"].total < 0.5 * needs[0].phases["step"]["optimiser"].total
+        assert less.model_bytes == needs[0].model_bytes
+    # Nothing is kept of layers that no trained parameter comes before.
+    assert needs[2].phases["update"]["activations"].gpu < 0.5 * needs[0].phases["update"]["activations"].gpu
+    assert sum(whole.timeline.phases["update"].values()) > sum(lora.timeline.phases["update"].values())
+    assert "parameters are trained" in memory(lora).note
+    assert "parameters are trained" not in memory(whole).note
+    assert as_data(lora)["roles"]["model"]["num_trained_parameters"] == needs[1].model.num_trained
