@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
 
-RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
+RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt", "candidates"]
 BadRowPolicy = Literal["error", "skip"]
 
 
@@ -21,7 +21,7 @@ class DataSource(Schema):
     """What a record holds: `instruction` (instruction, input, output, optional demonstration), `messages` (a chat),
     `text` (plain text), `preference` (prompt, chosen, rejected, optional
     margin; or prompt, responses, optional ratings, for a ranking), `ratings` (response, rating, optional prompt; pairs are
-    made from them), `prompt` (prompt)."""
+    made from them), `prompt` (prompt), `candidates` (prompt, candidates: responses that nobody has judged yet)."""
     split: str = "train"
     """Split to read, for `datasets` directories and hub names."""
     fields: dict[str, str] = Field(default_factory=dict)
