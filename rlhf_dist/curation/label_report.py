@@ -11,6 +11,9 @@ from rlhf_dist.curation.agreement import agreement_report, as_json, position_bia
 from rlhf_dist.curation.judgements import CHOICES, Judgement, latest
 from rlhf_dist.curation.labelling import LabelTask
 
+_LEVEL = 0.05
+"""Of the tests for position bias."""
+
 
 def label_report(task: LabelTask) -> dict[str, Any]:
     """All numbers of the report, as JSON, of what holds now.
@@ -83,17 +86,25 @@ def interval_text(interval: dict[str, Any]) -> str:
     return f"{interval['share']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
-def bias_text(interval: dict[str, Any]) -> str:
-    """What the position bias says, in a sentence."""
-    if interval["share"] is None:
+def bias_text(report: dict[str, Any]) -> str:
+    """What the position bias says, in a sentence for all and for each annotator whose habit shows."""
+    whole = report["all"]["position_bias"]
+    if whole["share"] is None:
         return "No judgement prefers a response yet."
-    if interval["p_value"] >= 0.05:
-        return f"No sign of a position bias: A was preferred in {interval['count']} of {interval['total']}."
-    side = "left (A)" if interval["share"] > 0.5 else "right (B)"
-    return (
-        f"The {side} is preferred more often than chance explains: A in {interval['count']} of {interval['total']}, "
-        f"p = {interval['p_value']:.2g}. Positions are drawn, so this is the annotators' habit."
+    tested = {entry["name"]: entry["position_bias"] for entry in report["annotators"]}
+    # Of many annotators some differ by chance: the level is shared among them (Bonferroni).
+    level = _LEVEL / max(len(tested), 1)
+    shown = {name: bias for name, bias in tested.items() if bias["p_value"] is not None and bias["p_value"] < level}
+    if whole["p_value"] < _LEVEL and len(tested) != 1:
+        shown = {"all annotators together": whole} | shown
+    if not shown:
+        return f"No sign of a position bias: A was preferred in {whole['count']} of {whole['total']}."
+    told = "; ".join(
+        f"{name}: {'A (left)' if bias['share'] > 0.5 else 'B (right)'}, with A in {bias['count']} of {bias['total']}, "
+        f"p = {bias['p_value']:.2g}"
+        for name, bias in shown.items()
     )
+    return f"One side is preferred more often than chance explains, though positions are drawn. {told}."
 
 
 AGREEMENT_HEADER = ("annotators", "measure", "pairs", "agreement", "kappa or alpha", "over preferences only")

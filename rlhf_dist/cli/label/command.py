@@ -108,7 +108,7 @@ def report(config: LabelConfig) -> None:
     print_table(
         f"label report: {found['pairs_judged']} of {found['pairs']} pairs judged", progress_rows(found), PROGRESS_HEADER
     )
-    print(bias_text(found["all"]["position_bias"]))
+    print(bias_text(found))
     print_table("agreement", agreement_rows(found), AGREEMENT_HEADER)
     print(f"{found['agreement']['all']['pairs_judged_by_one']} pairs were judged by one annotator only.")
     if found["criteria"]:

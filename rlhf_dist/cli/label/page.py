@@ -62,12 +62,12 @@ def prepare() -> None:
     ui.add_head_html(
         '<link rel="stylesheet" href="/label_static/page.css"><script src="/label_static/page.js"></script>'
     )
-    ui.dark_mode(None)
+    ui.colors(primary="#0b6bcb", negative="#b3261e")
 
 
 def dark_button() -> None:
     """Between light and dark; kept in the browser."""
-    ui.button(icon="contrast").props('flat dense aria-label="light or dark"').on(
+    ui.button(icon="contrast", color=None).props('flat dense aria-label="light or dark"').on(
         "click", js_handler="() => toggleLabelDark()"
     )
 
@@ -134,6 +134,7 @@ class _Labelling:
                 self._pair(self.shown)
                 self._foot(self.shown)
         self.root.props(f'data-unit="{self._token()}"')
+        self.root.client.run_javascript("labelShown()")  # the slot of a button that was clicked is gone by now
         self.since = time.monotonic()
 
     def _token(self) -> str:
@@ -182,13 +183,15 @@ class _Labelling:
             ui.label(f"{done} of {total}").classes("lab-count")
             ui.label(self.annotator).classes("lab-name")
             with (
-                ui.button(on_click=self._chooser("undo", self.shown)).props("flat dense no-caps").classes("undo-button")
+                ui.button(on_click=self._chooser("undo", self.shown), color=None)
+                .props("flat dense no-caps")
+                .classes("undo-button")
             ):
                 ui.label("Undo")
                 ui.label("U").classes("keys q-ml-xs")
-            ui.button(icon="help_outline", on_click=self.help.open).props('flat dense aria-label="help"').classes(
-                "help-button"
-            )
+            ui.button(icon="help_outline", on_click=self.help.open, color=None).props(
+                'flat dense aria-label="help"'
+            ).classes("help-button")
             dark_button()
 
     def _pair(self, shown: Shown) -> None:
@@ -229,7 +232,7 @@ class _Labelling:
             with ui.element("div").classes("choices"):
                 for choice in ORDER:
                     mark = " choice-before" if before and before.choice == choice else ""
-                    button = ui.button(on_click=self._chooser(choice, shown)).props("unelevated no-caps")
+                    button = ui.button(on_click=self._chooser(choice, shown), color=None).props("unelevated no-caps")
                     with button.classes(f"choice choice-{choice}{mark}"):
                         ui.label(CHOICE_TEXTS[choice])
                         ui.label(" ".join(CHOICE_KEYS[choice])).classes("keys")

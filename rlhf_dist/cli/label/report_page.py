@@ -38,7 +38,7 @@ def register(task: LabelTask) -> None:
                 f"{found['judgements']} judgements)."
             )
             _table("Progress and choices", PROGRESS_HEADER, progress_rows(found))
-            ui.label(bias_text(found["all"]["position_bias"])).classes("bias")
+            ui.label(bias_text(found)).classes("bias")
             _table("Agreement", AGREEMENT_HEADER, agreement_rows(found), words=2)
             alone = found["agreement"]["all"]["pairs_judged_by_one"]
             ui.label(f"{alone} pairs were judged by one annotator only; they say nothing about agreement.").classes(

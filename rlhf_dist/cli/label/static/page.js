@@ -25,6 +25,13 @@
     }
   });
 
+  // A new pair begins at its top, and a long conversation at its last turn.
+  window.labelShown = () => {
+    window.scrollTo(0, 0);
+    const prompt = document.querySelector(".prompt .pane-body");
+    if (prompt?.querySelector(".turn")) prompt.scrollTop = prompt.scrollHeight;
+  };
+
   const kept = () => {
     try { return localStorage.getItem("rlhf_dist_label_dark"); } catch { return null; }
   };
