@@ -99,7 +99,8 @@ def fleiss(units: Iterable[Sequence[Hashable]]) -> Kappa:
     """
     kept = [list(map(str, unit)) for unit in units if len(unit)]
     names = sorted({label for unit in kept for label in unit})
-    counts = np.array([[unit.count(name) for name in names] for unit in kept], dtype=np.float64).reshape(len(kept), -1)
+    counts = np.array([[unit.count(name) for name in names] for unit in kept], dtype=np.float64)
+    counts = counts.reshape(len(kept), len(names))  # also of none
     num = counts.sum(axis=1)
     shared = num >= 2
     left_out = int((~shared).sum())

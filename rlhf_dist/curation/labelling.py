@@ -86,8 +86,11 @@ def units_of(items: Iterable[Item], pairs: PairPolicy, seed: int) -> list[Unit]:
 
 
 def shared_out(units: Sequence[Unit], annotators: Sequence[str], overlap: int, seed: int) -> dict[str, frozenset[str]]:
-    """Annotator → ids of the items that are theirs. Each item goes, with all its pairs, to `overlap` annotators: to those who
-    have the fewest pairs so far, by draw among equals. So loads stay even and everyone meets everyone.
+    """Annotator → ids of the items that are theirs. Each item goes, with all its pairs, to `overlap` annotators.
+
+    The first is one of those who have the fewest pairs so far; the others are those who met the chosen least often, among
+    the annotators who are not ahead by more than the largest item. So loads stay even, and everyone can be compared with
+    everyone. Draws decide among equals.
 
     Raises:
         ValueError: fewer annotators than `overlap`.
@@ -97,15 +100,27 @@ def shared_out(units: Sequence[Unit], annotators: Sequence[str], overlap: int, s
     sizes: dict[str, int] = {}
     for unit in units:
         sizes[unit.item.id] = sizes.get(unit.item.id, 0) + 1
-    load = dict.fromkeys(annotators, 0)
-    given: dict[str, set[str]] = {name: set() for name in annotators}
+    ahead = max(sizes.values(), default=0)
+    load = [0] * len(annotators)
+    met = [[0] * len(annotators) for _ in annotators]
+    given: list[set[str]] = [set() for _ in annotators]
     for item, size in sizes.items():
         drawn = permutation(seed, f"label/share/{item}", 0, len(annotators)).tolist()
-        order = sorted(range(len(annotators)), key=lambda k: (load[annotators[k]], drawn[k]))
-        for k in order[:overlap]:
-            load[annotators[k]] += size
-            given[annotators[k]].add(item)
-    return {name: frozenset(ids) for name, ids in given.items()}
+        left = sorted(range(len(annotators)), key=drawn.__getitem__)
+        least = min(load)
+        chosen: list[int] = []
+        while len(chosen) < overlap:
+            best = min(
+                left, key=lambda k: (load[k] > least + ahead, sum(met[k][c] for c in chosen), load[k])
+            )  # min keeps to the drawn order among equals
+            left.remove(best)
+            chosen.append(best)
+        for k in chosen:
+            load[k] += size
+            given[k].add(item)
+            for c in chosen:
+                met[k][c] += 1
+    return {name: frozenset(ids) for name, ids in zip(annotators, given, strict=True)}
 
 
 def open_folder(config: LabelConfig, items: Mapping[str, Item]) -> Journal:
