@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser and is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-EVIL = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'> `${window.pwned=3}` {{window.pwned=4}} </script>\n x"
+EVIL = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'> `${window.pwned=3}` {{window.pwned=4}}</script>\n x"
 Make = Callable[..., dict[str, Any]]
 
 
