@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.mixing import MixingSettings
+from rlhf_dist.config.references import reference
+from rlhf_dist.config.templates import TemplateSettings
 
 RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt", "candidates"]
 BadRowPolicy = Literal["error", "skip"]
+SourceName = Annotated[str, StringConstraints(pattern=r"^[^/\s]([^/]*[^/\s])?$")]
+"""Part of a metric's name, where a slash would begin another part."""
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 
 
 class DataSource(Schema):
@@ -22,10 +30,16 @@ class DataSource(Schema):
     `text` (plain text), `preference` (prompt, chosen, rejected, optional
     margin; or prompt, responses, optional ratings, for a ranking), `ratings` (response, rating, optional prompt; pairs are
     made from them), `prompt` (prompt), `candidates` (prompt, candidates: responses that nobody has judged yet)."""
+    name: SourceName | None = None
+    """What tables and metrics call the set, without a slash; null takes the name of the file or directory, numbered where
+    another set has it already (`reviews`, `reviews-2`). Sources that are given the same name count as one."""
     split: str = "train"
     """Split to read, for `datasets` directories and hub names."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """Maps a field of the record to a column of the file, e.g. {instruction: question, output: answer}."""
+    """Maps a field of the record to a column of the file, e.g. {instruction: question, output: answer}; with `templates`, a
+    name that a template uses to a column."""
+    templates: TemplateSettings | None = None
+    """Kind `instruction` only: rows of any columns become instruction records by these templates."""
     columns: tuple[str, ...] | None = None
     """Column names of a .csv/.tsv/.txt file that has no header row."""
     delimiter: str | None = None
@@ -38,6 +52,35 @@ class DataSource(Schema):
     """Use the first `limit` records only."""
     min_margin: NonNegative = 0.5
     """`ratings` only: two responses make a pair when their ratings differ by at least this much."""
+
+    @model_validator(mode="after")
+    def _templates_make_instructions(self) -> DataSource:
+        if self.templates is not None and self.kind != "instruction":
+            raise ValueError(
+                f"{self.path}: templates make instruction records, and kind is {self.kind!r}; set kind to instruction, or "
+                "remove templates"
+            )
+        return self
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """What each source is called: its `name`, else what its path ends in, made unlike all others.
+
+    A reference to a set of a pipeline (`${data.reviews.train}`) is called as the set is (`reviews.train`).
+    """
+    names: list[str | None] = [source.name for source in sources]
+    taken = set(names)
+    for i, source in enumerate(sources):
+        if names[i] is None:
+            found, path = reference(source.path), PurePath(source.path)
+            stem = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
+            stem = found.output if found else stem or source.kind
+            number, name = 2, stem
+            while name in taken:
+                name, number = f"{stem}-{number}", number + 1
+            names[i] = name
+            taken.add(name)
+    return [str(name) for name in names]
 
 
 class DataSettings(Schema):
@@ -67,7 +110,51 @@ class SFTData(TrainingData):
     train: tuple[DataSource, ...] = Field(min_length=1)
     """Sets to train on: kinds `instruction`, `messages` and `text`."""
     eval: tuple[DataSource, ...] = ()
-    """Held-out sets of the same kinds."""
+    """Held-out sets of the same kinds. With several, or with `hold_out_tasks`, the loss is also reported for each of them."""
+    mixing: MixingSettings | None = None
+    """In what shares the sets of `train` are drawn, and how many records an epoch then has; what is counted are sequences,
+    after everything that is held out or left out. null: all records of all sets, each once an epoch."""
+    hold_out_tasks: tuple[str, ...] = ()
+    """Tasks of which nothing is trained on: all their records in `train` are held out, and the loss is reported for each task.
+    A record's task is its field `task`, or else the name of its set."""
+    pretraining: tuple[DataSource, ...] = ()
+    """Plain text (kind `text`) mixed into every step as `sft.pretraining_ratio` says, so that the model does not forget what it
+    learned from such text."""
+    eval_pretraining: tuple[DataSource, ...] = ()
+    """Held-out plain text, whose loss is reported apart. Where it names none, `eval_fraction` of `pretraining`."""
+
+    @model_validator(mode="after")
+    def _pretraining_is_text(self) -> SFTData:
+        for name in ("pretraining", "eval_pretraining"):
+            for source in getattr(self, name):
+                if source.kind != "text":
+                    raise ValueError(
+                        f"{name} has {source.path} of kind {source.kind!r}, and it takes plain text only; give kind text, or "
+                        "move the set to train"
+                    )
+        if self.eval_pretraining and not self.pretraining:
+            raise ValueError(
+                "eval_pretraining is set, but pretraining names no text; set pretraining, or move the text to eval"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_source(self) -> SFTData:
+        names = list(dict.fromkeys(source_names(self.train)))
+        weights = self.mixing.weights if self.mixing is not None else None
+        if weights is not None and len(weights) != len(names):
+            raise ValueError(
+                f"mixing.weights holds {len(weights)} numbers for {len(names)} sets to train on ({', '.join(names)}); give "
+                "each one, in this order"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_named_once(self) -> SFTData:
+        twice = sorted({task for task in self.hold_out_tasks if self.hold_out_tasks.count(task) > 1})
+        if twice:
+            raise ValueError(f"hold_out_tasks names {', '.join(map(repr, twice))} more than once; name each task once")
+        return self
 
 
 class RewardData(TrainingData):

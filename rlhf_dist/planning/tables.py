@@ -93,6 +93,9 @@ def memory(plan: Plan) -> Table:
         f"buckets, AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB "
         f"NCCL, {FRAGMENTATION:.0%} fragmentation."
     )
+    for name, needs in plan.memory.items():
+        if needs.role.trained is not None and needs.model.frozen:
+            note += f" Of {name}, {needs.model.num_trained:,} of {needs.model.num_held:,} parameters are trained."
     header = ("role", "layout", "phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
     return Table("Memory of a rank", (*header, "allow.", "GPU"), rows, note)
 
@@ -150,8 +153,9 @@ def shares(plan: Plan) -> Table:
     if used < plan.cluster.num_gpus:
         rows.append((str(plan.cluster.num_gpus - used), "nobody", "–", gigabytes(limit), ""))
     most, there = max(plan.hosts.values(), default=0), plan.cluster.host_memory_bytes
-    host = f"of {gigabytes(there)} GB" if there else "not checked"
-    note = f"Host memory of the fullest node: {gigabytes(most)} GB ({host})."
+    source = plan.cluster.host_memory_source
+    known = f"{gigabytes(most)} of {gigabytes(there or 0)} GB" + (f" ({source})" if source else "")
+    note = f"Host memory of the fullest node: {known if there else f'{gigabytes(most)} GB (not checked)'}."
     return Table(
         f"{plan.cluster.num_gpus} GPUs ({plan.cluster.num_nodes} × {plan.cluster.gpus_per_node} {plan.cluster.gpu.name})",
         ("GPUs", "roles on each", "need, GB", "have, GB", ""),
@@ -268,6 +272,7 @@ def _role_data(needs: RoleMemory) -> dict[str, Any]:
     return {
         "model_path": needs.role.model_path,
         "num_parameters": needs.model.num_parameters,
+        "num_trained_parameters": needs.model.num_trained if needs.role.trained else 0,
         "num_ranks": needs.role.num_ranks,
         "phases": {
             phase: {what: asdict(held) for what, held in items.items()} for phase, items in needs.phases.items()

@@ -16,6 +16,9 @@ from rlhf_dist.planning.layout import Layout
 from rlhf_dist.planning.roles import Passes, Role, Work
 from rlhf_dist.planning.sharding import Sharding
 
+PHASES = ("generate", "score", "update", "sync")
+"""Of an iteration, in the order they come in."""
+
 Seconds = dict[str, float]
 """What the time goes into → seconds."""
 
@@ -62,17 +65,20 @@ class Rates:
         Raises:
             ConfigError: an unknown name, or a value that is no positive number.
         """
-        known = {f.name for f in fields(cls)} - {"factors"}
-        rates, factors = dict(values), values.get("factors", {})
-        rates.pop("factors", None)
-        for name, value in [*rates.items(), *(factors.items() if isinstance(factors, Mapping) else [])]:
-            if name in rates and name not in known:
-                raise ConfigError(
-                    f"{source} names the rate {name!r}; known ones are {', '.join(sorted(known))}, factors"
-                )
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+        known = sorted({f.name for f in fields(cls)} - {"factors"})
+        rates = {name: value for name, value in values.items() if name != "factors"}
+        factors = values.get("factors", {})
+        if not isinstance(factors, Mapping):
+            raise ConfigError(f"{source} sets factors to {factors!r}; it must be an object of numbers by phase")
+        for name in rates.keys() - set(known):
+            raise ConfigError(f"{source} names the rate {name!r}; known ones are {', '.join(known)}, factors")
+        for name in factors.keys() - set(PHASES):
+            raise ConfigError(f"{source} has a factor of {name!r}; phases are {', '.join(PHASES)}")
+        for name, value in [*rates.items(), *((f"factors.{phase}", value) for phase, value in factors.items())]:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 raise ConfigError(f"{source} sets {name} to {value!r}; it must be a positive number")
-        return cls(**rates, factors=dict(factors) if isinstance(factors, Mapping) else {})  # pyright: ignore[reportArgumentType]
+        return cls(**rates, factors=dict(factors))  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -180,17 +186,20 @@ class _Clock:
         }
 
     def update(self, role: Role) -> Seconds:
-        """All optimiser steps: forward, backward (twice the forward, and once more with checkpointing), collectives, AdamW."""
+        """All optimiser steps: forward, backward (twice the forward, less what weights that are frozen save; and once more with
+        checkpointing), collectives, AdamW."""
         if not role.update or role.trained is None:
             return {}
         model, sharding = self._model(role), self._sharding(role)
-        passes = 4 if role.trained.gradient_checkpointing else 3
+        # Forward, gradients of activations, and of those weights that are trained.
+        passes = (3 if role.trained.gradient_checkpointing else 2) + model.num_trained / model.num_held
         flops = sum(passes * self._flops(model, role.sequences_per_rank(p), p) for p in role.update)
         micro_batches = sum(role.num_micro_batches(p) for p in role.update)
-        count, size = model.num_parameters, sharding.element_bytes
+        count, size = model.num_trained, sharding.element_bytes
         stage = sharding.zero_stage
         if stage == 3:
-            moved = micro_batches * 3 * size * count  # gathered for forward and for backward; gradients scattered
+            # Gathered for forward and for backward; gradients scattered.
+            moved = micro_batches * size * (2 * model.num_held + count)
         elif stage == 2:
             moved = (micro_batches + 1) * size * count  # gradients scattered each time; parameters gathered once
         else:
@@ -232,7 +241,7 @@ class _Clock:
         return self.cluster.gpu.memory_bytes_per_s * self.rates.decode_efficiency
 
     def _model(self, role: Role) -> Architecture:
-        return architecture(role.model_path, role.scalar)
+        return role.architecture
 
     def _sharding(self, role: Role) -> Sharding:
         host = role.trained or role.frozen

@@ -25,7 +25,23 @@ class Action:
     """module:function that takes the checked configuration and does the work."""
 
 
-ACTIONS: dict[str, Action] = {}
+ACTIONS: dict[str, Action] = {
+    "templates": Action(
+        "instruction records out of labelled sets, by Jinja templates with names for labels",
+        "rlhf_dist.config.curation.templates:TemplatesConfig",
+        "rlhf_dist.cli.data.templates:run",
+    ),
+    "dedup": Action(
+        "remove exact and near duplicates, and records that evaluation sets contain",
+        "rlhf_dist.config.curation.dedup:DedupConfig",
+        "rlhf_dist.cli.data.dedup:run",
+    ),
+    "mix": Action(
+        "mix sets in chosen shares",
+        "rlhf_dist.config.curation.mix:MixConfig",
+        "rlhf_dist.cli.data.mix:run",
+    ),
+}
 
 
 def run(arguments: list[str]) -> None:
