@@ -42,6 +42,7 @@ TEXT_FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected", "responses"),
     "ratings": ("prompt", "response"),
     "prompt": ("prompt",),
+    "candidates": ("prompt",),
 }
 """What is compared of each kind, unless fields are chosen."""
 

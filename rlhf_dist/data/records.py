@@ -15,6 +15,7 @@ How the kinds are read:
 - `ratings`: responses of one prompt with a number each become pairs (`ratings.py`). Without a `prompt`, a response is
   judged as plain text.
 - `prompt`: one user message, or a chat that ends with one.
+- `candidates`: a prompt with responses that nobody has judged yet; `curation/candidates.py` reads them.
 
 What is trained on may have a `task`: the kind of task that a record is an example of, by which it can be held out.
 """
@@ -46,6 +47,7 @@ FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected", "margin", "responses", "ratings"),
     "ratings": ("prompt", "response", "rating"),
     "prompt": ("prompt",),
+    "candidates": ("prompt", "candidates"),
 }
 """Fields that each kind knows."""
 

@@ -132,9 +132,12 @@ def subject(source: DataSource, row: Fields) -> Hashable:
     if source.kind == "ratings":
         row.number("rating")
         return row.optional_text("prompt").strip() or row.text("response").strip()
-    if source.kind == "prompt" and not isinstance(row.required("prompt"), str):
+    if source.kind == "candidates":
+        row.items("candidates")
+    field = "prompt" if source.kind == "candidates" else source.kind
+    if field == "prompt" and not isinstance(row.required("prompt"), str):
         return _turns(row.messages("prompt"))
-    return row.text(source.kind).strip()
+    return row.text(field).strip()
 
 
 def _turns(messages: Sequence[Mapping[str, str]]) -> Hashable:
