@@ -158,6 +158,12 @@ def _data(arguments: list[str]) -> None:
 
 
 def _schema(arguments: list[str]) -> None:
+    if arguments == ["templates"]:  # not a command's configuration, but a file that one names
+        from rlhf_dist.config.load import json_schema
+        from rlhf_dist.config.templates import TemplateFile
+
+        print(json_schema(TemplateFile))
+        return
     if arguments[:1] == ["data"] and len(arguments) == 2:
         from rlhf_dist.cli.data import command as data
         from rlhf_dist.config.load import json_schema

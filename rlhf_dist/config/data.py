@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.templates import TemplateSettings
 
 RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
 BadRowPolicy = Literal["error", "skip"]
@@ -25,7 +26,10 @@ class DataSource(Schema):
     split: str = "train"
     """Split to read, for `datasets` directories and hub names."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """Maps a field of the record to a column of the file, e.g. {instruction: question, output: answer}."""
+    """Maps a field of the record to a column of the file, e.g. {instruction: question, output: answer}; with `templates`, a
+    name that a template uses to a column."""
+    templates: TemplateSettings | None = None
+    """Kind `instruction` only: rows of any columns become instruction records by these templates."""
     columns: tuple[str, ...] | None = None
     """Column names of a .csv/.tsv/.txt file that has no header row."""
     delimiter: str | None = None
@@ -38,6 +42,15 @@ class DataSource(Schema):
     """Use the first `limit` records only."""
     min_margin: NonNegative = 0.5
     """`ratings` only: two responses make a pair when their ratings differ by at least this much."""
+
+    @model_validator(mode="after")
+    def _templates_make_instructions(self) -> DataSource:
+        if self.templates is not None and self.kind != "instruction":
+            raise ValueError(
+                f"{self.path}: templates make instruction records, and kind is {self.kind!r}; set kind to instruction, or "
+                "remove templates"
+            )
+        return self
 
 
 class DataSettings(Schema):

@@ -52,6 +52,17 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
     raise ConfigError(f"There {count} in the configuration from {source}:\n" + "\n".join(f"- {p}" for p in problems))
 
 
+def load_file(schema: type[T], path: Path) -> T:
+    """Check a YAML file beside the configuration, which no override reaches. Errors as `load_config`."""
+    content, lines = read_mapping(path)
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(schema, e, path, lines, {}, has_flags=False) for e in _causes(error)]
+    count = "is 1 problem" if len(problems) == 1 else f"are {len(problems)} problems"
+    raise ConfigError(f"There {count} in {path}:\n" + "\n".join(f"- {p}" for p in problems))
+
+
 def dump_yaml(config: BaseModel) -> str:
     """The resolved configuration, defaults included; `load_config` reads it back as an equal one."""
     return to_yaml(config.model_dump(mode="json"))
@@ -169,7 +180,12 @@ def _causes(error: ValidationError) -> list[Any]:
 
 
 def _problem(
-    schema: type[BaseModel], error: Any, path: Path | None, lines: Mapping[Location, int], arguments: Mapping[str, Any]
+    schema: type[BaseModel],
+    error: Any,
+    path: Path | None,
+    lines: Mapping[Location, int],
+    arguments: Mapping[str, Any],
+    has_flags: bool = True,
 ) -> str:
     """One line: where, which key, what value, what it must be, what to do."""
     location: Location = tuple(error["loc"])
@@ -185,12 +201,13 @@ def _problem(
     if error["type"] == "extra_forbidden":
         return f"{where}{key}: {_unknown(location, schema_keys(schema))}"
     if error["type"] == "missing":
-        return f"{where}{key} is missing, and has no default{help_text}. Add it to the file, or pass {flag} VALUE."
+        add = f"Add it to the file, or pass {flag} VALUE" if has_flags else "Add it"
+        return f"{where}{key} is missing, and has no default{help_text}. {add}."
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"]).rstrip(".")
         return f"{where}{key}: {message}." if key else f"{message}."
     must = error["msg"].replace("Input should be", "must be").replace("Input should", "must")
-    change = f"Change {flag}" if by_argument else f"Change it, or pass {flag} VALUE"
+    change = f"Change {flag}" if by_argument else f"Change it{f', or pass {flag} VALUE' if has_flags else ''}"
     return f"{where}{key} is {error['input']!r}, but {must[0].lower() + must[1:]}{help_text}. {change}."
 
 

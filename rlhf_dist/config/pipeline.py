@@ -44,6 +44,16 @@ class DataSet(Schema):
         return self
 
     @model_validator(mode="after")
+    def _rendered_where_read(self) -> DataSet:
+        # A part must hold whole rows: rendered ones could lie on both sides of a border.
+        if any(source.templates is not None for source in self.sources):
+            raise ValueError(
+                f"a source of set {self.name!r} has templates, and a set keeps rows as they are; put templates where the set "
+                f"is read: {{path: ${{data.{self.name}}}, kind: instruction, templates: ...}}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _shares_of_a_whole(self) -> DataSet:
         total = sum(self.parts.values())
         if total > 1 + _TOLERANCE:

@@ -28,6 +28,20 @@ class Fields:
         """The row as it was read, column by column."""
         return self._values
 
+    def named_values(self) -> dict[str, Any]:
+        """All columns, and what `mapping` gives other names."""
+        named = {field: self.get(field) for field in self._mapping if self.has_column(self._mapping[field])}
+        return {**self._values, **named}
+
+    def column(self, column: str) -> Any:
+        """A column's value, or a mapped field's; it must be there."""
+        value = _lookup(self._values, self._mapping.get(column, column))
+        if value is _MISSING or value is None:
+            raise self.error(
+                column, f"is missing; the row has {_listed(self._values)}", "name another column, or mend the row"
+            )
+        return value
+
     def has_column(self, column: str) -> bool:
         """Whether the row has that column, filled or not."""
         return _lookup(self._values, column) is not _MISSING

@@ -3,7 +3,8 @@
 How the kinds are read:
 
 - `instruction`: the user message is `instruction`, then `input` after an empty line where there is one; the assistant's
-  is `output`. A `demonstration` (a worked example) goes before the instruction, with an empty line between.
+  is `output`. A `demonstration` (a worked example) goes before the instruction, with an empty line between. With
+  `templates`, rows of any columns are rendered into such records first (`templating.py`).
 - `messages`: a chat. It is trained on every assistant turn; as a prompt it is what comes before the last one.
 - `text`: plain text, trained on every token.
 - `preference`: a pair (`chosen`, `rejected`, and where it is known the `margin` between them) or a ranking (`responses`,
@@ -30,6 +31,7 @@ from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.ratings import pair_by_rating
+from rlhf_dist.data.templating import templated_rows
 from rlhf_dist.errors import ConfigError, DataError
 
 R = TypeVar("R")
@@ -133,13 +135,18 @@ def _read(source: DataSource, quarantine: Quarantine | None, record: Callable[[F
     quarantine = Quarantine() if quarantine is None else quarantine
     records: list[R] = []
     known = len(quarantine)
-    for row in read_fields(source, quarantine):
+    rows = read_fields(source, quarantine)
+    for row in rows if source.templates is None else templated_rows(source, rows, quarantine):
         with quarantine.guard(source.on_bad_row, row.values):
             records.append(record(row))
     if not records:
+        bad = quarantine.rows[known:]
+        if not bad:
+            raise DataError(
+                f"{source.path}: every row is passed over by all templates; give others, or mend their `when`"
+            )
         raise DataError(
-            f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "
-            f"{quarantine.rows[known].reason}"
+            f"{source.path}: none of its rows can be used ({len(bad)} are bad, the first since {bad[0].reason})"
         )
     return records
 
@@ -280,7 +287,7 @@ def read_fields(source: DataSource, quarantine: Quarantine | None = None) -> Ite
     `quarantine` takes the rows that cannot be parsed, under `source.on_bad_row: skip`.
     """
     known = FIELDS[source.kind]
-    for field in source.fields:
+    for field in source.fields if source.templates is None else ():
         if field not in known:
             near = difflib.get_close_matches(field, known, 1)
             hint = f" (nearest: {near[0]!r})" if near else ""

@@ -25,7 +25,13 @@ class Action:
     """module:function that takes the checked configuration and does the work."""
 
 
-ACTIONS: dict[str, Action] = {}
+ACTIONS: dict[str, Action] = {
+    "templates": Action(
+        "instruction records out of labelled sets, by Jinja templates with names for labels",
+        "rlhf_dist.config.curation.templates:TemplatesConfig",
+        "rlhf_dist.cli.data.templates:run",
+    ),
+}
 
 
 def run(arguments: list[str]) -> None:

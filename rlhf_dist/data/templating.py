@@ -1,0 +1,311 @@
+"""Rows of a labelled data set → instruction records, by templates.
+
+Templates run in Jinja's sandbox: they can format and decide, but reach no file, no module and no method that changes what
+they are given, and cannot grow without end. A name that the row does not have is refused, not left blank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rlhf_dist.algo.random import derived_seed, permutation
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.templates import Labels, Template, TemplateSettings
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.template_files import PromptsourceTemplate, Templates, load_templates
+from rlhf_dist.errors import ConfigError, DataError
+
+MAX_LENGTH = 1_000_000
+"""Characters of a rendered text, and items of a sequence that a template may make by multiplying."""
+
+_SEPARATOR = "|||"
+_HIDDEN_SEPARATOR = "\x00separator\x00"
+"""Stands for a `|||` that is in the data, while a promptsource template is split at its own."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template makes of a row."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+Render = Callable[[Fields, int], Rendered | None]
+"""A row and its number → a record; None where the template passes the row over."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Also bounds what multiplication and powers may make: `"a" * 10 ** 9` is a denial of service."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or any(
+            _size(a) * b > MAX_LENGTH for a, b in ((left, right), (right, left)) if _is_count(b)
+        ):
+            raise SecurityError(f"{operator} makes more than {MAX_LENGTH} characters or items, or is a power")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, (str, bytes, list, tuple)) else 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def instruction_rows(
+    rows: Iterable[Fields], settings: TemplateSettings, policy: Any = "error", quarantine: Quarantine | None = None
+) -> Iterator[dict[str, Any]]:
+    """Instruction records with `task` and `provenance` (template, its file, the row's place).
+
+    Args:
+        rows: labelled rows.
+        settings: which templates, and how many a row.
+        policy: `on_bad_row`, for a row that a template cannot render.
+        quarantine: takes such rows under `skip`.
+
+    Raises:
+        ConfigError: a template file or template that cannot be used.
+        DataError: a row lacks a name that a template uses, has an unknown label, or renders empty; with its place.
+    """
+    quarantine = Quarantine() if quarantine is None else quarantine
+    templates = load_templates(settings)
+    renders = [_compiled(template, templates, settings.seed) for template in templates.templates]
+    if settings.num_demonstrations:
+        rows = list(rows)
+    for number, row in enumerate(rows):
+        for which in _drawn(settings, number, len(renders)):
+            with quarantine.guard(policy, row.values):
+                rendered = renders[which](row, number)
+                if rendered is None:
+                    continue
+                record = {"instruction": rendered.instruction, "input": rendered.input, "output": rendered.output}
+                if settings.num_demonstrations and isinstance(rows, Sequence):
+                    record["demonstration"] = _demonstration(renders[which], rows, number, settings)
+                name = templates.templates[which].name
+                provenance = {"template": name, "templates": templates.origin, "row": row.location}
+                yield record | {"task": templates.task, "provenance": provenance}
+
+
+def templated_rows(source: DataSource, rows: Iterable[Fields], quarantine: Quarantine | None) -> Iterator[Fields]:
+    """The rows of a source with `templates`, as instruction records that are read on like any others."""
+    assert source.templates is not None
+    for record in instruction_rows(rows, source.templates, source.on_bad_row, quarantine):
+        found = record["provenance"]
+        yield Fields(f"{found['row']} (template {found['template']!r})", record, {})
+
+
+def _drawn(settings: TemplateSettings, number: int, num_templates: int) -> list[int]:
+    """Which templates a row is rendered with: a function of the row's number alone."""
+    if settings.per_row is None or settings.per_row >= num_templates:
+        return list(range(num_templates))
+    drawn = permutation(settings.seed, "data/templates", number, num_templates)
+    return sorted(drawn[: settings.per_row].tolist())
+
+
+def _demonstration(render: Render, rows: Sequence[Fields], number: int, settings: TemplateSettings) -> str:
+    """Worked examples from other rows, those first that come first in a draw of this row's own."""
+    examples: list[str] = []
+    tries = min(len(rows), 20 * settings.num_demonstrations + 20)
+    start = derived_seed(settings.seed, "data/demonstrations", number)
+    own = render(rows[number], number)
+    for other in dict.fromkeys((start + step * _STRIDE) % len(rows) for step in range(tries)):
+        if len(examples) == settings.num_demonstrations:
+            break
+        try:
+            found = None if other == number else render(rows[other], other)
+        except DataError:
+            continue  # a bad row is set aside where it is itself rendered
+        # The same text with its answer would give the answer away.
+        if found is not None and own is not None and (found.instruction, found.input) != (own.instruction, own.input):
+            examples.append("\n\n".join(part for part in (found.instruction, found.input, found.output) if part))
+    if len(examples) < settings.num_demonstrations:
+        raise DataError(
+            f"{rows[number].location}: only {len(examples)} other rows can stand as demonstrations, and "
+            f"num_demonstrations is {settings.num_demonstrations}; lower it, or give more rows"
+        )
+    return "\n\n".join(examples)
+
+
+_STRIDE = 2_654_435_761
+"""Knuth's multiplicative hash: successive examples lie far apart."""
+
+
+def _compiled(template: Template | PromptsourceTemplate, templates: Templates, seed: int) -> Render:
+    if isinstance(template, PromptsourceTemplate):
+        return _compiled_promptsource(template, templates, seed)
+    environment = _environment()
+    place = f"template {template.name!r} of {templates.origin}"
+    parts = {
+        field: _parsed(environment.from_string, place, field, text)
+        for field, text in (
+            ("instruction", template.instruction),
+            ("input", template.input or ""),
+            ("output", template.output),
+        )
+    }
+    when = _parsed(
+        lambda text: environment.compile_expression(text, undefined_to_none=False),
+        place,
+        "when",
+        template.when or "true",
+    )
+
+    def render(row: Fields, number: int) -> Rendered | None:
+        values = {**templates.variables, **row.named_values()}
+        if templates.labels is not None:
+            values |= _label_values(row, templates.labels, template.labels)
+        if not _ran(lambda: _truth(when(**values)), row, place, "when"):
+            return None
+        texts = {
+            field: _ran(lambda p=part: p.render(values), row, place, field).strip() for field, part in parts.items()
+        }
+        for field in ("instruction", "output"):
+            if not texts[field]:
+                raise DataError(
+                    f"{row.location}: {place} renders an empty {field}; mend the row, give the template a `when` that passes "
+                    "such rows over, or set on_bad_row to skip"
+                )
+        return Rendered(**texts)
+
+    return render
+
+
+def _compiled_promptsource(template: PromptsourceTemplate, templates: Templates, seed: int) -> Render:
+    place = f"template {template.name!r} of {templates.origin}"
+    environment = _environment()
+    drawn = itertools.count()
+    now = [0]
+
+    def choice(items: Any) -> Any:
+        """promptsource's random choice; here a function of seed, template, row, and of which choice in the row it is."""
+        listed = list(items)
+        return listed[derived_seed(seed, f"data/promptsource/{template.name}", now[0], next(drawn)) % len(listed)]
+
+    environment.globals["zip"] = zip
+    environment.filters["choice"] = choice
+    environment.filters["highlight"] = lambda text: text
+    environment.filters["most_frequent"] = lambda items: max(dict.fromkeys(items), key=list(items).count)
+    body = _parsed(environment.from_string, place, "jinja", template.jinja)
+    choices = _parsed(environment.from_string, place, "answer_choices", template.answer_choices or "")
+
+    def render(row: Fields, number: int) -> Rendered | None:
+        nonlocal drawn
+        drawn, now[0] = itertools.count(), number
+        values = {**templates.variables, **_hidden(row.named_values())}
+        if template.answer_choices:
+            listed = _ran(lambda: choices.render(values), row, place, "answer_choices").split(_SEPARATOR)
+            values["answer_choices"] = [_shown(item).strip() for item in listed]
+        asked, *answers = _ran(lambda: body.render(values), row, place, "jinja").split(_SEPARATOR)
+        asked, answers = _shown(asked).strip(), [_shown(answer).strip() for answer in answers]
+        if not asked and not any(answers):
+            return None  # that is how promptsource's templates pass a row over
+        if not asked or not answers or not answers[0]:
+            empty = "question" if not asked else "answer"
+            raise DataError(
+                f"{row.location}: {place} renders an empty {empty}; mend the row, leave the template out (templates.names), or "
+                "set on_bad_row to skip"
+            )
+        return Rendered(asked, "", answers[0])
+
+    return render
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(_SEPARATOR, _HIDDEN_SEPARATOR)
+    if isinstance(value, Mapping):
+        return {key: _hidden(item) for key, item in value.items()}
+    return [_hidden(item) for item in value] if isinstance(value, list) else value
+
+
+def _shown(text: str) -> str:
+    return text.replace(_HIDDEN_SEPARATOR, _SEPARATOR)
+
+
+def _label_values(row: Fields, labels: Labels, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """`label`, `label_value` and `choices` of a row."""
+    value = row.column(labels.column)
+    name = _binned(row, labels, value) if labels.bins else _named(row, labels, value)
+    unknown = [other for other in renamed if other not in labels.choices]
+    if unknown:
+        raise ConfigError(
+            f"the labels of a template rename {', '.join(map(repr, unknown))}; the names are {', '.join(labels.choices)}"
+        )
+    choices = [renamed.get(choice, choice) for choice in labels.choices]
+    return {"label": renamed.get(name, name), "label_value": value, "choices": choices}
+
+
+def _named(row: Fields, labels: Labels, value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    if isinstance(value, float) and value.is_integer():
+        text = str(int(value))
+    if text not in labels.names:
+        raise row.error(
+            labels.column,
+            f"is {text[:40]!r}, a label that has no name (known: {', '.join(map(repr, labels.names))})",
+            "add it to labels.names, or mend the row",
+        )
+    return labels.names[text]
+
+
+def _binned(row: Fields, labels: Labels, value: Any) -> str:
+    number = row.checked_number(labels.column, value)
+    for item in labels.bins:
+        if item.below is None or number < item.below:
+            return item.name
+    raise row.error(
+        labels.column, f"is {number:g}, above all bins", "raise the last bin's `below`, or leave it out for no bound"
+    )
+
+
+def _environment() -> _Sandbox:
+    return _Sandbox(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+
+
+def _parsed(parse: Callable[[str], Any], place: str, field: str, text: str) -> Any:
+    try:
+        return parse(text)
+    except TemplateError as error:
+        line = getattr(error, "lineno", None)
+        at = f" in line {line}" if line else ""
+        raise ConfigError(f"{place}: {field} is not a Jinja template ({error}{at}); mend it") from error
+
+
+def _truth(value: Any) -> bool:
+    return bool(value)  # raises where a name is undefined
+
+
+def _ran(render: Callable[[], Any], row: Fields, place: str, field: str) -> Any:
+    """What a template gives for a row; whatever goes wrong in it is the row's or the template's, and named."""
+    try:
+        result = render()
+    except SecurityError as error:
+        raise ConfigError(
+            f"{place}: {field} may not do that ({error}); templates only format what they are given"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{row.location}: {place}: {field} does not end; mend the template") from error
+    except Exception as error:  # undefined names, and what filters and operators raise on values of other types
+        known = ", ".join(row.named_values())
+        raise DataError(
+            f"{row.location}: {place} cannot render {field} ({error}); the row has {known}: map a column with fields, give "
+            "variables, or mend the row or the template"
+        ) from error
+    if isinstance(result, str) and len(result) > MAX_LENGTH:
+        raise DataError(
+            f"{row.location}: {place} renders {len(result)} characters of {field}, more than {MAX_LENGTH}; mend it"
+        )
+    return result
