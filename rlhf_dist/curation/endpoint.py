@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf_dist.config.curation import generator as config
+from rlhf_dist.config.curation.generator import GeneratorConfig
 from rlhf_dist.curation.generators import Completion, FinishReason, Request, cut_at_stop, request_seed
 from rlhf_dist.errors import ConfigError, ModelError
 
@@ -23,7 +23,7 @@ class EndpointGenerator:
     growing pauses and as the server's Retry-After says. `seed` is sent with every request; servers honour it as they can.
     """
 
-    def __init__(self, settings: config.Generator, seed: int) -> None:
+    def __init__(self, settings: GeneratorConfig, seed: int) -> None:
         """Opens no connection yet.
 
         Raises:

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from rlhf_dist.algo.random import derived_seed
-from rlhf_dist.config.curation import generator as config
-from rlhf_dist.config.curation.generator import Sampling
+from rlhf_dist.config.curation.generator import GeneratorConfig, Sampling
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.errors import ModelError
 
@@ -71,7 +70,7 @@ class Generator(Protocol):
         ...
 
 
-def load_generator(settings: config.Generator, seed: int) -> Generator:
+def load_generator(settings: GeneratorConfig, seed: int) -> Generator:
     """The generator of a configuration.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlhf_dist.batches import TRUNCATED, PromptBatch, pad_rows
-from rlhf_dist.config.curation import generator as config
+from rlhf_dist.config.curation.generator import GeneratorConfig
 from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop, request_seed
 from rlhf_dist.data.encoding import encode_prompt, stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ from rlhf_dist.rollout.hf import HFEngine
 class _Local:
     """What local engines share: requests become token ids, or the reason why not."""
 
-    def __init__(self, settings: config.Generator) -> None:
+    def __init__(self, settings: GeneratorConfig) -> None:
         self.settings = settings
         model_config = load_model_config(settings.model_path)
         check_causal_lm(model_config, "generating")
@@ -55,7 +55,7 @@ class _Local:
 class HFGenerator(_Local):
     """A Hugging Face model, run with the decoding loop of PPO's rollouts (`rollout/hf.py`)."""
 
-    def __init__(self, settings: config.Generator, seed: int) -> None:
+    def __init__(self, settings: GeneratorConfig, seed: int) -> None:
         super().__init__(settings)
         self.seed = seed
         device = settings.device
@@ -107,7 +107,7 @@ class HFGenerator(_Local):
 class VLLMGenerator(_Local):
     """A Hugging Face model under vLLM. Every request has a seed of its own; vLLM batches them as it sees fit."""
 
-    def __init__(self, settings: config.Generator, seed: int) -> None:
+    def __init__(self, settings: GeneratorConfig, seed: int) -> None:
         super().__init__(settings)
         from rlhf_dist.rollout.vllm import VLLMEngine
 

@@ -16,11 +16,17 @@ from rlhf_dist.errors import ConfigError
 _BY_CHARACTER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han. Their tokens are characters."""
 _TOKEN = re.compile(f"[{_BY_CHARACTER}]|[^\\W_{_BY_CHARACTER}]+")
+_WORD = re.compile(f"[{_BY_CHARACTER}]|[^\\s{_BY_CHARACTER}]+")
 
 
 def rouge_tokens(text: str) -> list[str]:
     """Lower-case runs of letters and digits, as Google's rouge_score has them (without stemming), but of any script."""
     return _TOKEN.findall(text.lower())
+
+
+def words(text: str) -> list[str]:
+    """What stands between white space; single characters of scripts that put none between words."""
+    return _WORD.findall(text)
 
 
 def rouge_l(a: Sequence[Any], b: Sequence[Any]) -> float:
@@ -140,7 +146,7 @@ class SimilarityIndex:
         for element in elements:
             if element[0] >= 0 and element not in ranks:
                 ranks[element] = -len(ranks) - 1  # from now on until the next ranking
-        return sorted(elements, key=lambda element: ranks.get(element, element[0] - 2**60))
+        return sorted(elements, key=lambda e: ranks[e] if e in ranks else e[0] - 2**60)
 
     def _rank(self) -> None:
         """Order the tokens anew by how frequent they are now. Done whenever the number of texts has doubled."""
@@ -169,3 +175,27 @@ def _lcs() -> Any:
             "ROUGE-L needs the package rapidfuzz, which is not installed; run `pip install 'rlhf-dist[curation]'`"
         ) from error
     return LCSseq.similarity
+
+
+def nearest_of(texts: Sequence[Sequence[str]], asked: Sequence[int]) -> list[Near]:
+    """For each text of the numbers `asked` the most similar other one, by comparing with all (in C++).
+
+    Where there is no other text, nothing is returned.
+    """
+    from rapidfuzz.distance import Indel
+    from rapidfuzz.process import extractOne
+
+    if len(texts) < 2:
+        return []
+    # One character a token lets rapidfuzz compare strings. Tokens that no asked text has match nothing: they share one.
+    known: dict[str, str] = {}
+    for token in (token for number in asked for token in texts[number]):
+        known.setdefault(token, chr(0xE000 + len(known)))
+    coded: list[str | None] = ["".join(known.get(token, " ") for token in text) for text in texts]
+    found = []
+    for number in asked:
+        own, coded[number] = coded[number], None  # not compared with itself
+        best = extractOne(own, coded, scorer=Indel.normalized_similarity)
+        coded[number] = own
+        found.append(Near(best[2], best[1]))
+    return found

@@ -2,10 +2,7 @@
 
 python tests/bench/rouge_search.py DATA_DIR [N ...]
 
-Prints lines of the table in README.md. Texts: *varied*, windows of 6 to 40 words of real sentences, two in three with some of
-their words replaced; *formulaic*, the 175 seed instructions, each word replaced with a chance of up to a half by one of the
-same set, which is as alike as instructions get. Brute force is rapidfuzz's own comparison of one text with many, in C++, stopping
-early below the threshold. Where N is too large for it, it is measured over 200 evenly spread texts and scaled.
+Prints lines of the table in README.md.
 """
 
 from __future__ import annotations

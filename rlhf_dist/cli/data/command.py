@@ -31,6 +31,11 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.templates:TemplatesConfig",
         "rlhf_dist.cli.data.templates:run",
     ),
+    "self-instruct": Action(
+        "instruction records that a language model makes up after the example of seed tasks",
+        "rlhf_dist.config.curation.self_instruct:SelfInstructConfig",
+        "rlhf_dist.cli.data.self_instruct:run",
+    ),
 }
 
 

@@ -71,7 +71,7 @@ class Endpoint(Schema):
         return name
 
 
-class Generator(Schema):
+class GeneratorConfig(Schema):
     """A language model that answers requests."""
 
     engine: Literal["hf", "vllm", "openai"] = "hf"
@@ -95,7 +95,7 @@ class Generator(Schema):
     """Further arguments of `vllm.LLM`, such as {tensor_parallel_size: 2}."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> Generator:
+    def _one_place(self) -> GeneratorConfig:
         if self.engine == "openai" and self.endpoint is None:
             raise ValueError(
                 "engine is openai but endpoint is not given; add endpoint: {base_url: http://HOST:PORT/v1}"

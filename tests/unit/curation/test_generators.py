@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from support.openai_server import serving
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.config.curation.generator import Generator, Sampling
+from rlhf_dist.config.curation.generator import GeneratorConfig, Sampling
 from rlhf_dist.curation.endpoint import EndpointGenerator
 from rlhf_dist.curation.generators import Completion, Request, batches, check_some_answered, cut_at_stop, load_generator
 from rlhf_dist.curation.local_models import HFGenerator
@@ -30,7 +30,7 @@ CHAT = ({"role": "user", "content": "calm"},)
 
 
 def local(path: Path, seed: int = 0, **settings: Any) -> HFGenerator:
-    generator = load_generator(Generator(model=str(path), precision="fp32", device="cpu", **settings), seed)
+    generator = load_generator(GeneratorConfig(model=str(path), precision="fp32", device="cpu", **settings), seed)
     assert isinstance(generator, HFGenerator)
     return generator
 
@@ -115,7 +115,7 @@ def test_a_real_server_answers_as_the_model_does_here(tiny_lm: Path, tmp_path: P
     load_tokenizer(str(tiny_lm)).save_pretrained(served)  # with its chat template, which the server takes from there
     with serving(served, tmp_path / "server.log") as url:
         endpoint = {"base_url": url, "api_key_env": None, "timeout_s": 60}
-        settings = Generator(engine="openai", model=str(served), endpoint=endpoint)  # pyright: ignore
+        settings = GeneratorConfig(engine="openai", model=str(served), endpoint=endpoint)  # pyright: ignore
         remote = load_generator(settings, 0)
         # The server takes temperature 0 for one that it cannot divide by.
         likeliest = Sampling(max_response_tokens=8, temperature=1e-4)
@@ -171,7 +171,7 @@ def chat_answer(text: str | None, reason: str = "stop") -> Reply:
 def remote(url: str, batch_size: int = 4, **endpoint: Any) -> EndpointGenerator:
     settings = {"base_url": url, "api_key_env": None, "timeout_s": 30, "max_retries": 0, **endpoint}
     generator = load_generator(
-        Generator(engine="openai", model="m", batch_size=batch_size, endpoint=settings),  # pyright: ignore
+        GeneratorConfig(engine="openai", model="m", batch_size=batch_size, endpoint=settings),  # pyright: ignore
         seed=3,
     )
     assert isinstance(generator, EndpointGenerator)
@@ -281,5 +281,5 @@ def test_the_key_comes_from_the_environment_and_is_named_in_no_error(monkeypatch
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem) as refusal:
-        Generator(model="m", **settings)
+        GeneratorConfig(model="m", **settings)
     assert "s3cret" not in str(refusal.value.errors()[0]["ctx"]["error"])
