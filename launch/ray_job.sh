@@ -18,12 +18,32 @@ fail() {
 command="$1" config="$2"
 shift 2
 
+[[ -f "$config" ]] || fail "the configuration '$config' does not exist in $PWD; give the path of a YAML file"
+
+# said KEY: what the file says of a key of its top level.
+said() {
+    sed -nE "s/^$1[[:space:]]*:[[:space:]]*(.*)\$/\\1/p" "$config"
+}
+
+resume=()
 case "$command" in
-    sft | reward | ppo) resume=(--resume auto) ;; # submitted again, a run goes on where the last job ended
-    eval | pipeline) resume=() ;;                 # one is always run whole, the other always goes on
+    sft | reward | ppo) # submitted again, a run goes on where the last job ended, unless the file or an argument says otherwise
+        [[ -n "$(said resume)" ]] || resume=(--resume auto)
+        ;;
+    eval | pipeline) ;; # one is always run whole, the other always goes on
     *) fail "the command is '$command'; a job is one of sft, reward, ppo, eval, pipeline" ;;
 esac
-[[ -f "$config" ]] || fail "the configuration '$config' does not exist in $PWD; give the path of a YAML file"
+
+# The job starts in a copy of this directory that goes with it: results do not belong there.
+run_dir="$(said run_dir)"
+previous=""
+for argument in "$@"; do # the last one counts
+    [[ "$previous" != --run_dir ]] || run_dir="$argument"
+    [[ "$argument" != --run_dir=* ]] || run_dir="${argument#*=}"
+    previous="$argument"
+done
+[[ "$run_dir" =~ ^[\'\"]?/ ]] || fail "run_dir is '$run_dir', which is not absolute: the results would be written into Ray's" \
+    "copy of this directory, and vanish with it; give --run_dir /PATH on storage that the nodes share"
 [[ -n "${RAY_API_SERVER_ADDRESS:-}" ]] ||
     fail "RAY_API_SERVER_ADDRESS is not set; set it to the cluster's dashboard, such as http://HEAD:8265"
 command -v ray >/dev/null || fail "there is no 'ray' command here; install rlhf_dist in this environment"

@@ -3,11 +3,14 @@
 # shellcheck shell=bash
 
 SLURM_PARTS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=slurm/container.sh
+source "$SLURM_PARTS/container.sh"
 
 # The driver's exit code for "told to stop, checkpoint written, run me again" (EX_TEMPFAIL of sysexits.h).
 readonly PREEMPTED=75
 # A driver that USR1 met before it could listen: it has nothing to save.
 readonly ENDED_BY_USR1=$((128 + 10))
+readonly ENDED_BY_TERM=$((128 + 15))
 
 preempted=0          # 1: USR1 came
 interrupted=0        # 1: a trapped signal came during `wait`
@@ -36,19 +39,17 @@ run_on_slurm() {
     seed_of_array_task "$config" "$@"
     make_job_dir
     trap take_down EXIT
-    trap 'interrupted=1; exit 143' TERM
+    trap 'interrupted=1; terminated' TERM
     trap 'interrupted=1; exit 130' INT
 
-    describe_container
+    describe_container "$job_dir"
     list_nodes
     say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $command on ${nodes[*]}"
     start_ray
     wait_for_nodes
-    local resume=()
-    case "$command" in # a pipeline goes on by itself
-        sft | reward | ppo) resume=(--resume auto) ;;
-    esac
-    run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}"
+    describe_resuming "$command" "$config"
+    run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}" \
+        "${continued[@]}"
     finish "$driver_status"
 }
 
@@ -71,6 +72,19 @@ seed_of_array_task() {
     seed_arguments=(--seed "$SLURM_ARRAY_TASK_ID")
 }
 
+# A job continues the run that is in its folder, unless the file or an argument (the last one counts) says otherwise. When it was
+# requeued, it does so in any case: that run is its own.
+describe_resuming() {
+    local command="$1" config="$2"
+    resume=() continued=()
+    case "$command" in
+        sft | reward | ppo) ;;
+        *) return 0 ;; # a pipeline goes on by itself, an evaluation is always run whole
+    esac
+    grep -qE '^resume[[:space:]]*:' "$config" || resume=(--resume auto)
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || continued=(--resume auto --overwrite false)
+}
+
 run_dir_in_arguments() {
     while [[ $# -gt 0 ]]; do
         case "$1" in
@@ -85,7 +99,8 @@ run_dir_in_arguments() {
 
 # A private folder that all nodes see: the Ray token, the head's address, and the pipe whose end means "stop".
 make_job_dir() {
-    job_dir="${RLHF_DIST_STATE_DIR:-$HOME/.rlhf_dist/jobs}/$SLURM_JOB_ID"
+    # Clusters that share a home directory count their jobs each for itself.
+    job_dir="${RLHF_DIST_STATE_DIR:-$HOME/.rlhf_dist/jobs}/${SLURM_CLUSTER_NAME:+$SLURM_CLUSTER_NAME-}$SLURM_JOB_ID"
     rm -rf "$job_dir" # left behind by an earlier start of this job that was killed
     (
         umask 077 # here only: what the run writes is the user's to share
@@ -116,46 +131,14 @@ list_nodes() {
     done
 }
 
-# RLHF_DIST_CONTAINER → options of srun (Pyxis), or a command before the command (Apptainer).
-describe_container() {
-    container_options=()
-    container_command=()
-    local image="${RLHF_DIST_CONTAINER:-}" mounts
-    mounts="$job_dir,$SLURM_PARTS,$PWD${RLHF_DIST_MOUNTS:+,$RLHF_DIST_MOUNTS}"
-    case "$image" in
-        '') ;;
-        pyxis:*) container_options=(--container-image="${image#pyxis:}" --container-mounts="$(pyxis_mounts "$mounts")"
-            --container-workdir="$PWD") ;;
-        docker://* | *.sif)
-            [[ "$image" == docker://* || -f "$image" ]] ||
-                fail "RLHF_DIST_CONTAINER is '$image', but there is no such file on $(hostname)"
-            command -v apptainer >/dev/null ||
-                fail "RLHF_DIST_CONTAINER is '$image', but there is no 'apptainer' on $(hostname); load its module first"
-            container_command=(apptainer exec --bind "$mounts" --pwd "$PWD")
-            [[ -z "${SLURM_GPUS_ON_NODE:-}" ]] || container_command+=(--nv)
-            container_command+=("$image")
-            ;;
-        *) fail "RLHF_DIST_CONTAINER is '$image', but must be an existing .sif file, docker://IMAGE, or pyxis:IMAGE" ;;
-    esac
-}
-
-# Pyxis wants SOURCE:TARGET of each mount.
-pyxis_mounts() {
-    local mount mounts=() IFS=,
-    for mount in $1; do
-        [[ "$mount" == *:* ]] && mounts+=("$mount") || mounts+=("$mount:$mount")
-    done
-    printf '%s' "${mounts[*]}"
-}
-
 # step NODE COMMAND...: replaces this (sub)shell by a step on a node. All CPUs and GPUs that the job has there, shared with
-# the job's other steps (--overlap).
+# the job's other steps (--overlap); srun would tie its one task to one core where Slurm binds tasks (--cpu-bind).
 step() {
     local node="$1" group=()
     shift
     [[ -z "${het_group[$node]:-}" ]] || group=(--het-group="${het_group[$node]}")
     exec {keep_running}>&-
-    exec srun "${group[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL --mpi=none \
+    exec srun "${group[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL --mpi=none --cpu-bind=none \
         "${container_options[@]}" "${container_command[@]}" bash "$SLURM_PARTS/in_environment.sh" "$@"
 }
 
@@ -168,9 +151,11 @@ start_ray() {
         kill -0 "${ray_steps[${nodes[0]}]}" 2>/dev/null || fail "Ray's head ended on ${nodes[0]}; its last words stand above"
         ((SECONDS - started < limit)) || fail "Ray's head did not start on ${nodes[0]} within $limit s"
         pause
+        stop_if_preempted
     done
     head_address="$(<"$job_dir/address")"
     say "Ray's head is at $head_address"
+    stop_if_preempted
     local node
     for node in "${nodes[@]:1}"; do
         start_ray_node "$node" worker "$head_address"
@@ -184,6 +169,7 @@ start_ray_node() {
 }
 
 wait_for_nodes() {
+    stop_if_preempted
     step "${nodes[0]}" python -m rlhf_dist.cluster.wait_for_nodes --address "$head_address" --ended "$job_dir/ended" \
         --timeout "${RLHF_DIST_START_TIMEOUT:-600}" "${nodes[@]}" </dev/null &
     local waiter=$! node
@@ -197,14 +183,14 @@ wait_for_nodes() {
     local status=0
     wait_for "$waiter" || status=$?
     driver=""
-    ((!preempted)) || finish "$PREEMPTED"
+    stop_if_preempted
     ((status == 0)) || exit "$status"
 }
 
 # --------------------------------------------------------------------------------------------------------- driver
 
 run_driver() {
-    ((!preempted)) || finish "$PREEMPTED"
+    stop_if_preempted
     say "$*"
     step "${nodes[0]}" "$@" </dev/null &
     driver=$!
@@ -222,16 +208,53 @@ forward_usr1() {
     [[ -z "$driver" ]] || kill -USR1 "$driver" 2>/dev/null || true
 }
 
+stop_if_preempted() {
+    ((!preempted)) || finish "$PREEMPTED"
+}
+
 finish() {
     local status="$1"
     ((status != ENDED_BY_USR1 || !preempted)) || status="$PREEMPTED"
+    ((status != ENDED_BY_TERM || !preempted)) || terminated # what is on its way here as well met the driver first
     if ((status == PREEMPTED)); then
         trap - EXIT
         take_down
-        say "the run goes on when Slurm starts this job again"
-        scontrol requeue "$SLURM_JOB_ID" || say "Slurm did not requeue the job; submit it again to continue the run"
+        requeue
     fi
     exit "$status"
+}
+
+# SIGTERM: the job's time is over, or it was cancelled. A run that was warned, and had no time to follow, goes on all the same.
+terminated() {
+    if ((preempted)) && ! cancelled; then
+        say "the job's time was over before the run had written its checkpoint, so it goes on from an earlier one, or anew:" \
+            "warn it earlier (--signal=B:USR1@SECONDS, submit --signal-before-end)"
+        requeue # now: Slurm soon kills this shell, too
+        exit "$PREEMPTED"
+    fi
+    exit "$ENDED_BY_TERM"
+}
+
+requeue() {
+    if cancelled; then
+        say "the job was cancelled, so it is not started again"
+        return
+    fi
+    # By its number in the array: the last task's job id is that of the whole array, too.
+    local job="$SLURM_JOB_ID"
+    [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    say "the run goes on when Slurm starts this job again"
+    scontrol requeue "$job" || say "Slurm did not requeue the job; submit it again to continue the run"
+}
+
+# Whether somebody ended the job. Slurm would requeue such a job, too; like one whose time is over, it is "completing".
+cancelled() {
+    local facts
+    while read -r facts; do # of arrays and heterogeneous jobs, there are several lines
+        [[ "$facts " == "JobId=$SLURM_JOB_ID "*" JobState=COMPLETING "* ]] || continue
+        [[ "$facts " =~ \ (Reason=TimeLimit\ |PreemptTime=[0-9]) ]] || return 0
+    done < <(scontrol show job --oneliner "$SLURM_JOB_ID")
+    return 1
 }
 
 # ------------------------------------------------------------------------------------------------------- the end

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_dist.algo.rewards import RunningMoments
 from rlhf_dist.cluster.group import WorkerSpec
 from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, TrainedModel
 from rlhf_dist.config.deepspeed import read_ds_config
@@ -16,6 +17,8 @@ from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
+from rlhf_dist.models.score_moments import read_score_moments
+from rlhf_dist.trainers.bag_of_words import check_baseline
 from rlhf_dist.trainers.ppo import PPOData
 from rlhf_dist.trainers.supervised import num_steps
 
@@ -135,6 +138,13 @@ def prepare_reward(config: RewardConfig) -> Prepared:
     worker = f"{WORKERS}.preference_model:PreferenceModelWorker"
     objective = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
     prepared = _prepare_supervised(config, data, config.reward, "reward", worker, tokenizer, objective)
+    if config.reward.bag_of_words_baseline:
+        check_baseline()
+        if data.eval is None:
+            raise ConfigError(
+                "reward.bag_of_words_baseline is true but there are no held-out records to compare on; set data.eval, or "
+                "data.eval_fraction above 0"
+            )
     if margin_coef > 0:
         prepared.facts["training records with margins"] = num_with_margins
     return prepared
@@ -212,6 +222,7 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
         else None,
         ptx=load_sequences(config.data.ptx, config.data, tokenizer) if config.data.ptx else None,
         decode=decoder(tokenizer),
+        score_moments=_saved_moments(config),
     )
     settings = config.ppo
     facts = {
@@ -222,6 +233,13 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
         "longest prompt (tokens)": limit,
     }
     return Prepared(ppo_specs(config), data, facts, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
+
+
+def _saved_moments(config: PPOConfig) -> RunningMoments | None:
+    if config.ppo.normalise_scores != "saved":
+        return None
+    found = read_score_moments(config.reward.model_path)
+    return RunningMoments(count=1, mean=found.mean, sum_squares=found.std**2)
 
 
 def ppo_specs(config: PPOConfig) -> list[WorkerSpec]:

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rlhf_dist import __version__
 from rlhf_dist.cli import stopping
 from rlhf_dist.cli.prepare import Prepared, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
+from rlhf_dist.cli.reward_report import evaluation, headline, report_trained, show, write_report
 from rlhf_dist.cluster.group import Session, WorkerGroup
 from rlhf_dist.cluster.inline import InlineSession
 from rlhf_dist.cluster.proxies import (
@@ -29,12 +32,14 @@ from rlhf_dist.cluster.proxies import (
 )
 from rlhf_dist.config import EvalConfig, HostedRun, PPOConfig, Precision, RewardConfig, RunConfig, SFTConfig
 from rlhf_dist.config.load import dump_yaml
+from rlhf_dist.data.datasets import PreferenceDataset
 from rlhf_dist.errors import RunFolderError
+from rlhf_dist.models import score_moments
 from rlhf_dist.tracking.console import print_table
 from rlhf_dist.tracking.run_folder import BAD_ROWS, RunFolder, write_atomically
 from rlhf_dist.trainers import ppo as ppo_trainer
 from rlhf_dist.trainers.checkpoint import Checkpoints, step_of
-from rlhf_dist.trainers.evaluate import evaluate_all
+from rlhf_dist.trainers.evaluate import evaluate_all, score_pairs
 from rlhf_dist.trainers.run import Run
 from rlhf_dist.trainers.supervised import RewardTask, SFTTask, SupervisedTrainer
 
@@ -159,11 +164,26 @@ def run_reward(config: RewardConfig, session: Session | None = None, prepared: P
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole.of(groups["model"], config.model)
         task = RewardTask(model, prepared.data.train, prepared.data.eval)
-        return _supervised(config, config.reward, run, task, prepared)
+        trainer = _trainer(config, config.reward, run, task, prepared)
+        summary = trainer.run(resume=config.resume == "auto")
+
+        def score(dataset: PreferenceDataset, indices: Tensor) -> Tensor:
+            return model.score_pairs(dataset.batch(indices)).result()
+
+        decode = prepared.decode if config.reward.bag_of_words_baseline else None
+        found, moments = report_trained(config.run_dir, prepared.data, score, decode)
+        run.save_model(model, {score_moments.FILE: moments.to_json()})
+        return run.finish(summary | found)
 
 
 def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared) -> Summary:
-    trainer = SupervisedTrainer(
+    summary = _trainer(config, settings, run, task, prepared).run(resume=config.resume == "auto")
+    run.save_model(task.model)
+    return run.finish(summary)
+
+
+def _trainer(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared) -> SupervisedTrainer:
+    return SupervisedTrainer(
         run,
         task,
         settings,
@@ -172,9 +192,6 @@ def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepa
         checkpoints=checkpoints(config, prepared),
         decode=prepared.decode,
     )
-    summary = trainer.run(resume=config.resume == "auto")
-    run.save_model(task.model)
-    return run.finish(summary)
 
 
 def run_ppo(config: PPOConfig, session: Session | None = None, prepared: Prepared | None = None) -> Summary:
@@ -237,7 +254,15 @@ def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:
                 roles[name] = role.of(groups[name], model)
         if "rollout" in groups:
             roles["rollout"] = RolloutRole(groups["rollout"], config.rollout.batch_size)
-        return run.finish(evaluate_all(run, roles, prepared.data))
+        summary = evaluate_all(run, roles, prepared.data)
+        if prepared.data["preferences"] and "reward" in roles:
+            report = evaluation(
+                prepared.data["preferences"], lambda data, rows: score_pairs(roles["reward"], data.batch(rows))
+            )
+            write_report(config.run_dir, "reward_model", report)
+            show({"reward_model": report})
+            summary["reward"] = headline(report)
+        return run.finish(summary)
 
 
 def validate(config: RunConfig | EvalConfig) -> dict[str, Any]:

@@ -1,22 +1,29 @@
-"""The process that hosts one rank of a role."""
+"""The process that hosts one rank of a role.
+
+Nothing here imports torch or transformers while this module is imported: they read the environment when they are, and a rank
+takes that over by a call.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
+import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rlhf_dist.cluster.network import interface_with
-from rlhf_dist.engine.distributed import RankContext, free_port
+from rlhf_dist.cluster.network import Place, check_interface, interface_with, listener, why_unreachable
 from rlhf_dist.errors import RlhfDistError
+
+if TYPE_CHECKING:
+    from rlhf_dist.engine.distributed import RankContext
 
 
 class RankHost:
@@ -24,10 +31,30 @@ class RankHost:
 
     def __init__(self) -> None:
         self._worker: Any = None
+        self._listener: socket.socket | None = None
 
-    def address(self) -> tuple[str, int]:
-        """An address other nodes reach, and a free port on it, for the role's rendezvous."""
-        return ray.util.get_node_ip_address(), free_port()
+    def take_over(self, environment: Mapping[str, str]) -> None:
+        """Set variables in this process; the first call."""
+        os.environ.update(environment)
+
+    def place(self) -> Place:
+        """The node, with a free port for the role's rendezvous."""
+        from rlhf_dist.engine.distributed import free_port
+
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), free_port())
+
+    def listen(self, port: int) -> None:
+        """Accept connections until `stop_listening`: ranks on other nodes try whether they reach this one."""
+        self._listener = listener(port)
+
+    def stop_listening(self) -> None:
+        """Leave the port to the rendezvous."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def reach(self, address: str, port: int) -> str | None:
+        """See `why_unreachable`."""
+        return why_unreachable(address, port)
 
     def build(self, worker: str, context: RankContext, kwargs: dict[str, Any], log_path: str) -> None:
         """Import and construct the worker; collective over the role's ranks."""
@@ -35,8 +62,9 @@ class RankHost:
         with _traceback_in_log():
             from rlhf_dist.cluster.hosting import build_worker
 
-            interface = context.interface or interface_with(ray.util.get_node_ip_address())
-            self._worker = build_worker(worker, replace(context, interface=interface), kwargs)
+            check_interface(context.interface)
+            context = replace(context, own_interface=interface_with(ray.util.get_node_ip_address()))
+            self._worker = build_worker(worker, context, kwargs)
 
     def run(self, method: str, *args: Any) -> Any:
         """Call a method of the worker."""

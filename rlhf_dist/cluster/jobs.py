@@ -57,6 +57,7 @@ class Job:
     pip: Sequence[str] = ()
     """Requirements that every node installs first, beside those of its image."""
     env_vars: dict[str, str] = field(default_factory=dict)
+    """Everybody who reaches the cluster's API or reads Ray's logs on a node can read them: no place for secrets."""
     job_id: str | None = None
     """None: Ray makes one up."""
 
@@ -107,7 +108,7 @@ class JobClient:
         # After the token is in the environment: Ray reads the mode when it is imported.
         from ray.job_submission import JobSubmissionClient
 
-        self._client: Any = self._asked(lambda: JobSubmissionClient(address), "answers")
+        self._client: Any = self._asked(lambda: JobSubmissionClient(address), "answer")
         for name in ("dashboard_sdk", "job.sdk"):  # they tell of every upload and web socket
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
 
@@ -122,11 +123,11 @@ class JobClient:
             )
         )
         request = {"entrypoint": job.entrypoint, "runtime_env": job.runtime_env, "submission_id": job.job_id}
-        return self._asked(lambda: again(self._client.submit_job, **request), "took the job")
+        return self._asked(lambda: again(self._client.submit_job, **request), "take the job", job.job_id)
 
     def stop(self, job_id: str) -> None:
         """Ask the cluster to stop the job."""
-        self._asked(lambda: self._client.stop_job(job_id), "stopped the job")
+        self._asked(lambda: self._client.stop_job(job_id), "stop the job")
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> Ended:
         """Pass the job's output on as it comes, until the job has ended.
@@ -170,14 +171,38 @@ class JobClient:
                 write(text[-new:])
                 self._shown[job_id] = position
 
-    def _asked(self, request: Callable[[], Any], done: str) -> Any:
+    def _asked(self, request: Callable[[], Any], what: str, job_id: str | None = None) -> Any:
+        """`what`: in words, what the cluster is to do."""
         try:
             return request()
         except Exception as error:
-            raise SubmissionError(
-                f"no Ray cluster {done} at {self.address}: {_first_line(error)}. Check the address (the dashboard's, such as "
-                "http://HEAD:8265) and the token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: the head node's)."
-            ) from error
+            if "already exists" in str(error):
+                message = (
+                    f"the cluster at {self.address} has a job {job_id!r} already, running or ended; choose another --job-id, "
+                    "or give none"
+                )
+            else:
+                reason = f"the Ray cluster at {self.address} did not {what}: {_first_line(error)}"
+                message = f"{reason.rstrip('.')}. {_remedy(error)}"
+            raise SubmissionError(message) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a request that failed; Ray has one class for most of what a cluster answers."""
+    from ray.exceptions import AuthenticationError
+
+    if isinstance(error, AuthenticationError):
+        return "Check the token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): it must be the head node's."
+    if isinstance(error, OSError):  # requests' errors are these, too
+        return (
+            "Check the address (the dashboard's, such as http://HEAD:8265), and that the head is up and can be reached."
+        )
+    if "status code 413" in str(error) or "exceeds the maximum size" in str(error):
+        return (
+            "The folder that travels with the job is too large: leave out what the job does not need (--exclude PATTERN, "
+            ".gitignore), or give a smaller --working-dir."
+        )
+    return "The head node's dashboard.log says more."
 
 
 def _use_token() -> None:
@@ -188,4 +213,6 @@ def _use_token() -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What an error says, in a line; of a traceback that the cluster sent, the last."""
+    lines = [line for line in str(error).splitlines() if line.strip(" .")] or [type(error).__name__]
+    return lines[-1 if "Traceback (most recent call last)" in lines[0] else 0].strip()[:300]

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import psutil
 
@@ -17,6 +18,21 @@ _NOBODY = "192.0.2.1"
 """An address that is nobody's (RFC 5737): the route towards it is looked up, nothing is sent."""
 _PORTS = range(20000, 30000)
 """Below the range from which systems take ports of outgoing connections."""
+REACH_S = 10.0
+"""Longest wait for a TCP connection between two nodes of a cluster."""
+_QUEUE = 4096
+"""Connections that a listener holds which takes none; more than nodes will ever try at once."""
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    node: str
+    """Ray's id of its node: two nodes may claim one address."""
+    address: str
+    """Of the node, as Ray knows it."""
+    port: int
+    """Free there."""
 
 
 def interface_with(address: str) -> str | None:
@@ -101,15 +117,66 @@ def check_rendezvous(role: str, addresses: Sequence[str]) -> None:
         )
 
 
-def rank_environment(config: RayConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that rank processes on a cluster get: those of the driver's `environment` whose names `ray.pass_env` covers,
-    then `ray.env_vars`."""
-    passed = {
+def listener(port: int) -> socket.socket:
+    """A socket that accepts connections on all addresses of this machine until it is closed, as the rendezvous of ranks does.
+    `port` 0 takes a free one."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=_QUEUE, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=_QUEUE)
+
+
+def why_unreachable(address: str, port: int, timeout_s: float = REACH_S) -> str | None:
+    """Why no TCP connection to `address` comes about from here, in the system's words; None where one does."""
+    try:
+        with socket.create_connection((address, port), timeout=timeout_s):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_interface(interface: str | None) -> None:
+    """Refuse interfaces (one, or several with commas between) that this machine does not have: gloo would end for it in its own
+    words, and NCCL takes any whose name begins so.
+
+    Raises:
+        PlacementError: one of them is not there.
+    """
+    wanted, there = (interface or "").split(","), psutil.net_if_addrs()
+    missing = [name for name in wanted if interface is not None and name not in there]
+    if missing:
+        raise PlacementError(
+            f"ray.network_interface {interface!r} cannot be used: {socket.gethostname()} has no {', '.join(missing)}, but "
+            f"{', '.join(there)}; name an interface that every node has, or null to take the one of the node's address"
+        )
+
+
+def check_reached(role: str, address: str, tries: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse a role of which a node did not reach the `address` at which its ranks are to meet.
+
+    Args:
+        tries: of each other node, its address and what its try ended with (`why_unreachable`).
+
+    Raises:
+        PlacementError: one did not reach it.
+    """
+    failed = [f"{other} ({reason})" for other, reason in tries if reason is not None]
+    if failed:
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise PlacementError(
+            f"the ranks of {role} would meet at {address}, which cannot be reached from {', '.join(failed[:3])}{more}; start "
+            "Ray on that node with --node-ip-address and an address that the other nodes reach (one of a container's own "
+            "network is none), or let the nodes open connections to each other on all ports"
+        )
+
+
+def passed_environment(config: RayConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that rank processes on a cluster take over: those of the driver's `environment` whose names `ray.pass_env`
+    covers, but for those that `ray.env_vars` sets."""
+    return {
         name: value
         for name, value in environment.items()
-        if any(fnmatchcase(name, pattern) for pattern in config.pass_env)
+        if name not in config.env_vars and any(fnmatchcase(name, pattern) for pattern in config.pass_env)
     }
-    return passed | config.env_vars
 
 
 def _is_loopback(address: str) -> bool:

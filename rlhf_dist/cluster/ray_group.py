@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 from rlhf_dist.cluster.futures import gathered
+from rlhf_dist.cluster.network import Place, check_reached, check_rendezvous
 from rlhf_dist.errors import RlhfDistError, WorkerError
 
 LOG_TAIL_LINES = 15
@@ -25,9 +26,27 @@ class RayGroup:
         self.hosts = list(hosts)
         self.log_paths = list(log_paths)
 
-    def addresses(self) -> list[tuple[str, int]]:
-        """Of each rank: the address of its node, and a port that is free there."""
-        return self.collect([host.address.remote() for host in self.hosts]).result()
+    def meet(self) -> tuple[str, int]:
+        """The address and port at which the ranks are to meet: those of rank 0, tried from every other node with a rank.
+
+        Raises:
+            PlacementError: a node cannot reach it.
+        """
+        places: list[Place] = self.collect([host.place.remote() for host in self.hosts]).result()
+        first = places[0]
+        check_rendezvous(self.role, [place.address for place in places])
+        elsewhere = {place.node: rank for rank, place in enumerate(places) if place.node != first.node}
+        if elsewhere:
+            self.collect([self.hosts[0].listen.remote(first.port)]).result()
+            tries = [
+                self._translated(self.hosts[rank].reach.remote(first.address, first.port), rank)
+                for rank in elsewhere.values()
+            ]
+            reasons = gathered(tries).result()
+            self.collect([self.hosts[0].stop_listening.remote()]).result()
+            addresses = [places[rank].address for rank in elsewhere.values()]
+            check_reached(self.role, first.address, list(zip(addresses, reasons, strict=True)))
+        return first.address, first.port
 
     def call(self, method: str, *args: Any) -> Future[list[Any]]:
         """See `WorkerGroup`."""

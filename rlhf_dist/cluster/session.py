@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -22,11 +23,12 @@ from rlhf_dist.cluster.actor import RankHost
 from rlhf_dist.cluster.futures import gathered
 from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec, describe
 from rlhf_dist.cluster.hosting import announce_accelerator
-from rlhf_dist.cluster.network import check_rendezvous, rank_environment
+from rlhf_dist.cluster.network import check_interface, passed_environment
 from rlhf_dist.cluster.ray_group import RayGroup
 from rlhf_dist.config import RayConfig
 from rlhf_dist.engine.distributed import RankContext
 from rlhf_dist.errors import PlacementError
+from rlhf_dist.planning.machine import usable_cpus
 from rlhf_dist.planning.placement import PlacementPlan, misfit, plan_placement
 
 Hosts = list[Any]
@@ -67,7 +69,9 @@ class RaySession:
 
     def check(self, specs: Sequence[WorkerSpec]) -> None:
         """Compare the demand with what this machine has, or what the cluster says it has."""
-        if not self._private:
+        if self._private:
+            check_interface(self.config.network_interface)
+        else:
             self._connect()
         plan = _plan(specs, self.device)
         nodes, where = self._nodes()
@@ -88,7 +92,7 @@ class RaySession:
     def _nodes(self) -> tuple[list[dict[str, float]], str]:
         """What each node has in all, and the place in words."""
         if self._private:
-            return [{"GPU": float(torch.cuda.device_count()), "CPU": float(os.cpu_count() or 1)}], "this machine"
+            return [{"GPU": float(torch.cuda.device_count()), "CPU": float(usable_cpus())}], "this machine"
         return [node["Resources"] for node in ray.nodes() if node["Alive"]], "the cluster"
 
     def _connect(self) -> None:
@@ -99,8 +103,9 @@ class RaySession:
         if self._private:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run reports to nobody unasked
             _private_token(os.environ)
-            # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
-            ray.init("local", include_dashboard=False, **common)
+            with _kept_from_new_processes(signal.SIGUSR1):
+                # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
+                ray.init("local", include_dashboard=False, num_cpus=usable_cpus(), **common)
         else:
             try:
                 ray.init(self.config.address, **common)
@@ -158,10 +163,18 @@ class RaySession:
             granted = all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups)
             if not granted:
                 free = ray.available_resources()
+                whose, remedy = (
+                    "the cluster",
+                    "wait for other jobs to end, ask for less, or raise ray.placement_timeout_s",
+                )
+                if self._private:  # nobody else is there to wait for
+                    whose = "the private Ray on this machine"
+                    remedy = (
+                        "lower num_ranks or cpus_per_rank, or compare the GPUs with CUDA_VISIBLE_DEVICES and nvidia-smi"
+                    )
                 raise PlacementError(
-                    f"the cluster did not grant {describe(specs, self.device)} within {self.config.placement_timeout_s:g} s "
-                    f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); wait for other jobs to end, ask "
-                    "for less, or raise ray.placement_timeout_s"
+                    f"{whose} did not grant {describe(specs, self.device)} within {self.config.placement_timeout_s:g} s "
+                    f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); {remedy}"
                 )
             tables = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
         except BaseException:
@@ -171,27 +184,31 @@ class RaySession:
         return Reserved(groups, plan.numbered_by_node(nodes))
 
     def _start(self, spec: WorkerSpec, reserved: Reserved | None) -> Hosts:
+        common = {"runtime_env": {"env_vars": self.config.env_vars}} if self.config.env_vars else {}
+        host = ray.remote(RankHost)
         if reserved is None:
-            return [ray.remote(RankHost).options(num_cpus=0).remote() for _ in range(spec.placement.num_ranks)]
-        environment = {} if self._private else rank_environment(self.config, os.environ)
-        return [
-            ray.remote(RankHost)
-            .options(
+            return [host.options(num_cpus=0, **common).remote() for _ in range(spec.placement.num_ranks)]
+        hosts: Hosts = [
+            host.options(
                 num_cpus=spec.placement.cpus_per_rank,
                 num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     reserved.groups[slot.reservation], placement_group_bundle_index=slot.bundle
                 ),
-                runtime_env={"env_vars": environment} if environment else None,
-            )
-            .remote()
+                **common,
+            ).remote()
             for slot in reserved.plan.ranks[spec.role]
         ]
+        if not self._private:  # the processes of a private Ray have inherited all of it
+            # By a call, from process to process: Ray writes a runtime_env into logs that everybody on the node can read, and
+            # there are tokens among these. Calls of one caller run in their order, so no answer need be waited for.
+            environment = passed_environment(self.config, os.environ)
+            for started in hosts:
+                started.take_over.remote(environment)
+        return hosts
 
     def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
-        addresses = group.addresses()
-        address, port = addresses[0]
-        check_rendezvous(spec.role, [host for host, _ in addresses])
+        address, port = group.meet()
         builds = []
         for rank, host in enumerate(group.hosts):
             context = RankContext(
@@ -213,6 +230,17 @@ class RaySession:
             self._idle.clear()
             ray.shutdown()
             self._connected = False
+
+
+@contextlib.contextmanager
+def _kept_from_new_processes(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in the processes that are started inside, for as long as they live: what a group of processes is sent is
+    meant for the driver, and would end Ray's. The driver handles one that comes meanwhile when it leaves this block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _private_token(environment: MutableMapping[str, str]) -> None:

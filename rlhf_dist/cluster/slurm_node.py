@@ -4,7 +4,8 @@ It runs until its standard input ends, SIGTERM comes, or Ray dies, and leaves ne
 starts one on each node.
 
 No port is fixed, so that jobs that share a node do not meet: Ray takes free ones, and the head writes down its own. The port
-of Ray's client server alone has to be given, which nobody uses here and which cannot be switched off.
+of Ray's client server alone has to be given, which nobody uses here and which cannot be switched off. RLHF_DIST_RAY_ARGUMENTS
+has the last word, for sites whose firewall leaves a range open.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -67,6 +68,10 @@ def ray_command(role: str, head: str, folder: Path, environment: Mapping[str, st
         "temp-dir": str(folder),
         "num-cpus": environment["SLURM_CPUS_ON_NODE"],
         "num-gpus": environment.get("SLURM_GPUS_ON_NODE", "0"),
+        # 0: a free one each. Ray's own choices are 10002 to 19999 and 52365, on every node and for every job.
+        "min-worker-port": "0",
+        "max-worker-port": "0",
+        "dashboard-agent-listen-port": "0",
     }
     if role == "head":
         options |= {"port": "0", "include-dashboard": "false"}
@@ -156,6 +161,16 @@ def _reap() -> None:
             pass
 
 
+def exit_code_of(action: Callable[[], None]) -> int:
+    """Do it; returns the exit code of the process. What the user is to mend is told in one line, as `rlhf-dist` does."""
+    try:
+        action()
+    except RlhfDistError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_dist.cluster.slurm_node", description=__doc__)
@@ -164,12 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "head", help="of a head, the file that its address is written to; of a worker, the head's HOST:PORT"
     )
     options = parser.parse_args(arguments)
-    try:
-        run(options.role, options.head)
-    except RlhfDistError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(options.role, options.head))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlhf_dist.cluster.slurm_node import NODE_LABEL
-from rlhf_dist.errors import PlacementError, RlhfDistError
+from rlhf_dist.cluster.slurm_node import NODE_LABEL, exit_code_of
+from rlhf_dist.errors import PlacementError
 
 REPORT_EVERY_S = 15.0
 
@@ -85,13 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def ended() -> set[str]:
         return set(options.ended.read_text(encoding="utf-8").split()) if options.ended else set()
 
-    try:
+    def wait() -> None:
         _connect(options.address)
         wait_for_nodes(options.nodes, _labelled_nodes, ended, options.timeout)
-    except RlhfDistError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    return 0
+
+    return exit_code_of(wait)
 
 
 if __name__ == "__main__":

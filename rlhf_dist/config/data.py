@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.references import reference
 from rlhf_dist.config.templates import TemplateSettings
 
 RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
 BadRowPolicy = Literal["error", "skip"]
+SourceName = Annotated[str, StringConstraints(pattern=r"^[^/\s]([^/]*[^/\s])?$")]
+"""Part of a metric's name, where a slash would begin another part."""
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 
 
 class DataSource(Schema):
@@ -23,6 +29,9 @@ class DataSource(Schema):
     `text` (plain text), `preference` (prompt, chosen, rejected, optional
     margin; or prompt, responses, optional ratings, for a ranking), `ratings` (response, rating, optional prompt; pairs are
     made from them), `prompt` (prompt)."""
+    name: SourceName | None = None
+    """What tables and metrics call the set, without a slash; null takes the name of the file or directory, numbered where
+    another set has it already (`reviews`, `reviews-2`). Sources that are given the same name count as one."""
     split: str = "train"
     """Split to read, for `datasets` directories and hub names."""
     fields: dict[str, str] = Field(default_factory=dict)
@@ -51,6 +60,26 @@ class DataSource(Schema):
                 "remove templates"
             )
         return self
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """What each source is called: its `name`, else what its path ends in, made unlike all others.
+
+    A reference to a set of a pipeline (`${data.reviews.train}`) is called as the set is (`reviews.train`).
+    """
+    names: list[str | None] = [source.name for source in sources]
+    taken = set(names)
+    for i, source in enumerate(sources):
+        if names[i] is None:
+            found, path = reference(source.path), PurePath(source.path)
+            stem = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
+            stem = found.output if found else stem or source.kind
+            number, name = 2, stem
+            while name in taken:
+                name, number = f"{stem}-{number}", number + 1
+            names[i] = name
+            taken.add(name)
+    return [str(name) for name in names]
 
 
 class DataSettings(Schema):

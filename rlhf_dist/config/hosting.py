@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from rlhf_dist.config.base import (
     AbsolutePath,
@@ -30,12 +31,35 @@ class RayConfig(Schema):
     placement_timeout_s: Positive = 120.0
     """Longest wait for the cluster to grant the placement before the run is refused."""
     network_interface: str | None = None
-    """Interface of the ranks' collectives (NCCL, gloo) on every node, such as `eth0`; null takes, on each node, the one with
-    the address by which Ray knows the node. NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where set on a node, come first."""
+    """Interface of the ranks' collectives (NCCL, gloo), such as `eth0`, which every node must have. It comes before
+    NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; null leaves it to these variables, and where they are not set takes, on each
+    node, the one with the address by which Ray knows the node."""
     env_vars: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of all rank processes. They are kept in config.yaml: secrets belong into `pass_env`."""
-    pass_env: tuple[str, ...] = ("HF_*", "TRANSFORMERS_*", "TOKENIZERS_*", "NCCL_*", "TORCH_*", "PYTORCH_*", "VLLM_*")
-    """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment."""
+    """Environment variables of all rank processes, there from their start. They stand in clear in config.yaml and in logs of
+    Ray that every user of a node can read: secrets belong into the driver's environment, and their names into `pass_env`."""
+    pass_env: tuple[str, ...] = (
+        "HF_*",
+        "TRANSFORMERS_*",
+        "TOKENIZERS_*",
+        "NCCL_*",
+        "GLOO_*",
+        "TORCH_*",
+        "PYTORCH_*",
+        "VLLM_*",
+    )
+    """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment, before they
+    import torch or transformers. They go from process to process and are written nowhere. What a process reads at its very
+    start, such as LD_LIBRARY_PATH, belongs into `env_vars`."""
+
+    @model_validator(mode="after")
+    def _one_interface(self) -> RayConfig:
+        for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            if self.network_interface is not None and variable in self.env_vars:
+                raise ValueError(
+                    f"network_interface is {self.network_interface!r} and env_vars sets {variable} "
+                    f"{self.env_vars[variable]!r}; keep one of them"
+                )
+        return self
 
 
 class Placement(Schema):
@@ -44,7 +68,9 @@ class Placement(Schema):
     num_ranks: PositiveInt = 1
     """Processes (ranks) of this role under `cluster: ray`. `cluster: inline` always hosts one rank in this process."""
     gpus_per_rank: float = Field(default=1.0, gt=0, le=1)
-    """Share of a GPU a rank gets when the device is cuda. 1: its own GPU. Below 1: rank i of every such role shares GPU i."""
+    """Share of a GPU a rank gets when the device is cuda. 1: its own GPU. Below 1: the roles of
+    that kind share as many GPUs as the largest of them has ranks. A role has one rank on each of the first `num_ranks` of
+    these; where they lie on one node, rank i is on the i-th, else ranks are numbered node by node."""
     cpus_per_rank: Positive = 1.0
     """CPUs reserved for a rank on a Ray cluster."""
     threads_per_rank: PositiveInt = 1
@@ -168,6 +194,15 @@ class Hosting(Schema):
     """`auto` uses GPUs where there are any."""
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _variables_have_processes(self) -> Self:
+        if self.cluster == "inline" and self.ray.env_vars:
+            raise ValueError(
+                f"ray.env_vars sets {', '.join(self.ray.env_vars)} in rank processes, and cluster: inline has none; "
+                "set them in the shell and remove ray.env_vars, or use cluster: ray"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -80,9 +80,10 @@ class PPOSettings(Schema):
     """Range around the old value within which a new value is trusted; null switches value clipping off."""
     value_warmup_iterations: Count = 0
     """Iterations at the start that train the value function only, on responses of the unchanged policy."""
-    normalise_scores: Literal["no", "std", "mean_std"] = "no"
+    normalise_scores: Literal["no", "std", "mean_std", "saved"] = "no"
     """Divide reward-model scores by the standard deviation of all scores of the run so far (`std`), after subtracting their
-    mean (`mean_std`); before anything else is done to them."""
+    mean (`mean_std`), or by the mean and standard deviation that `rlhf-dist reward` saved with the model (`saved`); before
+    anything else is done to them."""
     score_clip: Positive | None = None
     """Clip (normalised) scores to ±this before they enter the rewards."""
     missing_eos_penalty: NonNegative = 0.0

@@ -29,6 +29,9 @@ class RewardSettings(SupervisedSettings):
     centering_coef: NonNegative = 0.0
     """Weight of (score better + score worse)^2 in a pair's loss, which keeps scores around 0; 0.01 is usual. 0 leaves their
     level free: a pair only says by how much its two scores differ."""
+    bag_of_words_baseline: bool = False
+    """Also fit a linear model of the words of the responses (TF-IDF and logistic regression, scikit-learn) on the training
+    records, and say what it reaches on the held-out ones. A reward model that does not beat it has learnt little."""
 
 
 class SFTStage(Schema):

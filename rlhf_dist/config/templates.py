@@ -17,6 +17,7 @@ class LabelBin(Schema):
     """A name for a range of numbers: from the `below` of the bin before it (or −∞) up to its own, which it excludes."""
 
     name: str = Field(min_length=1)
+    """What templates call a value in the range."""
     below: float | None = None
     """Upper end of the range; null, in the last bin only, for +∞."""
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
+from rlhf_dist.config.data import source_names
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
-from rlhf_dist.data.fitting import Encoded, fit, fit_responses, fit_text
+from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.splitting import hold_out
@@ -54,11 +55,19 @@ class PreferenceDataset:
     """Prompts with ranked responses; an item is a pair or a longer ranking."""
 
     def __init__(
-        self, records: Sequence[Sequence[list[int]]], preferences: Sequence[Preference], report: DataReport
+        self,
+        records: Sequence[FittedResponses],
+        preferences: Sequence[Preference],
+        report: DataReport,
+        sources: Sequence[str] = (),
     ) -> None:
-        """`records`: the sequences of each of `preferences`."""
-        self._ids = Ragged([ids for record in records for ids in record])
-        sizes = [len(record) for record in records]
+        """`records`: the sequences of each of `preferences`; `sources`: the name of the set that each comes from."""
+        self._ids = Ragged([ids for record in records for ids in record.sequences])
+        self._response_tokens = Ragged([record.response_tokens for record in records])
+        self._cut = Ragged([record.cut for record in records], dtype=np.bool_)
+        self.sources = tuple(sources) or ("",) * len(records)
+        """The name of the set that each item comes from."""
+        sizes = [len(record.sequences) for record in records]
         self._starts = np.concatenate(([0], np.cumsum(sizes)))
         self._ranks = Ragged([preference.ranks for preference in preferences])
         self._ratings = Ragged(
@@ -86,6 +95,14 @@ class PreferenceDataset:
         return PreferenceBatch.of(
             [self._ids.pick(span) for span in spans], [row.tolist() for row in self._ranks.pick(indices)], ratings
         )
+
+    def response_tokens(self, indices: Indices) -> Tensor:
+        """[len(indices), K] int64 tokens of each response of the items `indices`, its end included; 0 where there is none."""
+        return pad_rows(self._response_tokens.pick(indices)).long()
+
+    def was_cut(self, indices: Indices) -> Tensor:
+        """[len(indices), K] bool: which responses of the items `indices` were cut at the longest length."""
+        return pad_rows(self._cut.pick(indices), False, torch.bool)
 
 
 class PromptDataset:
@@ -159,9 +176,9 @@ def load_preferences(
     are, since the held-out loss is without them. Errors as `load_sft`.
     """
     bad, bad_held_out = Quarantine(), Quarantine()
-    train = [record for source in data.train for record in read_preferences(source, seed, use_margins, bad)]
-    held_out = [record for source in data.eval for record in read_preferences(source, seed, False, bad_held_out)]
-    train, held_out = _split(data, train, held_out, seed, _prompt_of)
+    train = _named_preferences(data.train, seed, use_margins, bad)
+    held_out = _named_preferences(data.eval, seed, False, bad_held_out)
+    train, held_out = _split(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
     return Split(
         _encode_preferences(train, data, tokenizer, bad),
         None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out),
@@ -177,8 +194,7 @@ def load_pairs(
 ) -> PreferenceDataset:
     """All pairs and rankings of kinds `preference` and `ratings`; the arguments as in `load_preferences`."""
     bad = Quarantine()
-    records = [record for source in sources for record in read_preferences(source, seed, use_margins, bad)]
-    return _encode_preferences(records, settings, tokenizer, bad)
+    return _encode_preferences(_named_preferences(sources, seed, use_margins, bad), settings, tokenizer, bad)
 
 
 def load_prompts(
@@ -227,6 +243,17 @@ def _split(
     return hold_out(train, settings.eval_fraction, seed, together)
 
 
+def _named_preferences(
+    sources: Sequence[DataSource], seed: int, use_margins: bool, bad: Quarantine
+) -> list[tuple[Preference, str]]:
+    """Pairs and rankings, each with the name of its source."""
+    return [
+        (record, name)
+        for source, name in zip(sources, source_names(sources), strict=True)
+        for record in read_preferences(source, seed, use_margins, bad)
+    ]
+
+
 def _prompt_of(preference: Preference) -> Hashable:
     """What a split keeps on one side: records of one prompt. Plain texts have none, and each record stands alone."""
     if not preference.prompt:
@@ -258,26 +285,31 @@ def _encode_sequences(
 
 
 def _encode_preferences(
-    preferences: Sequence[Preference], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, bad: Quarantine
+    preferences: Sequence[tuple[Preference, str]],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: Quarantine,
 ) -> PreferenceDataset:
-    records: list[list[list[int]]] = []
+    records: list[FittedResponses] = []
     used: list[Preference] = []
+    sources: list[str] = []
     tally = Tally(bad)
-    for preference in preferences:
+    for preference, source in preferences:
         tally.num_records += 1
         with _at(preference.location):
-            record, kept, num_cut = fit_responses(tokenizer, preference, settings)
-        left = preference.of(kept)
+            record = fit_responses(tokenizer, preference, settings)
+        left = preference.of(record.kept)
         if not any(left.ranks):
             tally.skip(preference.location)
             continue
-        tally.drop(preference.num_repeated + len(preference.responses) - len(kept), preference.location)
-        tally.num_truncated += bool(num_cut)
-        tally.num_tokens += sum(map(len, record))
+        tally.drop(preference.num_repeated + len(preference.responses) - len(record.kept), preference.location)
+        tally.num_truncated += any(record.cut)
+        tally.num_tokens += sum(map(len, record.sequences))
         records.append(record)
         used.append(left)
+        sources.append(source)
     _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return PreferenceDataset(records, used, tally.report())
+    return PreferenceDataset(records, used, tally.report(), sources)
 
 
 def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config import DataSettings
@@ -57,25 +59,38 @@ def fit(encoded: Encoded, settings: DataSettings, tally: Tally) -> list[Encoded]
     return [(ids[:end], mask[:end])]
 
 
+@dataclass(frozen=True)
+class FittedResponses:
+    """What of a prompt's responses can be compared."""
+
+    sequences: list[list[int]]
+    """Prompt and response."""
+    kept: list[int]
+    """Positions of the responses among all of the prompt's."""
+    cut: list[bool]
+    """Whether a response was cut."""
+    response_tokens: list[int]
+    """Tokens of each response, its end included."""
+
+
 def fit_responses(
     tokenizer: PreTrainedTokenizerBase, preference: Preference, settings: DataSettings
-) -> tuple[list[list[int]], list[int], int]:
-    """The sequences (prompt and response) that can be compared, the positions of their responses, and how many were cut.
+) -> FittedResponses:
+    """The responses that can be compared, as sequences.
 
     Left out are those that are too long under `skip`, and those that a better one equals: cutting the ends can make two
     the same, and so can a tokenizer that folds case or accents.
     """
-    sequences: list[list[int]] = []
-    kept: list[int] = []
-    num_cut = 0
+    found = FittedResponses([], [], [], [])
     for i, response in enumerate(preference.responses):
         cut = Tally()
-        for ids, _ in fit(_encode(tokenizer, preference.prompt, response), settings, cut):
-            if ids not in sequences:
-                sequences.append(ids)
-                kept.append(i)
-                num_cut += cut.num_truncated
-    return sequences, kept, num_cut
+        for ids, mask in fit(_encode(tokenizer, preference.prompt, response), settings, cut):
+            if ids not in found.sequences:
+                found.sequences.append(ids)
+                found.kept.append(i)
+                found.cut.append(cut.num_truncated > 0)
+                found.response_tokens.append(len(ids) - mask.index(True) if preference.prompt else len(ids))
+    return found
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...], response: tuple[Message, ...]) -> Encoded:

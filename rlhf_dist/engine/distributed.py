@@ -28,7 +28,10 @@ class RankContext:
     seed: int = 0
     """The run's seed."""
     interface: str | None = None
-    """Network interface of collectives; None leaves the choice to NCCL and gloo."""
+    """Network interface of collectives, as configured; it comes before what the environment says."""
+    own_interface: str | None = None
+    """The one with this node's address, where neither `interface` nor the environment names one; None leaves the choice to NCCL
+    and gloo."""
 
 
 def prepare_process(context: RankContext) -> None:
@@ -38,10 +41,12 @@ def prepare_process(context: RankContext) -> None:
     os.environ.update(RANK=str(context.rank), WORLD_SIZE=str(context.world_size), LOCAL_RANK="0")
     os.environ["MASTER_ADDR"] = context.master_address
     os.environ["MASTER_PORT"] = str(context.master_port or free_port())
-    if context.interface is not None:
-        # NCCL and gloo would guess: NCCL by name, gloo by what the hostname resolves to, which is often a loopback address.
-        for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, context.interface)
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if context.interface is not None:
+            os.environ[variable] = context.interface
+        elif context.own_interface is not None:
+            # They would guess: NCCL by name, gloo by what the hostname resolves to, which is often a loopback address.
+            os.environ.setdefault(variable, context.own_interface)
     torch.set_num_threads(context.threads)
     if context.device == "cuda":
         torch.cuda.set_device(0)

@@ -48,7 +48,7 @@ def _gpu(index: int) -> Finding:
     free, total = torch.cuda.mem_get_info(index)
     said = f"{properties.name}, {gib(free)} of {gib(total)} free"
     if properties.major < 8:
-        remedy = "precision: fp32 (bf16 is emulated, and slow, before compute capability 8.0)"
+        remedy = "precision: fp16, or fp32 (bf16 is emulated, and slow, before compute capability 8.0)"
         return Finding("warning", f"GPU {index}", f"{said}, no bf16", remedy)
     if free < 0.9 * total:
         return Finding("note", f"GPU {index}", f"{said}, bf16", "another process uses it: see nvidia-smi")
@@ -100,7 +100,10 @@ def check_all_reduce() -> Sequence[Finding]:
         )
         for rank in range(2)
     ]
-    remedy = "set GLOO_SOCKET_IFNAME to an interface of this machine, and let its name mean its address (/etc/hosts)"
+    remedy = (
+        "unset GLOO_SOCKET_IFNAME (a run then takes the interface of the address by which Ray knows the node, or "
+        "ray.network_interface), or set it to an interface of this machine"
+    )
     try:
         said = [rank.communicate(timeout=ALL_REDUCE_S) for rank in ranks]
     except subprocess.TimeoutExpired:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -38,17 +38,17 @@ class Architecture:
     expert_share: float
     """Share of a mixture's experts that a token passes through; 1 for a dense model."""
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Elements of each parameter."""
         return tuple(math.prod(shape) for _, shape in self.parameters)
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Elements of all parameters."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Sizes of the parameters of each optimiser group (`engine.train`: with and without weight decay) that is not empty."""
         decay = tuple(math.prod(shape) for _, shape in self.parameters if len(shape) > 1)
@@ -60,7 +60,7 @@ class Architecture:
         """Elements of keys and values that generation keeps of a token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    @property
+    @cached_property
     def body_flops_per_token(self) -> float:
         """Floating-point operations of a token's forward pass in the layers' matrices, without attention scores and head."""
         head = 0 if self.scalar or self.tied else self.vocab_size * self.hidden_size

@@ -12,10 +12,8 @@ from rlhf_dist.errors import ConfigError
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.plan import plan_run
 from rlhf_dist.planning.roles import AnyConfig
-from rlhf_dist.planning.timeline import Rates
+from rlhf_dist.planning.timeline import PHASES, Rates
 from rlhf_dist.tracking.trackers import read_metrics
-
-PHASES = ("generate", "score", "update", "sync")
 
 
 def read_rates(path: Path) -> Rates:
@@ -47,7 +45,7 @@ def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster, mean_pro
         mean_prompt: mean length of its prompts in tokens, which a run does not write down; the longest allowed where None.
 
     Raises:
-        ConfigError: the file has no times.
+        ConfigError: the file has no times, or the run does not go onto `cluster`.
     """
     rows = metrics_rows(metrics_path)
     command_step = "time/update_s" if any("time/update_s" in row for row in rows) else "time/step_s"
@@ -58,6 +56,11 @@ def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster, mean_pro
         )
     timed = timed[1:] or timed
     plan = plan_run(config, cluster, mean_prompt=mean_prompt, mean_response=response_length(timed))
+    if plan.layout.misfit:
+        raise ConfigError(
+            f"--rates {metrics_path}: that run cannot have been on {cluster.num_nodes} × {cluster.gpus_per_node} GPUs: "
+            f"{plan.layout.misfit}; say where it was with --measured-on TYPE:NODESxGPUS"
+        )
     expected = plan.timeline.seconds
     factors = {}
     for phase in PHASES:

@@ -48,6 +48,9 @@ NVLink 3: 600, NVLink 2: 300; PCIe 5 ×16: 64 GB/s in one, PCIe 4 ×16: 32)."""
 NODE_LINK_BYTES_PER_S = 50e9
 """Between nodes, a GPU's share in one direction: a 400 Gbit/s adapter for each, as in DGX H100 and its like."""
 
+HOST_BYTES_PER_GPU = 250_000_000_000
+"""Assumed of a node where nothing is said: 2 TB for eight GPUs, as DGX H100 and its like have."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -59,12 +62,19 @@ class Cluster:
     gpu_memory_bytes: int
     host_memory_bytes: int | None = None
     """Of a node; None where it is not known, and then not checked."""
+    host_memory_assumed: bool = False
+    """Nobody said what a node has: `HOST_BYTES_PER_GPU`."""
     node_link_bytes_per_s: float = NODE_LINK_BYTES_PER_S
 
     @property
     def num_gpus(self) -> int:
         """In all."""
         return self.gpus_per_node * self.num_nodes
+
+    @property
+    def host_memory_source(self) -> str:
+        """In words, where it is an assumption; else ""."""
+        return f"assumed: {HOST_BYTES_PER_GPU / 1e9:g} GB a GPU, see --cpu-memory" if self.host_memory_assumed else ""
 
     @property
     def on_cpu(self) -> bool:
@@ -85,7 +95,7 @@ def parse_bytes(text: str, option: str) -> int:
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1))
 
 
-def gpu_named(name: str) -> GPU:
+def gpu_named(name: str, option: str) -> GPU:
     """A GPU of the table.
 
     Raises:
@@ -93,5 +103,5 @@ def gpu_named(name: str) -> GPU:
     """
     found = GPUS.get(name.lower())
     if found is None:
-        raise ConfigError(f"--gpu-type is {name!r}; choose one of {', '.join(GPUS)}, or give --gpu-memory alone")
+        raise ConfigError(f"{option} is {name!r}; choose one of {', '.join(GPUS)}")
     return found

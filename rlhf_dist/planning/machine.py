@@ -67,6 +67,40 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def usable_cpus(membership: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use at once: of those it is bound to, as many as a quota leaves (of a container, a job or a
+    service: control groups, version 1 and 2). At least 1.
+
+    Args:
+        membership: the groups of this process.
+        cgroups: where the groups are mounted.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = Path(path.lstrip("/"))
+        # Every group above has a say. In a container the path may be the host's, of which only the mount itself is seen.
+        for folder in (group, *group.parents):
+            quota = _quota(cgroups / controllers / folder)
+            if quota is not None:
+                usable = min(usable, max(1, int(quota)))
+    return usable
+
+
+def _quota(group: Path) -> float | None:
+    """CPUs that a control group may use; None for no bound, or where that cannot be read."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return None
+
+
 def check_limits() -> Sequence[Finding]:
     """Limits of the shell, which all processes of a run inherit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -106,10 +140,12 @@ def check_network() -> Sequence[Finding]:
 
 
 def check_host_name() -> Finding:
-    """gloo announces to other ranks what the host's name means, unless it was given an interface."""
+    """What the host's name means. A run gives gloo and NCCL the interface of the address by which Ray knows the node, so that
+    it matters only where Ray took that address from the name."""
     name = socket.gethostname()
     remedy = (
-        "add the name to /etc/hosts with an address that other nodes reach, or set GLOO_SOCKET_IFNAME to an interface"
+        "look whether Ray knows this node by an address that other nodes reach (ray list nodes); if not, start it with "
+        "--node-ip-address ADDRESS, or add the name to /etc/hosts with such an address"
     )
     try:
         addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})

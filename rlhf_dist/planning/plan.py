@@ -66,13 +66,20 @@ class Plan:
                 count = sum(tuple(others) == roles for others in shares.values())
                 verb, where = "needs" if len(roles) == 1 else "need", f"each of {count} GPUs" if count > 1 else "1 GPU"
                 found.append(f"{' + '.join(roles)} {verb} {need / 1e9:.1f} GB on {where} of {limit / 1e9:.1f} GB")
-        host_limit = self.cluster.host_memory_bytes
-        most = max(self.hosts.values(), default=0)
-        if host_limit is not None and most > host_limit:
+        if self.lacks_host_memory:
+            most, there = max(self.hosts.values()), self.cluster.host_memory_bytes or 0
+            source = self.cluster.host_memory_source
             found.append(
-                f"the ranks of a node need {most / 1e9:.1f} GB of its {host_limit / 1e9:.1f} GB of host memory"
+                f"the ranks of a node need {most / 1e9:.1f} GB of its {there / 1e9:.1f} GB of host memory"
+                + (f" ({source})" if source else "")
             )
         return found
+
+    @property
+    def lacks_host_memory(self) -> bool:
+        """Whether a node's ranks need more of it than there is, as far as that is known."""
+        limit = self.cluster.host_memory_bytes
+        return limit is not None and max(self.hosts.values(), default=0) > limit
 
     @property
     def fits(self) -> bool:
@@ -132,7 +139,9 @@ def plan_run(
         ConfigError: roles share a GPU and ask for more than one.
     """
     work = work_of(config)
-    lengths = Lengths(mean_prompt or work.prompt, mean_response or work.response, work.response)
+    prompt = work.prompt if mean_prompt is None else mean_prompt
+    response = work.response if mean_response is None else mean_response
+    lengths = Lengths(prompt, response, work.response)
     return _plan(work, cluster, rates or Rates(), lengths)
 
 

@@ -11,11 +11,10 @@ from pydantic import ValidationError
 
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.planning.divisions import Change, even_share, layouts
 from rlhf_dist.planning.plan import Plan
 from rlhf_dist.planning.roles import AnyConfig, Role
 
-Change = dict[str, object]
-"""Key of the configuration → new value."""
 Replan = Callable[[AnyConfig], Plan]
 
 _MOST_TRIES = 1500
@@ -33,6 +32,18 @@ class Suggestion:
     def overrides(self) -> list[str]:
         """As they are written on the command line."""
         return [word for key, value in self.change.items() for word in (f"--{key}", _word(value))]
+
+
+class Counted:
+    """Plans configurations, and counts them."""
+
+    def __init__(self, replan: Replan) -> None:
+        self.number = 0
+        self._replan = replan
+
+    def __call__(self, config: AnyConfig) -> Plan:
+        self.number += 1
+        return self._replan(config)
 
 
 def _word(value: object) -> str:
@@ -129,7 +140,16 @@ def _singles(plan: Plan) -> Iterator[Change]:
     """Changes of the roles that are too large, those that cost least first."""
     names = plan.crowded or [role.name for role in plan.work.roles]
     roles = [role for name in names if (role := plan.work.role(name)) is not None]
-    for kind in (_checkpointing, _smaller_passes, _more_sharding, _own_gpus, _more_ranks, _shared_gpus, _offload):
+    for kind in (
+        _checkpointing,
+        _smaller_passes,
+        _more_sharding,
+        _own_gpus,
+        _more_ranks,
+        _shared_gpus,
+        _fewer_ranks,
+        _offload,
+    ):
         for role in roles:
             yield from kind(role, plan)
 
@@ -198,12 +218,13 @@ def _shared_gpus(role: Role, plan: Plan) -> Iterator[Change]:
     roles = plan.work.roles
     if plan.layout.misfit and len(roles) > 1 and role is roles[0] and not role.inline:
         ranks: Change = {f"{other.key}.num_ranks": min(other.num_ranks, plan.cluster.num_gpus) for other in roles}
-        yield ranks | {f"{other.key}.gpus_per_rank": _even_share(len(roles)) for other in roles}
+        yield ranks | {f"{other.key}.gpus_per_rank": even_share(len(roles)) for other in roles}
 
 
-def _even_share(number: int) -> float:
-    """Two digits, rounded down: the sum may not exceed 1."""
-    return int(100 / number) / 100
+def _fewer_ranks(role: Role, plan: Plan) -> Iterator[Change]:
+    """Where a node's memory is short: each rank reads the whole checkpoint there."""
+    if plan.lacks_host_memory and role.num_ranks > 1:
+        yield {f"{role.key}.num_ranks": role.num_ranks // 2}
 
 
 def _offload(role: Role, plan: Plan) -> Iterator[Change]:
@@ -218,51 +239,14 @@ def _offload(role: Role, plan: Plan) -> Iterator[Change]:
 
 def placements(config: AnyConfig, plan: Plan, replan: Replan) -> list[Suggestion]:
     """Placements for all GPUs of the cluster that fit, the fastest on paper first."""
-    found = []
-    for change in _layouts(plan):
+    found, seen = [], set()
+    offload = {3: _OFFLOAD_FILES[3]} if Path(_OFFLOAD_FILES[3]).is_file() else {}
+    for layout in layouts(plan, offload):
+        change = _new_values(config, layout)
+        if (key := frozenset(change.items())) in seen:
+            continue
+        seen.add(key)
         again = _tried(config, change, replan)
         if again is not None and again.fits:
-            found.append(Suggestion(_new_values(config, change), again))
+            found.append(Suggestion(change, again))
     return sorted(found, key=lambda suggestion: suggestion.plan.timeline.total)
-
-
-def _layouts(plan: Plan) -> Iterator[Change]:
-    gpus = plan.cluster.num_gpus
-    names = {role.name for role in plan.work.roles}
-    offload = [3] if Path(_OFFLOAD_FILES[3]).is_file() else []
-    stages = [(2, None), (3, None), *((stage, _OFFLOAD_FILES[stage]) for stage in offload)]
-    for (stage, file), checkpointing, rows in itertools.product(stages, (False, True), (None, 4, 1)):
-        for shares in _shares(names, gpus):
-            change: Change = {}
-            for role in plan.work.roles:
-                ranks, share = shares[role.name]
-                change |= {f"{role.key}.num_ranks": ranks, f"{role.key}.gpus_per_rank": share}
-                if role.trained is not None:
-                    change |= {f"{role.key}.zero_stage": stage, f"{role.key}.ds_config_path": file}
-                    change |= {f"{role.key}.gradient_checkpointing": checkpointing}
-                if role.frozen is not None:
-                    change[f"{role.key}.zero_stage"] = 3 if ranks > 1 else 0
-                if rows is not None and role.rollout is None:
-                    change[f"{role.key}.micro_batch_size"] = rows
-            yield change
-
-
-def _shares(names: set[str], gpus: int) -> Iterator[dict[str, tuple[int, float]]]:
-    """Role → (ranks, share of a GPU)."""
-    if names == {"model"}:
-        yield {"model": (gpus, 1.0)}
-        return
-    yield {name: (gpus, _even_share(len(names))) for name in names}
-    if names != {"policy", "value", "reference", "reward", "rollout"}:
-        return
-    half, quarter = gpus // 2, gpus // 4
-    shared = {"rollout": 0.3, "reference": 0.2, "reward": 0.1}
-    if half:
-        yield {"policy": (half, 1.0), **{n: (gpus - half, s) for n, s in {"value": 0.4, **shared}.items()}}
-    if quarter and gpus > 2 * quarter:
-        train = (gpus - quarter) // 2
-        yield {
-            "policy": (gpus - quarter - train, 1.0),
-            "value": (train, 1.0),
-            **{name: (quarter, share) for name, share in shared.items()},
-        }

@@ -150,8 +150,9 @@ def shares(plan: Plan) -> Table:
     if used < plan.cluster.num_gpus:
         rows.append((str(plan.cluster.num_gpus - used), "nobody", "–", gigabytes(limit), ""))
     most, there = max(plan.hosts.values(), default=0), plan.cluster.host_memory_bytes
-    host = f"of {gigabytes(there)} GB" if there else "not checked"
-    note = f"Host memory of the fullest node: {gigabytes(most)} GB ({host})."
+    source = plan.cluster.host_memory_source
+    known = f"{gigabytes(most)} of {gigabytes(there or 0)} GB" + (f" ({source})" if source else "")
+    note = f"Host memory of the fullest node: {known if there else f'{gigabytes(most)} GB (not checked)'}."
     return Table(
         f"{plan.cluster.num_gpus} GPUs ({plan.cluster.num_nodes} × {plan.cluster.gpus_per_node} {plan.cluster.gpu.name})",
         ("GPUs", "roles on each", "need, GB", "have, GB", ""),

@@ -16,6 +16,9 @@ from rlhf_dist.planning.layout import Layout
 from rlhf_dist.planning.roles import Passes, Role, Work
 from rlhf_dist.planning.sharding import Sharding
 
+PHASES = ("generate", "score", "update", "sync")
+"""Of an iteration, in the order they come in."""
+
 Seconds = dict[str, float]
 """What the time goes into → seconds."""
 
@@ -62,17 +65,20 @@ class Rates:
         Raises:
             ConfigError: an unknown name, or a value that is no positive number.
         """
-        known = {f.name for f in fields(cls)} - {"factors"}
-        rates, factors = dict(values), values.get("factors", {})
-        rates.pop("factors", None)
-        for name, value in [*rates.items(), *(factors.items() if isinstance(factors, Mapping) else [])]:
-            if name in rates and name not in known:
-                raise ConfigError(
-                    f"{source} names the rate {name!r}; known ones are {', '.join(sorted(known))}, factors"
-                )
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+        known = sorted({f.name for f in fields(cls)} - {"factors"})
+        rates = {name: value for name, value in values.items() if name != "factors"}
+        factors = values.get("factors", {})
+        if not isinstance(factors, Mapping):
+            raise ConfigError(f"{source} sets factors to {factors!r}; it must be an object of numbers by phase")
+        for name in rates.keys() - set(known):
+            raise ConfigError(f"{source} names the rate {name!r}; known ones are {', '.join(known)}, factors")
+        for name in factors.keys() - set(PHASES):
+            raise ConfigError(f"{source} has a factor of {name!r}; phases are {', '.join(PHASES)}")
+        for name, value in [*rates.items(), *((f"factors.{phase}", value) for phase, value in factors.items())]:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 raise ConfigError(f"{source} sets {name} to {value!r}; it must be a positive number")
-        return cls(**rates, factors=dict(factors) if isinstance(factors, Mapping) else {})  # pyright: ignore[reportArgumentType]
+        return cls(**rates, factors=dict(factors))  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,15 @@ from rlhf_dist.batches import PreferenceBatch
 from rlhf_dist.roles import RewardScorer
 from rlhf_dist.trainers.generation import score_responses
 from rlhf_dist.trainers.run import Run
-from rlhf_dist.trainers.supervised import mean_nll, pair_metrics
+from rlhf_dist.trainers.supervised import mean_nll
 
 
 def evaluate_all(run: Run, roles: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Whatever the given roles and sets allow: loss and perplexity, pair accuracy, scored responses."""
+    """Whatever the given roles and sets allow: loss and perplexity, scored responses."""
     summary: dict[str, Any] = {}
     if data["instructions"] and "policy" in roles:
         loss = mean_nll(roles["policy"], data["instructions"])
         summary["policy"] = {"eval_loss": loss, "perplexity": math.exp(loss)}
-    if data["preferences"] and "reward" in roles:
-        metrics = pair_metrics(lambda batch: score_pairs(roles["reward"], batch), data["preferences"])
-        summary["reward"] = {name.split("/eval_")[-1]: value for name, value in metrics.items()}
     if data["prompts"] and "rollout" in roles:
         rows, summary["generation"] = score_responses(
             data["prompts"], data["decode"], roles["rollout"], roles.get("reward"), roles.get("reference")

@@ -50,10 +50,18 @@ class PPOState:
     kl_coef: float
     """β."""
     moments: RunningMoments = field(default_factory=RunningMoments)
-    """Of all scores so far."""
+    """Of all scores so far, or those saved with the reward model."""
+    moments_are_fixed: bool = False
+
+    @classmethod
+    def start(cls, settings: PPOSettings, moments: RunningMoments | None) -> PPOState:
+        """Before the first iteration; `moments`: fixed ones."""
+        return cls(settings.kl_coef, moments or RunningMoments(), moments_are_fixed=moments is not None)
 
     def with_scores(self, scores: Tensor) -> PPOState:
         """Knowing one more iteration's scores [B]."""
+        if self.moments_are_fixed:
+            return self
         return replace(self, moments=self.moments.updated(scores))
 
     def adapted(self, kl: float, num_responses: int, settings: PPOSettings) -> PPOState:
@@ -72,7 +80,7 @@ class PPOState:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> PPOState:
         """What `to_json` gave."""
-        return cls(state["kl_coef"], RunningMoments(**state["moments"]))
+        return cls(state["kl_coef"], RunningMoments(**state["moments"]), state["moments_are_fixed"])
 
 
 def check_finite(rollout: RolloutBatch, scored: Scored) -> None:
@@ -104,7 +112,7 @@ def shaped_scores(
 ) -> Tensor:
     """[B] fp32: the scores as they enter the rewards; the order of operations stands in `algo.rewards`."""
     if settings.normalise_scores != "no":
-        scores = normalise_scores(scores, state.moments, subtract_mean=settings.normalise_scores == "mean_std")
+        scores = normalise_scores(scores, state.moments, subtract_mean=settings.normalise_scores != "std")
     overlong = None
     if settings.overlong_penalty > 0:
         overlong = overlong_penalty(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.random import permutation
+from rlhf_dist.algo.rewards import RunningMoments
 from rlhf_dist.algo.selfchecks import disagreement
 from rlhf_dist.batches import Experience, PromptBatch, RolloutBatch, TokenBatch
 from rlhf_dist.config import PPOSettings, Precision
@@ -59,6 +60,8 @@ class PPOData:
     ptx: Any | None
     decode: Decode
     """[n] token ids → text."""
+    score_moments: RunningMoments | None = None
+    """What scores are normalised by, where that is fixed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class PPOTrainer:
         self.every_iterations = every_iterations
         self.max_response_tokens = max_response_tokens
         self.precisions = precisions
-        self.state = PPOState(settings.kl_coef)
+        self.state = PPOState.start(settings, data.score_moments)
         self.prompt_sampler = EpochSampler(len(data.prompts), run.seed, "prompts")
         self.ptx_sampler = EpochSampler(len(data.ptx), run.seed, "ptx") if data.ptx else None
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from typing_extensions import Self
@@ -149,19 +150,23 @@ class Run:
                 "same command with --resume auto continues from there."
             )
 
-    def save_model(self, model: Trained) -> None:
-        """Write the model to model/."""
-        self._write_model(self.folder.model_dir, model.save_model)
+    def save_model(self, model: Trained, files: Mapping[str, str] | None = None) -> None:
+        """Write the model to model/, with `files` (name → text) beside its own."""
+        self._write_model(self.folder.model_dir, model.save_model, files or {})
 
     def save_average(self, policy: Policy) -> None:
         """Write the moving average of the policy's weights to model_ema/."""
         self._write_model(self.folder.model_ema_dir, policy.save_average)
 
-    def _write_model(self, final: Path, write: Callable[[Path], Future[None]]) -> None:
+    def _write_model(
+        self, final: Path, write: Callable[[Path], Future[None]], files: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Under a temporary name, renamed when whole."""
         temporary = final.with_name(f".writing_{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary).result()
+        for name, text in files.items():
+            write_atomically(temporary / name, text)
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
 

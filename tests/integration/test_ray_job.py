@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pty
 import re
@@ -96,6 +97,34 @@ def test_without_the_token_the_remedy_is_named(cluster: Cluster, project: Path, 
     assert done.returncode == 9
     assert "RAY_AUTH_TOKEN_PATH" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://nosuch.invalid:8265"])
+def test_where_nothing_answers_the_address_is_in_question(cluster: Cluster, project: Path, address: str) -> None:
+    done = submit(dataclasses.replace(cluster, dashboard=address), project, "sft", "sft.yaml")
+    assert done.returncode == 9
+    assert "the dashboard's, such as http://HEAD:8265" in done.stderr
+    assert "token" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_that_is_taken_and_a_folder_that_is_too_large(cluster: Cluster, project: Path) -> None:
+    """Each has a remedy of its own; address and token are right."""
+    line = ["--job-id", "mine", "--no-wait", "sft", "sft.yaml", "--data.train", "[{path: nosuch.jsonl, kind: text}]"]
+    assert submit(cluster, project, *line).returncode == 0
+    again = submit(cluster, project, *line)
+    assert again.returncode == 9
+    assert "has a job 'mine' already" in again.stderr
+    assert "--job-id" in again.stderr
+    (project / "data.raw").write_bytes(os.urandom(110_000_000))
+    large = submit(cluster, project, "--no-wait", "sft", "sft.yaml")
+    assert large.returncode == 9
+    assert "--exclude" in large.stderr
+    for done in (again, large):
+        assert "Traceback" not in done.stderr
+        assert "RAY_AUTH_TOKEN" not in done.stderr
+    fits = submit(cluster, project, "--exclude", "*.raw", "--no-wait", "sft", "sft.yaml", "--sft.num_steps", "1")
+    assert fits.returncode == 0, fits.stderr
 
 
 @pytest.mark.parametrize("answer", ["s", "l"])

@@ -71,6 +71,28 @@ class Job:
             time.sleep(0.3)
         return facts
 
+    @property
+    def name(self) -> str:
+        """What Slurm's commands call it. The job id of an array's last task is that of the whole array."""
+        facts = self.facts()
+        return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayJobId" in facts else self.id
+
+    def warn(self) -> None:
+        """What Slurm does some time before the job's time is over."""
+        self.slurm.run("scancel", "--signal=USR1", "--batch", self.name)
+
+    def start_now(self) -> None:
+        """Slurm lets a requeued job wait for two minutes. A start within the second of its end is refused by the nodes."""
+        time.sleep(3)
+        self.slurm.run("scontrol", "update", f"jobid={self.name}", "StartTime=now")
+
+    def freeze_driver(self) -> None:
+        """As in a step that takes longer than what is left of the job's time."""
+        drivers = [p for p in self.processes() if [Path(word).name for word in p.cmdline()[1:2]] == ["rlhf-dist"]]
+        assert drivers, [p.cmdline() for p in self.processes()]
+        for process in drivers:
+            process.suspend()
+
     def processes(self) -> list[psutil.Process]:
         """Processes of its steps on all nodes, by their environment."""
         found = []
@@ -175,7 +197,7 @@ def _steps(run_dir: Path) -> int:
 def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_config: Make, undisturbed: Path):
     job = submit(_ppo(make_config, undisturbed), sbatch=("--nodes=2", "--gpus-per-node=1"))
     job.wait_for(lambda: _steps(undisturbed) > 0, "the first iteration")
-    token = job.folder / "state" / job.id / "token"
+    token = job.folder / "state" / f"test-{job.id}" / "token"
     assert token.stat().st_mode & 0o077 == 0
     assert token.parent.stat().st_mode & 0o077 == 0
     secret = token.read_text()
@@ -185,6 +207,16 @@ def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_con
     raylets = [line for line in lines if "raylet/raylet" in line]
     assert len(raylets) == 2
     assert all("CPU,8" in line and "GPU,1" in line for line in raylets), raylets
+    ports = {
+        socket.laddr.port
+        for process in job.processes()
+        for socket in process.net_connections("tcp")
+        if socket.status == psutil.CONN_LISTEN
+    }
+    assert len(ports) > 10, ports
+    assert not ports & {52365, *range(10002, 20000)}, (
+        "Ray's own choices, which other jobs on the node would make as well"
+    )
 
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
@@ -205,14 +237,12 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     run_dir = tmp_path / "preempted"
     job = submit(_ppo(make_config, run_dir))
     job.wait_for(lambda: _steps(run_dir) >= 2, "the second iteration")
-    job.slurm.run("scancel", "--signal=USR1", "--batch", job.id)
+    job.warn()
     job.wait_for(lambda: job.facts()["Restarts"] == "1" and job.facts()["JobState"] == "PENDING", "the requeue")
     assert "the driver ended with exit code 75" in job.log
     assert not (run_dir / "summary.json").exists(), "the signal came after the end; lengthen the run"
     _nothing_left(job)
-    # Slurm lets a requeued job wait for two minutes. A start within the second of its end would be refused by the nodes.
-    time.sleep(3)
-    job.slurm.run("scontrol", "update", f"jobid={job.id}", "StartTime=now")
+    job.start_now()
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
     assert f"job {job.id}, start 1" in job.log
@@ -232,7 +262,15 @@ def test_an_array_trains_its_seeds_side_by_side_on_the_same_nodes(
 
     array.wait_for(lambda: len(lines()) == 2, "both tasks")  # Slurm makes jobs of them one by one
     tasks = [Job(array.slurm, re.findall(r"^JobId=(\d+)", line)[0], tmp_path) for line in lines()]
+    # One is warned while its Ray starts, and requeued: the one whose job id is also that of the whole array.
+    last = next(task for task in tasks if task.id == array.id)
+    last.wait_for(lambda: "start 0: sft on" in last.log, "its first words")
+    last.warn()
+    last.wait_for(lambda: last.facts()["Restarts"] == "1" and last.facts()["JobState"] == "PENDING", "the requeue")
+    assert "have joined Ray" not in last.log
+    last.start_now()
     facts = [task.end() for task in tasks]
+    assert sorted(f["Restarts"] for f in facts) == ["0", "1"]
     logs = "\n".join(task.log for task in tasks)
     assert [(f["JobState"], f["ExitCode"], f["NodeList"]) for f in facts] == [("COMPLETED", "0:0", "n[1-2]")] * 2, logs
     assert max(f["StartTime"] for f in facts) < min(f["EndTime"] for f in facts), "they did not run at the same time"
@@ -287,11 +325,40 @@ def test_a_job_submitted_by_the_command_line_and_cancelled_leaves_nothing(
     lines = [" ".join(process.cmdline()) for process in job.processes()]
     assert len([line for line in lines if "raylet/raylet" in line]) == 2
     assert [line for line in lines if line.startswith("ray::RankHost")]
+    # Not even a job that was warned, and would be requeued when its time is over.
+    job.freeze_driver()
+    job.warn()
+    job.wait_for(lambda: "USR1" in job.log, "the warning")
     job.slurm.run("scancel", job.id)
-    assert job.end()["JobState"] == "CANCELLED"
+    facts = job.end()
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), job.log
     job.slurm.wait_idle(*slurm_cluster.NODES)
     _nothing_left(job)
     assert not (run_dir / "summary.json").exists()
+
+
+def test_a_job_whose_time_is_over_before_it_could_checkpoint_is_requeued(
+    submit: Callable[..., Job], make_config: Make, tmp_path: Path
+):
+    run_dir = tmp_path / "run"
+    config = _sft(make_config, run_dir, num_steps=100_000) | {"checkpoint": {"every_steps": 1}}
+    job = submit(config, sbatch=("--nodes=2", "--time=60"))
+    job.wait_for(lambda: list(run_dir.glob("checkpoints/step_*")) != [], "the first checkpoint")
+    job.freeze_driver()
+    job.warn()
+    job.wait_for(lambda: "USR1" in job.log, "the warning")
+    job.slurm.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=1")  # Slurm looks every 30 s
+    job.wait_for(lambda: job.facts()["Restarts"] == "1" and job.facts()["JobState"] == "PENDING", "the requeue")
+    assert "before the run had written its checkpoint" in job.log
+    assert "DUE TO TIME LIMIT" in job.log
+    _nothing_left(job)
+    steps = _steps(run_dir)
+    job.slurm.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")
+    job.start_now()
+    job.wait_for(lambda: _steps(run_dir) > steps, "a step of the second start")
+    assert "start 1: sft on" in job.log
+    job.slurm.run("scancel", job.id)
+    assert job.end()["JobState"] == "CANCELLED"
 
 
 def test_a_heterogeneous_job_is_one_cluster_and_a_refusal_is_its_exit_code(

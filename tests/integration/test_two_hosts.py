@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +84,60 @@ def test_ranks_take_over_the_environment_that_they_are_given(cluster, make_confi
     done = run_there(cluster, "sft", str(write_config(tmp_path / "c.yaml", config)))
     assert done.returncode == 7, done.stdout + done.stderr
     assert "nosuch0" in done.stderr
+
+
+def test_an_interface_that_is_not_there_is_refused(cluster, make_config: Make, tmp_path: Path) -> None:
+    config = make_config("sft", tmp_path / "run", ranks=2)
+    config["model"]["placement_strategy"] = "STRICT_SPREAD"
+    config["ray"] = {"network_interface": "nosuch0"}
+    done = run_there(cluster, "sft", str(write_config(tmp_path / "c.yaml", config)))
+    assert done.returncode == 6, done.stdout + done.stderr
+    assert re.search(
+        r"model rank [01]: ray.network_interface 'nosuch0' .* has no nosuch0, but lo, rd[ab]\d+", done.stderr
+    )
+
+
+_DEAF = """
+import os, sys
+from pathlib import Path
+from rlhf_dist.cluster import session
+from rlhf_dist.cluster.actor import RankHost
+from rlhf_dist.cluster.group import WorkerSpec
+from rlhf_dist.config import Placement, RayConfig
+from rlhf_dist.errors import PlacementError
+from support.surroundings import WORKER
+
+class DeafHost(RankHost):
+    def listen(self, port):
+        pass
+
+placement = Placement(num_ranks=2, placement_strategy="STRICT_SPREAD")
+for session.RankHost in (RankHost, DeafHost):
+    ours = session.RaySession(RayConfig(address=sys.argv[1], env_vars={"PYTHONPATH": os.environ["PYTHONPATH"]}), "cpu")
+    try:
+        with ours.place([WorkerSpec("policy", WORKER, placement)], seed=0, logs_dir=lambda: Path(sys.argv[2])) as groups:
+            print(groups["policy"].call("answer").result())
+    except PlacementError as error:
+        print(error)
+    ours.close()
+"""
+
+
+def test_a_host_that_does_not_answer_is_refused_before_a_model_loads(cluster, tmp_path: Path) -> None:
+    (a, b), address, environment = cluster
+    tests = str(Path(__file__).parents[1])
+    there = environment | {"PYTHONPATH": os.pathsep.join([tests, environment.get("PYTHONPATH", "")])}
+    command = a.command(sys.executable, "-c", _DEAF, address, str(tmp_path))
+    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120, check=False)
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2, done.stdout + done.stderr
+    assert answers[0] == "[0, 1]"
+    assert re.search(
+        r"policy would meet at (\S+), which cannot be reached from (\S+) \(Connection refused\)", answers[1]
+    )
+    assert a.address in answers[1]
+    assert b.address in answers[1]
+    assert "--node-ip-address" in answers[1]
 
 
 def test_a_host_that_dies_ends_the_run_in_plain_words(cluster, make_config: Make, tmp_path: Path) -> None:

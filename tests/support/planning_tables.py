@@ -45,6 +45,7 @@ def section() -> str:
             gpu_type=None,
             cpu_memory=None,
             rates=None,
+            measured_on=None,
             mean_prompt_tokens=None,
             mean_response_tokens=None,
         )

@@ -28,6 +28,7 @@ from typing import Any
 from rlhf_dist.cli import stopping, wiring
 from rlhf_dist.cli.pipeline.descent import Lineage, inputs_of, lineage_of
 from rlhf_dist.cli.pipeline.preflight import MANIFEST, PREPARE, Preflight, filled
+from rlhf_dist.cli.pipeline.stage_config import stage_config
 from rlhf_dist.cli.pipeline.stages import (
     Planner,
     Stage,
@@ -35,7 +36,6 @@ from rlhf_dist.cli.pipeline.stages import (
     check_descent,
     check_unchanged,
     files_of,
-    stage_config,
     state_of,
 )
 from rlhf_dist.cluster.group import Session
@@ -268,12 +268,17 @@ def _locked(run_dir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise RunFolderError(
                 f"another pipeline runs in {run_dir} ({file.read().strip() or 'it has not said where'}); wait for it, end it, "
                 "or choose another run_dir"
             ) from None
+        except OSError as error:
+            raise RunFolderError(
+                f"{run_dir / 'pipeline.lock'} cannot be locked ({error.strerror}), so that a second pipeline there would not "
+                "be noticed; choose another run_dir, on storage with file locks (NFS: with its lock service)"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.pipeline.stages import Stage, State, files_of, raise_together, stage_config
+from rlhf_dist.cli.pipeline.stage_config import stage_config
+from rlhf_dist.cli.pipeline.stages import Stage, State, files_of, raise_together
 from rlhf_dist.cli.prepare import Prepared, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
 from rlhf_dist.cluster.group import Session
 from rlhf_dist.config import PipelineConfig
@@ -22,7 +23,9 @@ from rlhf_dist.config.references import Reference
 from rlhf_dist.data.sets import write_set
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import RlhfDistError
+from rlhf_dist.models import score_moments
 from rlhf_dist.models.loading import as_scalar_config, check_causal_lm, load_model_config
+from rlhf_dist.models.score_moments import ScoreMoments
 from rlhf_dist.tracking.lineage import sha256_of_file
 from rlhf_dist.tracking.run_folder import BAD_ROWS, RunFolder, write_atomically
 
@@ -136,6 +139,8 @@ class Preflight:
         else:
             check_causal_lm(model, name)
         model.save_pretrained(folder)
+        if name == "reward":
+            (folder / score_moments.FILE).write_text(ScoreMoments(0.0, 1.0, 1, "held-out").to_json(), encoding="utf-8")
         load_tokenizer(start, config.data.template_path).save_pretrained(folder)
         return folder
 

@@ -1,4 +1,4 @@
-"""The stages of a pipeline before they run: what each one's configuration comes to, its key and folder, how far it is.
+"""The stages of a pipeline before they run: what each one reads, its key and folder, how far it is.
 
 A stage's key is the SHA-256 of what decides its result: its configuration, with every path in it replaced by what is
 there. A file counts by its bytes, an earlier stage's model by that stage's key, a set of records by what it is made of.
@@ -8,7 +8,7 @@ So a key is known before anything has run, and it is the same wherever the files
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from rlhf_dist import __version__
+from rlhf_dist.cli.pipeline.stage_config import stage_config
 from rlhf_dist.cli.wiring import identity
-from rlhf_dist.config import DataSource, DataStage, EvalConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_dist.config.references import STAGES, Reference, reference
+from rlhf_dist.config import DataSource, DataStage, PipelineConfig
+from rlhf_dist.config.references import STAGES, Reference
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.sets import set_path
 from rlhf_dist.errors import ConfigError, RlhfDistError, RunFolderError
@@ -27,12 +28,8 @@ from rlhf_dist.tracking.lineage import ContentHashes, cached_commit, check_outpu
 from rlhf_dist.tracking.run_folder import RunFolder
 from rlhf_dist.trainers.checkpoint import Checkpoints, step_of
 
-CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "eval": EvalConfig}
 KEY_LENGTH = 10
 """Digits of a key in a folder's name; the lineage has all of them."""
-
-Locate = Callable[[Reference], Sequence[Path]]
-"""Where what a reference names is: a model's folder, or the files of a set."""
 
 
 @dataclass(frozen=True)
@@ -204,42 +201,6 @@ def check_unchanged(stage: Stage, hashes: ContentHashes) -> None:
                 f"{item.place} {item.path} has changed since this pipeline was started, so the stage would not be what its "
                 "folder says. Start the pipeline again: what is done and does not depend on it is skipped."
             )
-
-
-def stage_config(pipeline: PipelineConfig, name: str, locate: Locate, folder: Path) -> Any:
-    """What the stage's own command would be given, with every reference replaced by what `locate` says of it."""
-    section = getattr(pipeline, name)
-    own = section.model_dump(mode="json", exclude={"seed", "tracking", "checkpoint"})
-    run: dict[str, Any] = {
-        "run_dir": folder,
-        "seed": pipeline.seed if section.seed is None else section.seed,
-        "cluster": pipeline.cluster,
-        "device": pipeline.device,
-        "ray": pipeline.ray,
-        "tracking": section.tracking or pipeline.tracking,
-    }
-    if name != "eval":
-        run |= {"resume": "auto", "checkpoint": section.checkpoint or pipeline.checkpoint}
-    return CONFIGS[name].model_validate(run | _located(own, locate))
-
-
-def _located(tree: Any, locate: Locate) -> Any:
-    """A source that refers to a set becomes a source for each of its files."""
-    if isinstance(tree, list):
-        items = [_sources(item, locate) for item in tree]
-        return [item for group in items for item in group]
-    if not isinstance(tree, dict):
-        return tree
-    out = {key: _located(value, locate) for key, value in tree.items()}
-    found = reference(out.get("model_path"))
-    return out if found is None else out | {"model_path": str(locate(found)[0])}
-
-
-def _sources(item: Any, locate: Locate) -> list[Any]:
-    found = reference(item.get("path")) if isinstance(item, dict) else None
-    if found is None:
-        return [_located(item, locate)]
-    return [item | {"path": str(path)} for path in locate(found)]
 
 
 def _paths(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, DataSource | None]]:

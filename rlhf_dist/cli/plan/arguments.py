@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,22 +56,48 @@ def _parser(prog: str, about: str, commands: Sequence[str]) -> Parser:
         help="b200, h200, h100, a100-80gb, a100-40gb, l40s, a10g, v100-32gb: memory and rates by its datasheet",
     )
     add("--gpu-memory", help="of one GPU, such as 80GB (10^9 bytes) or 80GiB, in place of the type's")
-    add("--cpu-memory", help="host memory of a node, which is then checked, too")
+    add("--cpu-memory", help="host memory of a node (default: this machine's, or 250GB for each GPU)")
     add("--format", choices=["table", "markdown", "json"], default="table", help="of the output (default: table)")
     add(
         "--rates",
         type=Path,
         help="JSON of rates and efficiencies, or the folder of a real run, whose times calibrate them",
     )
+    add(
+        "--measured-on",
+        metavar="TYPE[:NODESxGPUS]",
+        help="where the run of --rates was, such as h100 or h100:2x8 (default: nodes of 8, as many as it asked for)",
+    )
     add("--scale", default="", help="also on these numbers of GPUs, such as 8,64,512,4096")
     add("--suggest", action="store_true", help="look for placements, too, where the run fits as it is")
-    add("--mean-prompt-tokens", type=float, help="expected length of prompts, for the times (default: the longest)")
-    add("--mean-response-tokens", type=float, help="expected length of responses, for the times (default: the longest)")
+    add(
+        "--mean-prompt-tokens",
+        type=_tokens,
+        help="expected length of prompts, for the times, and that of the run of --rates (default: the longest)",
+    )
+    add(
+        "--mean-response-tokens",
+        type=_tokens,
+        help="expected length of responses, for the times (default: the longest)",
+    )
     return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _tokens(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{number:g} is not a positive number")
     return number

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cli.pipeline.stages import stage_config
+from rlhf_dist.cli.plan.machines import cluster_of, measured_cluster
 from rlhf_dist.config import PipelineConfig
 from rlhf_dist.config.load import load_config
 from rlhf_dist.config.references import STAGES, Reference
 from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.errors import ConfigError, PlacementError
 from rlhf_dist.planning import calibration, suggest, tables
-from rlhf_dist.planning.hardware import GPUS, Cluster, gpu_named, parse_bytes
-from rlhf_dist.planning.placement import plan_placement
+from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.plan import Plan, parse_counts, plan_run, scaled
-from rlhf_dist.planning.roles import AnyConfig, work_of
+from rlhf_dist.planning.roles import AnyConfig
 from rlhf_dist.planning.timeline import Rates
 from rlhf_dist.tracking.console import print_table
-
-_GPUS_PER_NODE = 8
-"""Assumed where nothing is said and this machine has none."""
 
 
 def run(command: str | None, path: Path, options: Namespace, overrides: Sequence[str]) -> None:
@@ -73,7 +68,8 @@ def planning_configs(pipeline: PipelineConfig) -> dict[str, Any]:
 
 def report(config: AnyConfig, options: Namespace) -> tuple[dict[str, Any], str]:
     """Plan a run and, unless as JSON, print it: (all numbers, why it does not fit or "")."""
-    plan, found = planned(config, options)
+    plan, replan = planned(config, options)
+    found = suggest.Counted(replan)
     counts = parse_counts(options.scale) if options.scale else []
     scale = scaled(plan, counts) if counts else []
     changes = [] if plan.fits else suggest.sufficient_changes(config, plan, found)
@@ -87,7 +83,9 @@ def report(config: AnyConfig, options: Namespace) -> tuple[dict[str, Any], str]:
         show(shown, options.format)
     if plan.fits:
         return data, ""
-    return data, f"the run does not fit: {'; '.join(plan.problems)}. {_remedy(changes, placements)}."
+    best = (changes or placements)[:1]
+    remedy = f"It would with: {' '.join(best[0].overrides)}" if best else _no_remedy(plan, found.number)
+    return data, f"the run does not fit: {'; '.join(plan.problems)}. {remedy}."
 
 
 _MOST_PLACEMENTS = 2
@@ -142,46 +140,38 @@ def recognised(path: Path) -> str:
     )
 
 
-def cluster_of(config: AnyConfig, options: Namespace) -> Cluster:
-    """The machines: as the options say, else what the placement asks for and what this machine has."""
-    import psutil
-    import torch
-
-    asked = options.gpus or options.nodes or options.gpu_memory or options.gpu_type
-    here = torch.cuda.device_count()
-    host = parse_bytes(options.cpu_memory, "--cpu-memory") if options.cpu_memory else None
-    if not asked and (config.device == "cpu" or (config.device == "auto" and not here)):
-        gpu = GPUS["cpu"]
-        return Cluster(gpu, 1, options.nodes or 1, gpu.memory_bytes, host or psutil.virtual_memory().total)
-    gpu = gpu_named(options.gpu_type) if options.gpu_type else _gpu_here(torch) if here else GPUS["h100"]
-    memory = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else gpu.memory_bytes
-    placements = {role.name: role.placement for role in work_of(config).roles}
-    needed = 1 if config.cluster == "inline" else math.ceil(plan_placement(placements, "cuda").total_gpus)
-    per_node = options.gpus or (here if here and not options.nodes else min(_GPUS_PER_NODE, needed))
-    nodes = options.nodes or (-(-needed // per_node) if not options.gpus else 1)
-    return Cluster(gpu, per_node, nodes, memory, host)
-
-
-def _gpu_here(torch: Any) -> Any:
-    properties = torch.cuda.get_device_properties(0)
-    name = properties.name.lower()
-    known = max(GPUS.values(), key=lambda gpu: sum(word.lower() in name for word in gpu.name.split()[:1]))
-    return replace(known, name=properties.name, memory_bytes=properties.total_memory)
-
-
 def rates_of(options: Namespace, cluster: Cluster) -> Rates:
-    """Assumed, of a JSON file, or measured by a run."""
+    """Assumed, of a JSON file, or measured by a run.
+
+    Raises:
+        ConfigError: there are none at that path, or it was a run that says nothing of `cluster`.
+    """
     path = options.rates
+    is_run = path is not None and path.suffix != ".json"
+    if options.measured_on is not None and not is_run:
+        raise ConfigError("--measured-on says where the run of --rates RUN_DIR was, and no run is given; leave it out")
     if path is None:
         return Rates()
     if not path.exists():
         raise ConfigError(f"--rates {path} does not exist; give a JSON file of rates, or the folder of a run")
-    if path.suffix == ".json":
+    if not is_run:
         return calibration.read_rates(path)
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     settings = metrics.parent / "config.yaml"
-    config = load(recognised(settings), settings, [])
-    return calibration.calibrated(metrics, config, cluster)
+    command = recognised(settings)
+    if command == "pipeline":
+        raise ConfigError(
+            f"--rates {path} is a pipeline's; give the folder of one of its stages, such as {path / 'ppo'}"
+        )
+    config = load(command, settings, [])
+    there = measured_cluster(config, options.measured_on)
+    if there.on_cpu != cluster.on_cpu:
+        one, other = ("CPUs", "GPUs") if there.on_cpu else ("GPUs", "CPUs")
+        raise ConfigError(
+            f"--rates {path}: the run was on {one}, whose rates say nothing of {other}; give a run on {other}, or leave "
+            "--rates out"
+        )
+    return calibration.calibrated(metrics, config, there, options.mean_prompt_tokens)
 
 
 def suggested(
@@ -210,13 +200,10 @@ def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
     return {"overrides": one.overrides, "iteration_s": one.plan.timeline.total}
 
 
-def _remedy(changes: Sequence[suggest.Suggestion], placements: Sequence[suggest.Suggestion]) -> str:
-    best = (changes or placements)[:1]
-    if not best:
-        return (
-            "No change of ZeRO stage, offload, micro-batches or placement that was tried helps; use more or larger GPUs"
-        )
-    return f"It would with: {' '.join(best[0].overrides)}"
+def _no_remedy(plan: Plan, number: int) -> str:
+    needed = ["more or larger GPUs"] if len(plan.problems) > plan.lacks_host_memory else []
+    needed += ["nodes with more host memory"] if plan.lacks_host_memory else []
+    return f"None of the {number} other configurations that were planned fits; use {' and '.join(needed)}"
 
 
 def show(shown: Sequence[tables.Table], form: str) -> None:

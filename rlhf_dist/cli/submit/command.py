@@ -13,24 +13,27 @@ from rlhf_dist.cli.submit import ray_job
 from rlhf_dist.errors import ConfigError
 
 RESUMED = ("sft", "reward", "ppo")
-"""Commands that a job starts with `--resume auto`; a pipeline goes on by itself."""
+"""Commands that a job starts with `--resume auto`, unless they are told otherwise; a pipeline goes on by itself."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Check and submit; returns the job's exit code where it is waited for. Raises what the configuration or the cluster
     refuses the run for."""
-    options = _parser().parse_args(list(arguments))
+    parser, belonging = _parser()
+    options = parser.parse_args(list(arguments))
     if options.command not in CONFIG_COMMANDS:
         raise ConfigError(
             f"{PROG} submit: the command is {options.command!r}, but must be {', '.join(CONFIG_COMMANDS)}."
         )
+    _refuse_options(options, belonging, *(("--slurm", "--ray") if options.ray is not None else ("--ray", "--slurm")))
     if options.ray is not None:
         return _ray(options)
     _slurm(options)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[Parser, dict[str, argparse._ArgumentGroup]]:
+    """And the options that belong to `--ray` and to `--slurm`."""
     parser = Parser(
         prog=f"{PROG} submit",
         usage=f"{PROG} submit (--ray ADDRESS | --slurm) [options] COMMAND CONFIG.yaml [--section.key value ...]",
@@ -41,18 +44,33 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--ray", metavar="ADDRESS", help="dashboard of a Ray cluster, such as http://HEAD:8265")
     where.add_argument("--slurm", action="store_true", help="submit with sbatch")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
-    ray_job.add_arguments(parser.add_argument_group("with --ray"))
-    _add_slurm_options(parser)
+    belonging = {
+        "--ray": parser.add_argument_group("with --ray"),
+        "--slurm": parser.add_argument_group("with --slurm (what is left out, the site decides)"),
+    }
+    ray_job.add_arguments(belonging["--ray"])
+    _add_slurm_options(belonging["--slurm"])
     parser.add_argument("command", metavar="COMMAND", help=", ".join(CONFIG_COMMANDS))
     parser.add_argument("arguments", metavar="CONFIG ...", nargs=argparse.REMAINDER, help="as of `rlhf-dist COMMAND`")
-    return parser
+    return parser, belonging
 
 
-def _add_slurm_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("with --slurm (what is left out, the site decides)").add_argument
+def _refuse_options(
+    options: argparse.Namespace, belonging: dict[str, argparse._ArgumentGroup], other: str, chosen: str
+) -> None:
+    """Refuse options of the way that was not chosen: they would be of no effect."""
+    actions = [a for a in belonging[other]._group_actions if getattr(options, a.dest) != a.default]
+    if actions:
+        names = ", ".join(a.option_strings[0] for a in actions)
+        belong = "belongs" if len(actions) == 1 else "belong"
+        raise ConfigError(f"{PROG} submit: {names} {belong} to {other}, and with {chosen} would do nothing; remove it.")
+
+
+def _add_slurm_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--nodes", type=_at_least(1), default=1, metavar="N", help="nodes (default: 1)")
-    add("--gpus-per-node", type=_at_least(0), metavar="G", help="GPUs of each node")
-    add("--cpus-per-node", type=_at_least(1), metavar="C", help="CPUs of each node")
+    add("--gpus-per-node", type=_at_least(0), metavar="G", help="GPUs of each node; device: auto wants to be told")
+    add("--cpus-per-node", type=_at_least(1), metavar="C", help="CPUs of each node (default: as the roles ask)")
     add("--time", metavar="LIMIT", help="time limit, such as 24:00:00 or 2-0")
     add("--partition", metavar="NAME", help="partition (queue)")
     add("--account", metavar="NAME", help="account that pays")
@@ -102,6 +120,7 @@ def _ray(options: argparse.Namespace) -> int:
 
 
 def _slurm(options: argparse.Namespace) -> None:
+    from rlhf_dist.cli.submit.room import with_room
     from rlhf_dist.cli.submit.slurm_job import SlurmJob, SlurmRequest, activation_of_this_environment
 
     fields = SlurmRequest.__dataclass_fields__
@@ -112,14 +131,15 @@ def _slurm(options: argparse.Namespace) -> None:
     if options.container is not None:
         _check_container(options.container)
     request = SlurmRequest(**given)
-    config, overrides = _checked(options.command, options.arguments, request.array)
-    job = SlurmJob(request, options.command, config, overrides)
+    config, path, overrides = _checked(options.command, options.arguments, request.array)
+    request = with_room(request, config)
+    job = SlurmJob(request, options.command, path, overrides)
     if options.dry_run:
         print(job.render(), end="")
         return
     job_id = job.submit()
     log = job.log_name(job_id)
-    print(f"Submitted job {job_id}: {options.command} {config}, {request.nodes} node{'s' if request.nodes > 1 else ''}")
+    print(f"Submitted job {job_id}: {options.command} {path}, {request.nodes} node{'s' if request.nodes > 1 else ''}")
     for line, what in (
         (f"tail -F {log}", "its output, once it has started"),
         (f"squeue -j {job_id}", "its state"),
@@ -136,21 +156,23 @@ def _check_container(image: str) -> None:
         )
 
 
-def _checked(command: str, arguments: Sequence[str], array: str | None) -> tuple[str, list[str]]:
-    """The configuration's path and the overrides, once the schema has nothing to say against what the job will run."""
+def _checked(command: str, arguments: Sequence[str], array: str | None) -> tuple[Any, str, list[str]]:
+    """The configuration, its path and the overrides, once the schema has nothing to say against what the job will run."""
     prog = f"{PROG} submit ... {command}"
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"{prog} needs a configuration file behind {command}. See `{PROG} submit --help`.")
     path, overrides = arguments[0], list(arguments[1:])
-    resume = ["--resume", "auto"] if command in RESUMED else []
 
     def checked(*extra: str) -> Any:
-        config = load(command, prog, [path, "--ray.address", "auto", *resume, *overrides, *extra])
+        config = load(command, prog, [path, "--ray.address", "auto", *overrides, *extra])
         if config is None:  # --help was among the overrides, and printed
             raise SystemExit(0)
         return config
 
-    if checked().cluster != "ray":
+    config = checked()
+    if command in RESUMED and "resume" not in config.model_fields_set:
+        config = checked("--resume", "auto")
+    if config.cluster != "ray":
         raise ConfigError(
             "cluster is 'inline', but a job hosts its models on Ray; set cluster: ray, or pass --cluster ray."
         )
@@ -159,7 +181,7 @@ def _checked(command: str, arguments: Sequence[str], array: str | None) -> tuple
             raise ConfigError("--array gives each run its seed, so --seed has nothing to say; remove one of them.")
         if checked("--seed", "1").run_dir == checked("--seed", "2").run_dir:
             raise ConfigError(
-                f"run_dir is {checked().run_dir}, to which all runs of --array {array} would write; put {{seed}} into it, such "
+                f"run_dir is {config.run_dir}, to which all runs of --array {array} would write; put {{seed}} into it, such "
                 "as --run_dir runs/ppo-{seed}."
             )
-    return path, overrides
+    return config, path, overrides

@@ -11,6 +11,11 @@ from typing import Any
 from rlhf_dist.cli.arguments import INTERRUPTED
 from rlhf_dist.errors import ConfigError
 
+_SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
+"""Words of variables' names."""
+_PLACES = {"PATH", "FILE", "DIR"}
+"""Last words of variables that say where a secret lies."""
+
 
 def add_arguments(group: _ArgumentGroup) -> None:
     """The options that belong to `--ray`."""
@@ -23,7 +28,13 @@ def add_arguments(group: _ArgumentGroup) -> None:
     )
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out more, in the syntax of .gitignore")
     add("--pip", action="append", default=[], metavar="REQUIREMENT", help="install this on every node first")
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of the job")
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="variable of the job; readable by others on the cluster, so no secrets",
+    )
     add("--job-id", default=None, help="name of the job; Ray makes one up")
     add("--no-wait", action="store_true", help="return when the job is submitted")
 
@@ -80,7 +91,7 @@ def job_arguments(config: Any, arguments: Sequence[str], working_dir: Path) -> l
     added += ["--run_dir", str(config.run_dir)]
     # An evaluation is always run whole, and a pipeline always goes on: they have no such key.
     resumable = "resume" in type(config).model_fields and not config.overwrite
-    if resumable and "--resume" not in given:
+    if resumable and "resume" not in config.model_fields_set:  # whoever says something, here or in the file, means it
         added += ["--resume", "auto"]
     return [there, *_without_run_dir(arguments[1:]), *added]
 
@@ -102,6 +113,13 @@ def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ConfigError(f"--env {text}: a variable is written NAME=VALUE")
+    words = name.upper().split("_")
+    if _SECRET & set(words) and words[-1] not in _PLACES:
+        raise ConfigError(
+            f"--env {name}: by its name it is a secret, and a job's variables stand in clear in Ray's API and in its logs on "
+            "the nodes; put it into the environment that Ray is started in on the nodes, or into a file that they see (as `hf "
+            "auth login` and `wandb login` write)"
+        )
     return name, value
 
 

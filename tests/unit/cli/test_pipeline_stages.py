@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -300,6 +301,17 @@ def test_a_folder_of_something_else_is_left_alone(make: Make):
     with pytest.raises(RunFolderError, match="is not empty and holds no pipeline"):
         pipeline.run(config)
     assert [path.name for path in config.run_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_storage_without_locks_is_not_mistaken_for_another_pipeline(make: Make, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(
+        RunFolderError, match=r"pipeline\.lock cannot be locked \(No locks available\).*another run_dir"
+    ):
+        pipeline.run(make())
 
 
 def test_two_pipelines_do_not_share_a_folder(make: Make):

@@ -45,6 +45,12 @@ def test_what_the_user_says_stands(project: Path):
     assert arguments_of("sft", "sft.yaml", "--ray.address=h:1").count("--ray.address") == 0
 
 
+@pytest.mark.parametrize("resume", ["no", "auto"])
+def test_what_the_file_says_of_resuming_stands(project: Path, resume: str):
+    (project / "sft.yaml").write_text(f"{SFT}resume: '{resume}'\n")
+    assert "--resume" not in arguments_of("sft", "sft.yaml")
+
+
 def test_an_evaluation_is_always_run_whole(project: Path):
     assert "--resume" not in arguments_of("eval", "eval.yaml")
 
@@ -92,3 +98,19 @@ def test_dry_run_shows_the_job_and_reaches_for_nothing(project: Path, capsys: py
 def test_a_variable_needs_a_value(project: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", "A", "sft", "sft.yaml"]) == 2
     assert "--env A: a variable is written NAME=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "my_token"])
+def test_a_secret_does_not_go_with_the_job(project: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    """Ray keeps the job's environment where others read it: its API and, on every node, its logs."""
+    assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", f"{name}=s3cr3t", "sft", "sft.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert f"--env {name}: " in shown.err
+    assert "environment that Ray is started in on the nodes" in shown.err
+    assert "s3cr3t" not in shown.err + shown.out
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "KEYBOARD", "MAX_TOKENS"])
+def test_not_every_name_with_such_a_word_is_a_secret(project: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", f"{name}=b", "sft", "sft.yaml"]) == 0
+    assert f"{name}: b" in capsys.readouterr().out

@@ -18,7 +18,13 @@ from rlhf_dist.cli.submit.slurm_job import SlurmJob, SlurmRequest, slurm_parts
 from rlhf_dist.errors import ConfigError
 
 RENDERED = Path(__file__).parent / "rendered"
-SFT = "run_dir: r\nmodel: {model_path: m}\ndata: {train: [{path: a, kind: text}]}\n"
+SFT = "run_dir: r\ndevice: cpu\nmodel: {model_path: m}\ndata: {train: [{path: a, kind: text}]}\n"
+PPO = "run_dir: r\npolicy: {model_path: m}\nreward: {model_path: m}\ndata: {prompts: [{path: a, kind: prompt}]}\n"
+PIPELINE = """\
+run_dir: r
+data: {sets: [{name: s, sources: [{path: a, kind: text}]}]}
+sft: {model: {model_path: m, num_ranks: 16}, data: {train: [{path: "${data.s}", kind: text}]}}
+"""
 
 JOBS = {
     "plain": SlurmJob(SlurmRequest(), "sft", "sft.yaml", parts=Path("/repo/slurm")),
@@ -54,7 +60,8 @@ JOBS = {
 def sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A configuration in the current directory."""
     monkeypatch.chdir(tmp_path)
-    Path("sft.yaml").write_text(SFT, encoding="utf-8")
+    for name, text in (("sft", SFT), ("ppo", PPO), ("pipeline", PIPELINE)):
+        Path(f"{name}.yaml").write_text(text, encoding="utf-8")
     return "sft.yaml"
 
 
@@ -112,6 +119,8 @@ def test_a_dry_run_prints_and_submits_nothing(sft: str, sbatch: Path, capsys: py
         "2",
         "--gpus-per-node",
         "8",
+        "--cpus-per-node",
+        "64",
         "sft",
         sft,
         "--sft.num_steps",
@@ -162,6 +171,16 @@ def test_slurms_own_words_reach_the_user(sft: str, sbatch: Path, capsys: pytest.
         ("--slurm --partition a$(b) sft CONFIG", "--partition is 'a$(b)', but must be without"),
         ("--slurm --sbatch-arg exclude=n7 sft CONFIG", "must be one option of sbatch"),
         ("--slurm --container no.sif sft CONFIG", "must be an existing .sif file, docker://IMAGE or pyxis:IMAGE"),
+        # The options of the other one, which would be of no effect.
+        ("--slurm --no-wait --env A=b sft CONFIG", "--env, --no-wait belong to --ray"),
+        ("--ray http://h:1 --nodes 4 --time 1-0 sft CONFIG", "--nodes, --time belong to --slurm"),
+        ("--ray http://h:1 --sbatch-arg=--exclude=n7 sft CONFIG", "--sbatch-arg belongs to --slurm"),
+        # What is not said, and cannot be known.
+        ("--slurm ppo ppo.yaml", "device is auto and --gpus-per-node is not given"),
+        (
+            "--slurm --nodes 2 sft CONFIG --model.num_ranks 3",
+            "--cpus-per-node is not given, and the roles ask for 3 CPUs",
+        ),
     ],
 )
 def test_what_it_refuses(line: str, says: str, sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]):
@@ -190,3 +209,67 @@ def test_where_the_shared_parts_are_looked_for(tmp_path: Path):
     assert slurm_parts({"RLHF_DIST_SLURM_DIR": str(tmp_path)}) == tmp_path
     with pytest.raises(ConfigError, match=r"nowhere/run\.sh; set RLHF_DIST_SLURM_DIR"):
         slurm_parts({"RLHF_DIST_SLURM_DIR": "nowhere"})
+
+
+SHARED = " ".join(f"--{role}.gpus_per_rank 0.25 --{role}.num_ranks 4" for role in ("reference", "reward", "rollout"))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "--nodes 2 --gpus-per-node 8 ppo ppo.yaml --policy.num_ranks 24",
+            "the roles ask for 28 GPUs (policy 24 x 1, value 1 x 1, reference 1 x 1, reward 1 x 1, rollout 1 x 1), and 2 nodes "
+            "with --gpus-per-node 8 have 16",
+        ),
+        ("--cpus-per-node 4 ppo ppo.yaml --device cpu", "the roles ask for 5 CPUs"),
+        ("--gpus-per-node 8 --cpus-per-node 4 ppo ppo.yaml", "1 node with --cpus-per-node 4 has 4"),
+        (
+            "--nodes 2 --gpus-per-node 4 ppo ppo.yaml --policy.num_ranks 5 --policy.placement_strategy STRICT_PACK "
+            + SHARED.replace("num_ranks 4", "num_ranks 1"),
+            "policy must lie on one node (STRICT_PACK)",
+        ),
+        ("--gpus-per-node 0 sft sft.yaml --device cuda", "the roles ask for 1 GPU "),
+        ("--gpus-per-node 8 pipeline pipeline.yaml", "sft: the roles ask for 16 GPUs"),
+    ],
+)
+def test_nodes_that_cannot_hold_the_roles_are_not_waited_for(
+    line: str, says: str, sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["submit", "--slurm", *line.split()]) == 6
+    assert says in capsys.readouterr().err
+    assert not (sbatch.parents[1] / "input").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "gpus", "cpus"),
+    [
+        ("ppo ppo.yaml --device cpu --policy.num_ranks 3", None, 7),
+        ("--gpus-per-node 8 ppo ppo.yaml --policy.cpus_per_rank 4 --policy.num_ranks 2", 8, 12),
+        # Whatever lies on which node, eight of the largest fit.
+        ("--nodes 2 --gpus-per-node 8 ppo ppo.yaml --policy.cpus_per_rank 4 --policy.num_ranks 10", 8, 32),
+        ("--nodes 2 ppo ppo.yaml --device cuda --policy.num_ranks 9", 7, 7),
+        ("--gpus-per-node 8 --cpus-per-node 64 ppo ppo.yaml --policy.num_ranks 3 --value.num_ranks 1 " + SHARED, 8, 64),
+        ("--nodes 2 --gpus-per-node 8 --cpus-per-node 16 pipeline pipeline.yaml", 8, 16),
+        # In sbatch's own words: the site knows what they come to.
+        ("--sbatch-arg=--gres=gpu:a100:8 --nodes 2 --cpus-per-node 64 ppo ppo.yaml --policy.num_ranks 9", None, 64),
+        ("--sbatch-arg=--exclusive --gpus-per-node 8 ppo ppo.yaml", 8, None),
+        ("--sbatch-arg=-N4 --gpus-per-node 8 ppo ppo.yaml --policy.num_ranks 20", 8, None),
+    ],
+)
+def test_what_is_not_said_is_asked_for_as_the_roles_need_it(
+    line: str, gpus: int | None, cpus: int | None, sft: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["submit", "--slurm", "--dry-run", *line.split()]) == 0
+    shown = capsys.readouterr()
+    options = dict(line[8:].partition("=")[::2] for line in shown.out.splitlines() if line.startswith("#SBATCH --"))
+    assert options.get("--gpus-per-node") == (gpus and str(gpus))
+    assert options.get("--cpus-per-task") == (cpus and str(cpus))
+    told = [name for name in ("gpus", "cpus") if f"--{name}-per-node" not in line and options.get(f"--{name}-per-node")]
+    assert all(f"--{name}-per-node is not given" in shown.err for name in told)
+
+
+@pytest.mark.parametrize(("resume", "exit_code"), [("no", 0), ("auto", 2)])
+def test_a_run_whose_file_says_not_to_resume_may_overwrite(resume: str, exit_code: int, sft: str):
+    Path(sft).write_text(f"{SFT}resume: '{resume}'\noverwrite: true\n", encoding="utf-8")
+    assert main(["submit", "--slurm", "--dry-run", "sft", sft]) == exit_code

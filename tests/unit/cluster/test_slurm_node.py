@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from rlhf_dist.cluster.network import free_port, reachable_address
-from rlhf_dist.cluster.slurm_node import ray_command, temp_dir
+from rlhf_dist.cluster.slurm_node import exit_code_of, ray_command, temp_dir
 from rlhf_dist.cluster.wait_for_nodes import wait_for_nodes
 from rlhf_dist.errors import PlacementError
 
@@ -62,6 +62,16 @@ def test_the_line_of_a_worker():
     assert not [word for word in line if word.startswith("--port")]
 
 
+@pytest.mark.parametrize(("role", "head"), [("head", "/state/address"), ("worker", "192.0.2.7:6379")])
+def test_no_port_is_one_that_another_job_on_the_node_would_take_as_well(role: str, head: str):
+    """Ray would have its workers listen on 10002 to 19999 and each node's agent on 52365, whoever is there already."""
+    line = ray_command(role, head, Path("/tmp/r"), JOB | {"RLHF_DIST_RAY_ARGUMENTS": "--min-worker-port=40000"})
+    for option in ("min-worker-port", "max-worker-port", "dashboard-agent-listen-port"):
+        assert f"--{option}=0" in line
+    # A site whose firewall leaves a range open has the last word.
+    assert line.index("--min-worker-port=40000") > line.index("--min-worker-port=0")
+
+
 class Joining:
     """In place of Ray's list of nodes: one more of `order` is there at every look."""
 
@@ -93,3 +103,12 @@ def test_the_limit_names_those_that_are_missing():
 def test_a_node_whose_ray_has_ended_is_not_waited_for():
     with pytest.raises(PlacementError, match=r"1 of 2 nodes joined Ray; missing: a \(Ray ended on a\)"):
         wait_for_nodes(["a", "b"], Joining("b"), lambda: {"a"}, timeout_s=3600, poll_s=0)
+
+
+def test_an_error_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixture[str]):
+    def refuse() -> None:
+        raise PlacementError("no room")
+
+    assert exit_code_of(refuse) == 6
+    assert capsys.readouterr().err == "error: no room\n"
+    assert exit_code_of(lambda: None) == 0

@@ -42,7 +42,7 @@ def test_gpus(gpu, major: int, free: int, verdict: str):
     gpu(major, free)
     found = by_name(doctor.check_torch())
     assert found["GPU 0"].verdict == verdict
-    assert ("fp32" in found["GPU 0"].remedy) == (major < 8)
+    assert ("precision: fp16, or fp32" in found["GPU 0"].remedy) == (major < 8)
     assert found["driver"].found == "550.54"
 
 
@@ -109,6 +109,7 @@ def test_an_interface_that_is_not_there_fails_the_all_reduce(monkeypatch: pytest
     (found,) = doctor.check_all_reduce()
     assert (found.verdict, "GLOO_SOCKET_IFNAME" in found.remedy) == ("error", True)
     assert "nowhere7" in found.found
+    assert "ray.network_interface" in found.remedy
 
 
 def test_processes_that_never_meet_are_ended(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,11 @@ from rlhf_dist.config import OptimizerConfig, TrainedModel
 from rlhf_dist.config.deepspeed import OWNED_KEYS, read_ds_config
 from rlhf_dist.engine.optimizer import uses_cpu_adam
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.planning.architecture import architecture
+from rlhf_dist.planning.sharding import Sharding, trained_states
 
 FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FILES = sorted(FOLDER.glob("*.json"))
 SEVERAL_RANKS = [FOLDER / "zero3_hpz.json", FOLDER / "zero3_zeropp.json"]
 """Made for nodes of eight ranks: tests/unit/engine/test_hpz.py steps them on four, and compares with plain ZeRO-3."""
@@ -49,6 +54,23 @@ def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float
     with InlineSession("cpu").place([spec], seed=0, logs_dir=lambda: tmp_path) as groups:
         model = LanguageModelRole(groups["model"], role.micro_batch_size)
         return [model.update(batch, step).result().metrics["sft/loss"] for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8, 64])
+@pytest.mark.parametrize("stage", range(4))
+def test_the_readme_counts_bytes_as_deepspeed_does(stage: int, num_ranks: int):
+    """`planning.sharding` is held against real engines byte for byte; the table of the README against it."""
+    rows = re.findall(r"^\| (\d) \| ([\d/N]+) \| ([\d/N]+) \| ([\d/N]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    *cells, on_eight = rows[stage][1:]
+    said = [Fraction(cell.partition("/")[0]) / (num_ranks if "/" in cell else 1) for cell in cells]
+    model = architecture(str(FOLDER.parent / "launch" / "recipes" / "model_configs" / "llama-3.1-8b"))
+    role = role_of(FOLDER / f"zero{stage}.json")
+    states = trained_states(model, Sharding.of(role, num_ranks), 0)
+    held = [states.parameters.gpu, states.gradients.gpu, states.optimizer.gpu]
+    assert [size / model.num_parameters for size in held] == pytest.approx(list(map(float, said)), rel=0.01)
+    if num_ranks == 8:
+        assert float(on_eight) == float(sum(said))
 
 
 def test_there_is_a_file_for_every_stage():

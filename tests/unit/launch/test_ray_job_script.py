@@ -33,6 +33,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 
 CONFIG = "launch/recipes/movie_ppo.yaml"
+RUN_DIR = ("--run_dir", "/shared/run")
 
 
 def test_the_line_it_submits(environment: dict[str, str]):
@@ -49,7 +50,33 @@ def test_the_token_may_be_in_a_file(environment: dict[str, str], tmp_path: Path)
     del environment["RAY_AUTH_TOKEN"]
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
-    assert submit(environment, "ppo", CONFIG).returncode == 0
+    assert submit(environment, "ppo", CONFIG, *RUN_DIR).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "/shared/a",
+        " /shared/a # on the file server",
+        "'/shared/my run'",
+        '"/shared/{seed}"',
+    ],
+)
+def test_a_run_dir_of_the_file_may_be_absolute(environment: dict[str, str], tmp_path: Path, said: str):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"# a run\nrun_dir: {said}\nmodel: {{run_dir: x}}\n")
+    assert submit(environment, "sft", str(config)).returncode == 0
+    refused = submit(environment, "sft", str(config), "--run_dir", "runs/b")
+    assert refused.returncode == 2
+    assert "run_dir is 'runs/b'" in refused.stderr
+    assert submit(environment, "sft", str(config), "--run_dir", "runs/b", "--run_dir=/c").returncode == 0
+
+
+@pytest.mark.parametrize("resume", ["no", "auto"])
+def test_what_the_file_says_of_resuming_stands(environment: dict[str, str], tmp_path: Path, resume: str):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"run_dir: /r\nresume: '{resume}'\n")
+    assert "--resume" not in submit(environment, "sft", str(config)).stdout
 
 
 @pytest.mark.parametrize(
@@ -58,8 +85,10 @@ def test_the_token_may_be_in_a_file(environment: dict[str, str], tmp_path: Path)
         ((), None, "usage"),
         (("quickstart", CONFIG), None, "one of sft, reward, ppo, eval, pipeline"),
         (("ppo", "no.yaml"), None, "'no.yaml' does not exist"),
-        (("ppo", CONFIG), "RAY_API_SERVER_ADDRESS", "RAY_API_SERVER_ADDRESS is not set"),
-        (("ppo", CONFIG), "RAY_AUTH_TOKEN", "no token"),
+        (("ppo", CONFIG), None, "run_dir is 'runs/movie_ppo', which is not absolute"),
+        (("ppo", CONFIG, "--run_dir=there"), None, "run_dir is 'there', which is not absolute"),
+        (("ppo", CONFIG, *RUN_DIR), "RAY_API_SERVER_ADDRESS", "RAY_API_SERVER_ADDRESS is not set"),
+        (("ppo", CONFIG, *RUN_DIR), "RAY_AUTH_TOKEN", "no token"),
     ],
 )
 def test_what_it_refuses(environment: dict[str, str], arguments: tuple[str, ...], unset: str | None, says: str):

@@ -57,11 +57,11 @@ def test_a_script_that_does_not_find_its_parts_says_so(tmp_path: Path):
             "put {seed} into it",
         ),
         (
-            "job_dir=/j; describe_container",
+            "describe_container /j",
             {"RLHF_DIST_CONTAINER": "image"},
             "is 'image', but must be an existing .sif",
         ),
-        ("job_dir=/j; describe_container", {"RLHF_DIST_CONTAINER": "no.sif"}, "no such file on"),
+        ("describe_container /j", {"RLHF_DIST_CONTAINER": "no.sif"}, "no such file on"),
     ],
 )
 def test_what_is_refused_before_anything_starts(line: str, variables: dict[str, str], says: str, tmp_path: Path):
@@ -82,20 +82,30 @@ def test_a_task_of_an_array_gets_its_seed(arguments: str, tmp_path: Path):
 
 
 CONTAINER = f"""\
-source {SLURM}/run.sh; job_dir=/j; apptainer() {{ :; }}; describe_container
+source {SLURM}/run.sh; apptainer() {{ :; }}; describe_container /j
 printf '%s\\n' "${{container_options[@]}}" -- "${{container_command[@]}}\""""
 
 
 def test_apptainer(tmp_path: Path):
     (tmp_path / "i.sif").touch()
+    # GPUs of the node that the batch script runs on: other nodes of the job may have none, or they alone.
     done = bash(CONTAINER, tmp_path, RLHF_DIST_CONTAINER="i.sif", RLHF_DIST_MOUNTS="/data", SLURM_GPUS_ON_NODE="8")
     mounts = f"/j,{SLURM},{tmp_path},/data"
     options, _, command = done.stdout.partition("--\n")
     assert not options.strip()
-    assert command.split() == ["apptainer", "exec", "--bind", mounts, "--pwd", str(tmp_path), "--nv", "i.sif"]
+    assert command.split() == ["bash", f"{SLURM}/in_apptainer.sh", "--bind", mounts, "--pwd", str(tmp_path), "i.sif"]
     done = bash(CONTAINER, tmp_path, RLHF_DIST_CONTAINER="docker://org/i:1")
-    assert "--nv" not in done.stdout
     assert done.stdout.endswith("docker://org/i:1\n")
+
+
+@pytest.mark.parametrize(("gpus", "option"), [({"SLURM_GPUS_ON_NODE": "8"}, "--nv "), ({}, "")])
+def test_each_node_gives_the_container_the_gpus_it_has(gpus: dict[str, str], option: str, tmp_path: Path):
+    apptainer = tmp_path / "apptainer"
+    apptainer.write_text('#!/bin/bash\necho "$@"\n')
+    apptainer.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = bash(f"bash {SLURM}/in_apptainer.sh --pwd /x i.sif run it", tmp_path, PATH=path, **gpus)
+    assert done.stdout == f"exec {option}--pwd /x i.sif run it\n"
 
 
 def test_pyxis(tmp_path: Path):

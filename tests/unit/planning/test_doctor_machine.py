@@ -228,7 +228,9 @@ def test_host_name(monkeypatch: pytest.MonkeyPatch, addresses: list[str] | None,
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
     found = machine.check_host_name()
     assert found.verdict == verdict
-    assert verdict == "ok" or "GLOO_SOCKET_IFNAME" in found.remedy
+    # A run gives gloo the interface of the address by which Ray knows the node, whatever the name means.
+    assert verdict == "ok" or "--node-ip-address" in found.remedy
+    assert "GLOO_SOCKET_IFNAME" not in found.remedy
 
 
 @pytest.mark.parametrize(

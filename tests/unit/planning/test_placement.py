@@ -96,6 +96,18 @@ def test_ranks_are_numbered_node_by_node():
     }
 
 
+def test_numbering_changes_no_gpu_of_a_role():
+    """On several nodes rank i of one role need not share its GPU with rank i of another; the roles on a GPU stay."""
+    plan = plan_placement({"value": ask(4, 0.5), "reward": ask(2, 0.25)}, "cuda")
+    numbered = plan.numbered_by_node([["a", "b", "a", "b"]])
+    assert numbered.ranks == {
+        "value": [Slot(0, 0), Slot(0, 2), Slot(0, 1), Slot(0, 3)],  # a a b b
+        "reward": [Slot(0, 0), Slot(0, 1)],
+    }
+    assert {role: set(slots) for role, slots in numbered.ranks.items()} == {r: set(s) for r, s in plan.ranks.items()}
+    assert plan.numbered_by_node([["a"] * 4]).ranks == plan.ranks, "on one node rank i of every role shares GPU i"
+
+
 TWO_NODES = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}]
 
 

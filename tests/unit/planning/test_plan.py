@@ -17,7 +17,7 @@ from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.config.load import load_config
 from rlhf_dist.engine import zero
 from rlhf_dist.errors import ConfigError
-from rlhf_dist.planning import calibration, suggest
+from rlhf_dist.planning import calibration, divisions, suggest
 from rlhf_dist.planning.architecture import architecture
 from rlhf_dist.planning.hardware import GPUS, Cluster, gpu_named, parse_bytes
 from rlhf_dist.planning.memory import largest_bucket
@@ -157,6 +157,55 @@ def test_suggestions_are_sufficient_as_written(
         assert again.gpus == one.plan.gpus
 
 
+def test_a_layout_is_found_where_trained_roles_must_offload_and_engines_need_gpus_of_their_own(
+    eight_billion: PPOConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """Eight GPUs of 40 GB: neither a change of single roles suffices, nor engines beside the trained roles."""
+    monkeypatch.chdir(ROOT)
+    there = cluster(gigabytes=40)
+
+    def replan(config: Any) -> Plan:
+        return plan_run(config, there)
+
+    found = suggest.placements(eight_billion, replan(eight_billion), replan)
+    assert found
+    base = ["--policy.model_path", EIGHT_BILLION, "--reward.model_path", EIGHT_BILLION]
+    for one in found[:5]:
+        again = replan(load_config(PPOConfig, RECIPES / "llama_8b_ppo.yaml", [*base, *one.overrides]))
+        assert again.fits, one.overrides
+    seconds = [one.plan.timeline.total for one in found]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 5, 8, 24, 64])
+def test_layouts_take_the_gpus_there_are(gpus: int, eight_billion: PPOConfig):
+    """All of them, and no GPU is given away twice."""
+    plan = plan_run(eight_billion, cluster(gpus))
+    seen = set()
+    for change in divisions.layouts(plan, {}):
+        layout = plan_run(suggest.changed(eight_billion, change), cluster(gpus)).layout
+        assert not layout.misfit
+        assert layout.placement.total_gpus == gpus
+        seen.add(frozenset(map(tuple, layout.shares().values())))
+    assert len(seen) == {1: 1, 2: 3, 3: 5}.get(gpus, 6)
+
+
+def test_layouts_choose_policy_and_value_apart(eight_billion: PPOConfig):
+    chosen = {
+        (change["policy.ds_config_path"], change["value.ds_config_path"])
+        for change in divisions.layouts(plan_run(eight_billion, cluster()), {3: "x.json"})
+    }
+    assert chosen == {(None, None), (None, "x.json"), ("x.json", None), ("x.json", "x.json")}
+
+
+def test_layouts_keep_a_budget_of_tokens(tiny_lm: Path, tiny_rm: Path):
+    """A role that bounds its passes by tokens is given fewer of them: `micro_batch_size` would not count."""
+    plan = plan_run(ppo(tiny_lm, tiny_rm, "--policy.micro_batch_tokens", "100000"), cluster())
+    asked = {change.get("policy.micro_batch_tokens") for change in divisions.layouts(plan, {})}
+    longest = plan.work.prompt + plan.work.response
+    assert asked == {None, longest, 4 * longest}
+
+
 def test_nothing_is_suggested_that_does_not_help(eight_billion: PPOConfig):
     def replan(config: Any) -> Plan:
         return plan_run(config, cluster(gpus=8, gigabytes=16))
@@ -249,9 +298,9 @@ def test_sizes_and_names_are_read():
     for wrong in ("80 gigs", "0GB", "-1GB", "80"):
         with pytest.raises(ConfigError, match="--gpu-memory"):
             parse_bytes(wrong, "--gpu-memory")
-    assert gpu_named("H100") is GPUS["h100"]
+    assert gpu_named("H100", "--gpu-type") is GPUS["h100"]
     with pytest.raises(ConfigError, match="choose one of"):
-        gpu_named("h1000")
+        gpu_named("h1000", "--gpu-type")
     assert parse_counts("8,64") == [8, 64]
     with pytest.raises(ConfigError, match="--scale"):
         parse_counts("8,many")

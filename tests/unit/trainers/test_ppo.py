@@ -10,10 +10,11 @@ import pytest
 import torch
 from trainers_support import PPO, metrics, open_run, prompts, texts
 
+from rlhf_dist.algo.rewards import RunningMoments
 from rlhf_dist.batches import FINISHED, TRUNCATED, RolloutBatch, concat_rows
 from rlhf_dist.config import PPOSettings
 from rlhf_dist.errors import SampleError, TrainingError
-from rlhf_dist.trainers.experience import PPOState, Scored, make_experience
+from rlhf_dist.trainers.experience import PPOState, Scored, make_experience, shaped_scores
 from rlhf_dist.trainers.ppo import Precisions
 
 SETTINGS = PPOSettings(
@@ -392,3 +393,20 @@ def test_normalised_scores_and_the_overlong_penalty_enter_the_rewards():
     assert found["reward/total_mean"] == pytest.approx((1 - 0.5 - 1 - 0.5) / 2)
     assert found["reward/shaped_mean"] == found["reward/total_mean"]
     assert found["reward/score_mean"] == 0.875
+
+
+def test_saved_moments_are_the_same_in_every_iteration():
+    fixed = RunningMoments(count=1, mean=2.0, sum_squares=4.0)
+    state = PPOState.start(PPOSettings(normalise_scores="saved"), fixed)
+    assert state.with_scores(torch.tensor([100.0, 200.0])) == state
+    assert PPOState.from_json(state.to_json()) == state
+    rollout = RolloutBatch(
+        tokens=torch.ones(2, 3, dtype=torch.long),
+        prompt_lengths=torch.tensor([1, 1]),
+        response_lengths=torch.tensor([2, 2]),
+        behaviour_logprobs=torch.zeros(2, 2),
+        finish_reasons=torch.tensor([FINISHED, FINISHED]),
+        policy_version=0,
+    )
+    shaped = shaped_scores(rollout, torch.tensor([2.0, 6.0]), PPOSettings(normalise_scores="saved"), state, 2)
+    assert shaped.tolist() == [0.0, 2.0]

@@ -1,0 +1,108 @@
+"""Whole layouts of a run on the GPUs there are: which roles share GPUs, how the trained ones are sharded, how much they take at
+a time. They are candidates; `suggest` plans each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+from rlhf_dist.planning.plan import Plan
+from rlhf_dist.planning.roles import Role
+
+Change = dict[str, object]
+"""Key of the configuration → new value."""
+Division = dict[str, tuple[int, float]]
+"""Role → (ranks, share of a GPU)."""
+
+_PPO_PARTS = (
+    # What changes most in an iteration is the policy; on GPUs of its own it is sharded over few ranks, but alone.
+    ((("policy",), 1), (("value", "reference", "reward", "rollout"), 1)),
+    ((("policy",), 3), (("value",), 3), (("reference", "reward", "rollout"), 2)),
+    # A rollout engine holds a whole copy of the policy: on small GPUs there is no room beside it.
+    ((("policy",), 3), (("value", "reference", "reward"), 3), (("rollout",), 2)),
+    ((("policy", "value", "reference", "reward"), 3), (("rollout",), 1)),
+    ((("policy",), 3), (("value",), 3), (("reference", "reward"), 1), (("rollout",), 1)),
+)
+"""Divisions of PPO's roles: roles that share GPUs, and their part of all GPUs. Roles can share in one group only
+(`placement.plan_placement`)."""
+_SIZES = ((None, None), (4, 16), (1, 4))
+"""Sequences in a micro-batch, and responses that an engine generates at a time; None: as they are."""
+
+
+def layouts(plan: Plan, offload_files: Mapping[int, str]) -> Iterator[Change]:
+    """Changes that lay the run out over all GPUs. Policy and value are sharded each in its own way.
+
+    Args:
+        offload_files: ZeRO stage → a DeepSpeed file that offloads to host memory, for models in bf16.
+    """
+    names = [role.name for role in plan.work.roles]
+    trained = [role for role in plan.work.roles if role.trained is not None]
+    stages = [_stages(role, offload_files) for role in trained]
+    for division in divisions(names, plan.cluster.num_gpus):
+        for chosen, checkpointing, (rows, responses) in itertools.product(
+            list(itertools.product(*stages)), (False, True), _SIZES
+        ):
+            change: Change = {}
+            for role in plan.work.roles:
+                ranks, share = division[role.name]
+                change |= {f"{role.key}.num_ranks": ranks, f"{role.key}.gpus_per_rank": share}
+                if role.frozen is not None:
+                    change[f"{role.key}.zero_stage"] = 3 if ranks > 1 else 0
+                change |= _sizes(role, rows, responses)
+            for role, (stage, file) in zip(trained, chosen, strict=True):
+                change |= {f"{role.key}.zero_stage": stage, f"{role.key}.ds_config_path": file}
+                change[f"{role.key}.gradient_checkpointing"] = checkpointing
+            yield change
+
+
+def _stages(role: Role, offload_files: Mapping[int, str]) -> list[tuple[int, str | None]]:
+    """(ZeRO stage, DeepSpeed file)."""
+    plain: list[tuple[int, str | None]] = [(2, None), (3, None)]
+    return plain + [item for item in offload_files.items() if role.hosting.precision == "bf16"]
+
+
+def _sizes(role: Role, rows: int | None, responses: int | None) -> Change:
+    """What a role takes at a time, where it is less than now."""
+    if role.rollout is not None:
+        return {} if responses is None else {f"{role.key}.batch_size": min(responses, role.rollout.batch_size)}
+    model = role.trained or role.frozen
+    if model is None or rows is None:
+        return {}
+    if model.micro_batch_tokens is None:
+        return {f"{role.key}.micro_batch_size": min(rows, model.micro_batch_size)}
+    passes = [*role.update, *([role.score] if role.score else [])]
+    longest = max(p.length * p.sequences_per_row for p in passes)
+    return {f"{role.key}.micro_batch_tokens": min(rows * longest, model.micro_batch_tokens)}
+
+
+def divisions(names: list[str], num_gpus: int) -> Iterator[Division]:
+    """All GPUs for all roles; for PPO's roles, also divided among groups of them."""
+    yield {name: (num_gpus, even_share(len(names))) for name in names}
+    if set(names) != {"policy", "value", "reference", "reward", "rollout"}:
+        return
+    for parts in _PPO_PARTS:
+        if len(parts) <= num_gpus:
+            counts = _apportioned(num_gpus, [weight for _, weight in parts])
+            yield {
+                name: (count, even_share(len(roles)))
+                for (roles, _), count in zip(parts, counts, strict=True)
+                for name in roles
+            }
+
+
+def _apportioned(number: int, weights: list[int]) -> list[int]:
+    """`number` in parts as the weights, at least 1 each: what is left over goes one by one to the part that is most behind."""
+    counts = [max(1, number * weight // sum(weights)) for weight in weights]
+    while sum(counts) != number:
+        step = 1 if sum(counts) < number else -1
+        behind = [
+            step * (number * weight / sum(weights) - count) for weight, count in zip(weights, counts, strict=True)
+        ]
+        allowed = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(allowed, key=lambda i: behind[i])] += step
+    return counts
+
+
+def even_share(number: int) -> float:
+    """Of a GPU, in two digits, rounded down: the sum may not exceed 1."""
+    return int(100 / number) / 100
