@@ -19,6 +19,7 @@ from rlhf_dist.errors import ConfigError, RlhfDistError
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
     "data": "make data, mix it, look at it: templates, self-instruct, deduplication, responses, labels by a model, ...",
+    "label": "a page on which people choose between responses; what they said as preference records, and how far they agree",
     "chat": "talk to a saved model",
     "submit": "run a command as a job of a Ray cluster or of Slurm",
     "doctor": "what works on this machine, what does not, what to do",
@@ -59,6 +60,7 @@ def _run(argv: list[str]) -> int:
         commands: dict[str, Callable[[list[str]], int | None]] = {
             "quickstart": _quickstart,
             "data": _data,
+            "label": _label,
             "chat": _chat,
             "submit": _submit,
             "doctor": _doctor,
@@ -157,6 +159,12 @@ def _data(arguments: list[str]) -> None:
     data.run(arguments)
 
 
+def _label(arguments: list[str]) -> None:
+    from rlhf_dist.cli.label import command as label
+
+    label.run(arguments)
+
+
 def _schema(arguments: list[str]) -> None:
     if arguments == ["templates"]:  # not a command's configuration, but a file that one names
         from rlhf_dist.config.load import json_schema
@@ -169,6 +177,12 @@ def _schema(arguments: list[str]) -> None:
         from rlhf_dist.config.load import json_schema
 
         print(json_schema(data.resolved(data.action_of(f"{PROG} schema data", arguments[1]).schema)))
+        return
+    if arguments == ["label"]:
+        from rlhf_dist.config.curation.label import LabelConfig
+        from rlhf_dist.config.load import json_schema
+
+        print(json_schema(LabelConfig))
         return
     command, rest = _kind(f"{PROG} schema", OTHER_COMMANDS["schema"], arguments)
     if rest:

@@ -12,7 +12,7 @@ from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveI
 from rlhf_dist.config.references import reference
 from rlhf_dist.config.templates import TemplateSettings
 
-RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt"]
+RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt", "candidates"]
 BadRowPolicy = Literal["error", "skip"]
 SourceName = Annotated[str, StringConstraints(pattern=r"^[^/\s]([^/]*[^/\s])?$")]
 """Part of a metric's name, where a slash would begin another part."""
@@ -28,7 +28,7 @@ class DataSource(Schema):
     """What a record holds: `instruction` (instruction, input, output, optional demonstration), `messages` (a chat),
     `text` (plain text), `preference` (prompt, chosen, rejected, optional
     margin; or prompt, responses, optional ratings, for a ranking), `ratings` (response, rating, optional prompt; pairs are
-    made from them), `prompt` (prompt)."""
+    made from them), `prompt` (prompt), `candidates` (prompt, candidates: responses that nobody has judged yet)."""
     name: SourceName | None = None
     """What tables and metrics call the set, without a slash; null takes the name of the file or directory, numbered where
     another set has it already (`reviews`, `reviews-2`). Sources that are given the same name count as one."""

@@ -14,6 +14,7 @@ How the kinds are read:
 - `ratings`: responses of one prompt with a number each become pairs (`ratings.py`). Without a `prompt`, a response is
   judged as plain text.
 - `prompt`: one user message, or a chat that ends with one.
+- `candidates`: a prompt with responses that nobody has judged yet; `curation/candidates.py` reads them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected", "margin", "responses", "ratings"),
     "ratings": ("prompt", "response", "rating"),
     "prompt": ("prompt",),
+    "candidates": ("prompt", "candidates"),
 }
 """Fields that each kind knows."""
 

@@ -14,6 +14,7 @@ from support import planning_tables
 from rlhf_dist.cli.arguments import CONFIG_COMMANDS
 from rlhf_dist.cli.main import OTHER_COMMANDS
 from rlhf_dist.config import DataSource, RecordKind
+from rlhf_dist.curation.candidates import read_items
 from rlhf_dist.data.records import read_preferences, read_prompts, read_sequences
 from rlhf_dist.tracking.metrics import METRICS, metrics_table
 
@@ -35,6 +36,7 @@ READERS = {
     "preference": lambda source: read_preferences(source, seed=0),
     "ratings": lambda source: read_preferences(source, seed=0),
     "prompt": read_prompts,
+    "candidates": lambda source: read_items([source]),
 }
 
 

@@ -1,0 +1,1 @@
+"""`rlhf-dist label`: a page on which people choose between responses, its export and its report."""

@@ -1,0 +1,130 @@
+"""Prompts with two or more candidate responses: what people and judges choose among.
+
+A file of candidates (kind `candidates`) has one line a prompt: `{"id", "prompt", "candidates": [{"text", "model",
+"sampling", "finish_reason"}, ...]}`, as `rlhf-dist data responses` writes it. Records of kind `preference` can be read as
+candidates too: the order in which they stand is then ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_dist.config import DataSource
+from rlhf_dist.data.dialogues import preference_messages
+from rlhf_dist.data.encoding import Message
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.records import read_fields
+from rlhf_dist.errors import ConfigError, DataError
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and its candidates; what a judgement is about."""
+
+    id: str
+    """16 hex digits of a hash of prompt and candidates (`item_id`): another text is another item."""
+    prompt: Messages
+    candidates: tuple[Messages, ...]
+    """Each begins and ends with an assistant message; most are one message."""
+    models: tuple[str, ...]
+    """What made each candidate; "" where it is not said."""
+    location: str
+    """File and line."""
+
+
+def item_id(prompt: str | Sequence[Message], candidates: Iterable[str | Sequence[Message]]) -> str:
+    """16 hex digits of the SHA-256 of prompt and candidates, in their order.
+
+    A string is the same as one message: of the user for a prompt, of the assistant for a candidate.
+    """
+    content = [_pairs(prompt, "user"), [_pairs(candidate, "assistant") for candidate in candidates]]
+    text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+
+
+def _pairs(value: str | Sequence[Message], role: str) -> list[list[str]]:
+    if isinstance(value, str):
+        return [[role, value]]
+    return [[message["role"], message["content"]] for message in value]
+
+
+def read_items(sources: Iterable[DataSource], quarantine: Quarantine | None = None) -> list[Item]:
+    """The items of sources of kind `candidates` or `preference`, each once.
+
+    Args:
+        sources: where they are.
+        quarantine: takes the rows that cannot be used, under a source's `on_bad_row: skip`.
+
+    Raises:
+        DataError: a row that cannot be used (also one that repeats an item), with its place; a source without items.
+        ConfigError: another kind of source.
+    """
+    quarantine = Quarantine() if quarantine is None else quarantine
+    items: dict[str, Item] = {}
+    for source in sources:
+        if source.kind not in ("candidates", "preference"):
+            raise ConfigError(
+                f"{source.path}: kind {source.kind!r} has no responses to choose among; use candidates or preference"
+            )
+        before, known = len(items), len(quarantine)
+        for row in read_fields(source, quarantine):
+            with quarantine.guard(source.on_bad_row, row.values):
+                item = item_of(row) if source.kind == "candidates" else _of_preference(row)
+                if item.id in items:
+                    raise DataError(
+                        f"{row.location}: has the prompt and the candidates of {items[item.id].location}; remove one of them"
+                    )
+                items[item.id] = item
+        if len(items) == before:
+            raise DataError(
+                f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "
+                f"{quarantine.rows[known].reason}"
+            )
+    return list(items.values())
+
+
+def item_of(row: Fields) -> Item:
+    """The item of a row of kind `candidates`.
+
+    Raises:
+        DataError: a field that is missing or not of the form, fewer than two candidates, none that differ.
+    """
+    prompt = row.required("prompt")
+    messages: Messages
+    if isinstance(prompt, str):
+        messages = ({"role": "user", "content": row.text("prompt")},)
+    else:
+        messages = row.messages("prompt")
+        if messages[-1]["role"] != "user":
+            raise row.error("prompt", "does not end with a user message", "add the message that is answered")
+    values = row.items("candidates")
+    if len(values) < 2:
+        raise row.error(
+            "candidates", f"holds {len(values)}, and a choice needs at least 2", "add some, or remove the row"
+        )
+    texts = tuple(_text(row, f"candidates[{i}]", value) for i, value in enumerate(values))
+    models = tuple(str(value.get("model") or "") if isinstance(value, Mapping) else "" for value in values)
+    if len(set(texts)) == 1:
+        raise row.error("candidates", "are all the same text, so there is no choice", "remove the row")
+    candidates = tuple(({"role": "assistant", "content": text},) for text in texts)
+    return Item(item_id(messages, candidates), messages, candidates, models, row.location)
+
+
+def _text(row: Fields, name: str, value: Any) -> str:
+    """A response may be empty (a model that stops at once), but it must be text."""
+    text = value.get("text") if isinstance(value, Mapping) else value
+    if isinstance(text, str) and not text.strip():
+        return text
+    return row.checked_text(f"{name}.text" if isinstance(value, Mapping) else name, text)
+
+
+def _of_preference(row: Fields) -> Item:
+    prompt, candidates = preference_messages(row)
+    return Item(item_id(prompt, candidates), prompt, candidates, ("",) * len(candidates), row.location)
