@@ -111,13 +111,13 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
             yield rows[start : start + size]
 
 
-def check_some_answered(completions: Sequence[Completion], name: str) -> None:
-    """A whole batch without one answer is no accident of a request.
+def check_some_answered(completions: Sequence[Completion], name: str, answered_before: bool = False) -> None:
+    """A first batch without one answer is no accident of a request.
 
     Raises:
-        ModelError: all failed.
+        ModelError: all failed, and none was answered before.
     """
-    if completions and all(completion.finish_reason == "error" for completion in completions):
+    if completions and not answered_before and all(completion.finish_reason == "error" for completion in completions):
         raise ModelError(
             f"{name} answered none of {len(completions)} requests; the first: {completions[0].error}. Mend what it names and "
             "give the same command again: what is done is kept"

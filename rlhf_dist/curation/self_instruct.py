@@ -221,7 +221,9 @@ def run_rounds(state: SelfInstruct, generator: Generator, work: Work) -> Iterato
     """
     while not state.finished:
         completions = generator.generate(state.next_requests())
-        check_some_answered(completions, state.settings.generator.label)
+        check_some_answered(
+            completions, state.settings.generator.label, state.report.requests > state.report.failed_requests
+        )
         work.add({"completions": [completion.as_row() for completion in completions]})
         state.absorb(completions)
         yield state.report

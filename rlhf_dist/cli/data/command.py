@@ -36,6 +36,11 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.self_instruct:SelfInstructConfig",
         "rlhf_dist.cli.data.self_instruct:run",
     ),
+    "responses": Action(
+        "several responses to each prompt, of two or more models or sampling settings, to choose among",
+        "rlhf_dist.config.curation.responses:ResponsesConfig",
+        "rlhf_dist.cli.data.responses:run",
+    ),
 }
 
 

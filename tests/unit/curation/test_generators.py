@@ -103,6 +103,7 @@ def test_a_journal_line_gives_the_completion_back() -> None:
     with pytest.raises(ModelError, match=r"m answered none of 2 requests; the first: no"):
         check_some_answered([Completion.failed("no")] * 2, "m")
     check_some_answered([Completion.failed("no"), Completion("", "eos")], "m")
+    check_some_answered([Completion.failed("no")], "m", answered_before=True)
 
 
 # An endpoint, in the flesh: the same model behind a real server answers as it does here.
