@@ -13,6 +13,9 @@ from rlhf_dist.curation.task_parsing import Task
 
 _PUNCTUATION = frozenset(string.punctuation + "«»‹›„“”‚‘’…–—¡¿、。・「」『』！？，．：；（）")
 
+_FEWEST_RUNS = 10
+"""Runs of three words below which their repetition says nothing."""
+
 
 class Rejection(NamedTuple):
     """Why a task is left out."""
@@ -73,6 +76,7 @@ def _rules(filters: TaskFilters, form: TaskFormat) -> list[tuple[Rule, _Check]]:
         ("no_output", lambda task: "empty" if not task.output.strip() else None),
         ("output_repeats", lambda task: _equal(task.output, {"input": task.input, "instruction": task.instruction})),
         ("input_repeats", lambda task: _equal(task.input, {"instruction": task.instruction})),
+        ("repeats_itself", lambda task: _repetition(task.output, f.max_repetition)),
         ("ends_with_colon", lambda task: _ends_with_colon(task)),
         ("marker_left", lambda task: _marker(task, markers)),
     ]
@@ -108,6 +112,15 @@ def _begins(starts: Iterable[str]) -> _Check:
 def _equal(text: str, others: dict[str, str]) -> str | None:
     folded = " ".join(text.lower().split())
     return next((name for name, other in others.items() if folded and folded == " ".join(other.lower().split())), None)
+
+
+def _repetition(text: str, largest: float) -> str | None:
+    tokens = rouge_tokens(text)
+    runs = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    if len(runs) < _FEWEST_RUNS:
+        return None
+    share = 1 - len(set(runs)) / len(runs)
+    return f"{share:.0%} repeated" if share > largest else None
 
 
 def _ends_with_colon(task: Task) -> str | None:

@@ -43,7 +43,7 @@ class TaskParser:
         either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
         self._names = names
         self._heading = re.compile(
-            rf"^[ \t]*[*_#>-]*[ \t]*(?:(?:task[ \t]*)?\d+[ \t]*[.):-]*[ \t]*)?[*_]*({either})[*_]*[ \t]*:[*_]*",
+            rf"^[ \t]*[*_#>-]*[ \t]*(?:(?:task[ \t]*)?\d+[ \t]*[.):-]*[ \t]*)?[*_]*({either})s?[*_]*[ \t]*:[*_]*",
             re.IGNORECASE | re.MULTILINE,
         )
         self._rule = re.compile(r"^[ \t]*(?:#{2,}|-{3,}|\*{3,}|={3,})[ \t]*$", re.MULTILINE)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_dist.config.base import AbsolutePath, Count, PositiveInt, Schema
+from rlhf_dist.config.base import AbsolutePath, Count, Fraction, PositiveInt, Schema
 from rlhf_dist.config.curation.base import CurationConfig
 from rlhf_dist.config.curation.generator import GeneratorConfig
 from rlhf_dist.config.data import DataSource
@@ -24,6 +24,7 @@ Rule = Literal[
     "no_output",
     "output_repeats",
     "input_repeats",
+    "repeats_itself",
     "ends_with_colon",
     "marker_left",
     "too_similar",
@@ -54,7 +55,8 @@ NON_TEXT_WORDS = (
 
 
 class TaskFilters(Schema):
-    """What is left out. The rules are those of Self-Instruct (Wang et al. 2022) and Alpaca (Taori et al. 2023)."""
+    """What is left out. The rules are those of Self-Instruct (Wang et al. 2022) and Alpaca (Taori et al. 2023), and one against
+    repetition, as Gopher's (Rae et al. 2021)."""
 
     min_instruction_words: Count = 3
     """Fewest words of an instruction."""
@@ -70,6 +72,9 @@ class TaskFilters(Schema):
     """Further words (or phrases) that no instruction may have."""
     forbidden_starts: tuple[str, ...] = ("write a program",)
     """How no instruction may begin. (Models leave it open whether the program or its result is asked for.)"""
+    max_repetition: Fraction = 0.3
+    """Largest share of an output's runs of three words that have stood in it before; small models get into loops. Outputs of
+    fewer than 12 words are spared."""
     max_similarity: float = Field(default=0.7, gt=0, le=1)
     """Largest ROUGE-L (F) of an instruction to any seed or kept one; 1 keeps all, repetitions too."""
     disabled: tuple[Rule, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,7 +59,7 @@ def test_a_completion_goes_on_where_the_prompt_ends() -> None:
     [
         "4. Instruction: Name a bird.\n4. Input:\n<noinput>\n4. Output:\nA wren.",
         "Sure! Here are the tasks:\n\n**4. Instruction:** Name a bird.\n**Input:** <NoInput>\n**Output:** A wren.",
-        "Instruction: Name a bird.\nOutput: A wren.",
+        "Instructions: Name a bird.\nOutput: A wren.",
         "### Instruction:\nName a bird.\n\n### Input:\nnoinput.\n\n### Output:\nA wren.\n---",
         "Task 4) instruction: Name a bird.\ninput:\n\noutput: A wren.",
     ],
@@ -117,7 +118,7 @@ def rule_of(
         (None, {"instruction": "word " * 150}),
         ("input_too_long", {"given": "word " * 101}),
         ("output_too_long", {"output": "word " * 101}),
-        (None, {"output": "word " * 100}),
+        (None, {"output": " ".join(f"w{n}" for n in range(100))}),
         ("starts_with_punctuation", {"instruction": "- name a small bird"}),
         ("starts_with_punctuation", {"instruction": "«Name» a small bird"}),
         ("starts_with_non_ascii", {"instruction": "Übersetze das in Prosa."}),
@@ -130,6 +131,9 @@ def rule_of(
         ("output_repeats", {"given": "a wren", "output": "A  wren"}),
         ("output_repeats", {"output": "Name a small bird."}),
         ("input_repeats", {"given": "name a small BIRD."}),
+        ("repeats_itself", {"output": "a b c d e " + "so " * 10}),  # of 13 runs "so so so" comes 8 times: 7/13 repeated
+        (None, {"output": "so " * 11}),
+        (None, {"output": "- " + "\n- ".join(f"bird {n}" for n in range(40))}),
         ("ends_with_colon", {"output": "The bird is:"}),
         ("ends_with_colon", {"given": "These are:"}),
         ("marker_left", {"output": "A wren. <noinput>"}),
@@ -416,3 +420,45 @@ def test_an_earlier_result_stays(scripted: ScriptedGenerator, tmp_path: Path) ->
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
     command.run(config(tmp_path, num_records=6, overwrite=True))
     assert len(rows_of(tmp_path / "out" / "records.jsonl")) == 6
+
+
+@pytest.mark.slow
+def test_with_a_real_model_and_the_real_seeds(shared_data: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M keeps little, and the account of what it wrote holds against its completions."""
+    from rlhf_dist.starter.smollm2 import ensure_smollm2
+
+    try:
+        model = ensure_smollm2()
+    except ModelError as error:
+        pytest.skip(str(error))
+    fields = {"input": "instances.0.input", "output": "instances.0.output"}
+    seeds = DataSource(path=str(shared_data / "alpaca_seed_tasks.jsonl"), kind="instruction", fields=fields)
+    settings = config(
+        tmp_path,
+        seeds=(seeds,),
+        generator={
+            "model": str(model),
+            "device": "cpu",
+            "precision": "fp32",
+            "batch_size": 6,
+            "sampling": {"max_response_tokens": 160, "temperature": 0.7, "top_p": 0.9},
+        },
+        max_requests=6,
+        tasks_per_request=3,
+        max_example_words=40,
+    )
+    with contextlib.suppress(DataError):  # it may keep nothing; the account is there all the same
+        command.run(settings)
+    report = json.loads((settings.out_dir / "report.json").read_text())
+    records, rejected = (rows_of(settings.out_dir / name) for name in ("records.jsonl", "rejected.jsonl"))
+    assert report["requests"] == 6
+    assert report["response_tokens"] > 100
+    assert report["parsed"] == len(records) + len(rejected) > 0
+    [written] = rows_of(settings.out_dir / "completions.jsonl")[1:]
+    for task in (*records, *rejected):
+        where = task.get("provenance", task)["request"]
+        assert task["output"].split("\n")[0] in written["completions"][where]["text"]
+    kept = [row["instruction"] for row in records]
+    seeds_too = [json.loads(line)["instruction"] for line in (shared_data / "alpaca_seed_tasks.jsonl").open()]
+    for i, text in enumerate(kept):
+        assert all(rouge_l(rouge_tokens(text), rouge_tokens(o)) <= 0.7 for o in seeds_too + kept[:i])
