@@ -219,7 +219,7 @@ def test_half_done_work_of_another_configuration_is_not_taken_over(tmp_path: Pat
         command.run(config(tmp_path))
     with pytest.raises(ConfigError, match="max_redraws was 1 and is 2"):
         command.run(config(tmp_path, max_redraws=2))
-    with pytest.raises(ConfigError, match="prompts was .* and is"):
+    with pytest.raises(ConfigError, match=r"prompts was .* and is"):
         command.run(config(tmp_path, 9))
 
 

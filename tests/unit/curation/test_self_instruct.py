@@ -133,7 +133,7 @@ def rule_of(
         ("input_repeats", {"given": "name a small BIRD."}),
         ("repeats_itself", {"output": "a b c d e " + "so " * 10}),  # of 13 runs "so so so" comes 8 times: 7/13 repeated
         (None, {"output": "so " * 11}),
-        (None, {"output": "- " + "\n- ".join(f"bird {n}" for n in range(40))}),
+        (None, {"output": "- " + "\n- ".join(f"bird {n}" for n in range(30))}),
         ("ends_with_colon", {"output": "The bird is:"}),
         ("ends_with_colon", {"given": "These are:"}),
         ("marker_left", {"output": "A wren. <noinput>"}),
