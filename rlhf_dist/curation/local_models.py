@@ -111,6 +111,8 @@ class VLLMGenerator(_Local):
         super().__init__(settings)
         from rlhf_dist.rollout.vllm import VLLMEngine
 
+        longest = settings.vllm_options.get("max_model_len")
+        self.context = min((n for n in (self.context, longest) if isinstance(n, int)), default=None)
         self.seed = seed
         self.engine = VLLMEngine(
             settings.model_path,

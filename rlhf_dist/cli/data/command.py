@@ -41,6 +41,11 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.responses:ResponsesConfig",
         "rlhf_dist.cli.data.responses:run",
     ),
+    "judge": Action(
+        "preferences between responses by a language model or a Python function, asked in both orders",
+        "rlhf_dist.config.curation.judge:JudgeConfig",
+        "rlhf_dist.cli.data.judge:run",
+    ),
 }
 
 
