@@ -37,15 +37,22 @@ class Trained(Protocol):
         ...
 
     def save_model(self, path: Path) -> Future[None]:
-        """Write the model in Hugging Face format (safetensors, config, tokenizer)."""
+        """Write the model in Hugging Face format (safetensors, config, tokenizer), adapters merged into it."""
+        ...
+
+    def save_adapter(self, path: Path) -> Future[None]:
+        """Write the adapters of a model that has some, in peft's format."""
         ...
 
 
 class LanguageModel(Trained, Protocol):
     """A language model under supervised training."""
 
-    def update(self, batch: TokenBatch, step: int) -> Future[UpdateReport]:
-        """Optimiser step number `step` (0-based): on the mean negative log-likelihood of the batch's targets."""
+    def update(
+        self, batch: TokenBatch, step: int, text: TokenBatch | None = None, text_coef: float = 0.0
+    ) -> Future[UpdateReport]:
+        """Optimiser step number `step` (0-based): on the mean negative log-likelihood of the batch's targets, plus `text_coef`
+        times that of the targets of `text`."""
         ...
 
     def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:

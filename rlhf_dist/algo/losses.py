@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_dist.algo.kl import KL_ESTIMATORS, kl_k3
 from rlhf_dist.algo.masking import masked_sum
+from rlhf_dist.algo.near_ties import NearTieRule
 
 Sums = dict[str, Tensor]
 
@@ -26,12 +27,15 @@ def nll_loss(logprobs: Tensor) -> tuple[Tensor, Sums]:
     return loss, {"loss": loss.detach()}
 
 
-def ranked_pairs(present: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def ranked_pairs(
+    present: Tensor, ranks: Tensor | None = None, left_out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs of ranked responses, and how much each weighs.
 
     Args:
         present: [P, K] bool, a prefix of each row: prompts may have fewer than K responses.
         ranks: [P, K], rising along a row. A pair of equal ranks is a tie and is left out, as InstructGPT's are; None: no ties.
+        left_out: [P, C(K,2)] bool, True for pairs that are to be none either.
 
     Returns:
         (columns of the better, columns of the worse, weights [P, C(K,2)] fp32: 1 / number of the prompt's pairs, and 0 where
@@ -42,6 +46,8 @@ def ranked_pairs(present: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, 
     pairs = present[:, better] & present[:, worse]
     if ranks is not None:
         pairs = pairs & (ranks[:, better] < ranks[:, worse])
+    if left_out is not None:
+        pairs = pairs & ~left_out
     return better, worse, pairs / pairs.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -51,6 +57,8 @@ def ranking_loss(
     ratings: Tensor | None = None,
     centering_coef: float = 0.0,
     ranks: Tensor | None = None,
+    near_ties: NearTieRule | None = None,
+    margins: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Sums]:
     """−Σ_prompts 1/C(K,2) Σ_{i<j} log σ(r_i − r_j − m_ij), plus λ (r_i + r_j)² in the inner sum.
 
@@ -65,19 +73,31 @@ def ranking_loss(
         ratings: [P, K], in whose differences m_ij = ratings_i − ratings_j margins are given; None: no margins.
         centering_coef: λ.
         ranks: as in `ranked_pairs`; the pairs that ties leave out do not count in C(K,2) either.
+        near_ties: what is done about pairs of small margins (`algo/near_ties.py`).
+        margins: of `near_ties.pair_margins`, where a rule is given.
 
     Returns:
-        (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`).
+        (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`; with a rule also
+        `near_accuracy`, `clear_accuracy` and what they are means over, `near_pairs` and `clear_pairs`).
     """
-    better, worse, weights = ranked_pairs(present, ranks)
+    near = margins[1] if margins is not None else None
+    left_out = near if near_ties is not None and near_ties.treat == "drop" else None
+    better, worse, weights = ranked_pairs(present, ranks, left_out)
     # Absent ones are replaced first: a NaN there would reach the gradients even when masked after.
     scores = torch.where(present, scores, 0.0)
     ratings = torch.zeros_like(scores) if ratings is None else torch.where(present, ratings, 0.0).to(scores.dtype)
     margin = scores[:, better] - scores[:, worse]
     required = ratings[:, better] - ratings[:, worse]
     losses = -logsigmoid(margin - required)
+    factors = None
+    if near_ties is not None and margins is not None:
+        certainty, factors = near_ties.certainty(*margins), near_ties.weights(margins[1])
+        if certainty is not None:
+            losses = certainty * losses - (1 - certainty) * logsigmoid(required - margin)
     if centering_coef:
         losses = losses + centering_coef * (scores[:, better] + scores[:, worse]).square()
+    if factors is not None:
+        losses = losses * factors
     # Where, not a product alone: a margin that a wrong rating made infinite must not meet a weight of 0.
     loss = torch.where(weights > 0, losses * weights, 0.0).sum()
     with torch.no_grad():
@@ -86,6 +106,11 @@ def ranking_loss(
             "accuracy": ((margin > 0) * weights).sum(),
             "margin": (margin * weights).sum(),
         }
+        if near is not None:
+            _, _, shares = ranked_pairs(present, ranks)  # of all pairs, those that are dropped among them
+            for name, of_class in (("near", near), ("clear", ~near)):
+                sums[f"{name}_accuracy"] = ((margin > 0) * shares * of_class).sum()
+                sums[f"{name}_pairs"] = (shares * of_class).sum()
     return loss, sums
 
 

@@ -19,6 +19,7 @@ from rlhf_dist.batches.steps import (
     NON_FINITE_LOSS,
     StepReport,
     StepShare,
+    TextShare,
     UpdateReport,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "SequenceBatch",
     "StepReport",
     "StepShare",
+    "TextShare",
     "TokenBatch",
     "UpdateReport",
     "concat_rows",

@@ -126,6 +126,8 @@ class PreferenceBatch(_Rows):
     """[P, K] int64, rising along a row; equal ranks are a tie, of which nothing is learnt."""
     ratings: Tensor
     """[P, K] fp32, in whose differences the margins are given; all 0 where a record has none."""
+    rated: Tensor
+    """[P] bool, whether the record has margins."""
 
     _widths: ClassVar[dict[str, str]] = {"tokens": "lengths"}
 
@@ -135,8 +137,10 @@ class PreferenceBatch(_Rows):
         responses: Sequence[Sequence[Sequence[int] | Tensor]],
         ranks: Sequence[Sequence[int]] | None = None,
         ratings: Sequence[Sequence[float]] | None = None,
+        rated: Sequence[bool] | None = None,
     ) -> Self:
-        """From each prompt's sequences; `ranks` None: no ties, `ratings` None: no margins."""
+        """From each prompt's sequences; `ranks` None: no ties, `ratings` None: no margins; `rated` None: all or none, as
+        `ratings`."""
         lengths = pad_rows([[len(row) for row in rows] for rows in responses])
         num_prompts, most = lengths.shape
         tokens = torch.zeros(num_prompts, most, int(lengths.max()) if lengths.numel() else 0, dtype=torch.long)
@@ -148,6 +152,7 @@ class PreferenceBatch(_Rows):
             lengths=lengths,
             ranks=pad_rows([range(len(rows)) for rows in responses] if ranks is None else ranks),
             ratings=torch.zeros(num_prompts, most) if ratings is None else pad_rows(ratings, dtype=torch.float32),
+            rated=torch.full((num_prompts,), ratings is not None) if rated is None else torch.tensor(rated).bool(),
         )
 
     def rows(self, index: Sequence[int] | Tensor) -> Self:

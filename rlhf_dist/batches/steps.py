@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlhf_dist.batches.records import TokenBatch
+
+
+@dataclass(frozen=True)
+class TextShare:
+    """One rank's share of the plain text that is mixed into a supervised step."""
+
+    batch: TokenBatch
+    micro_batches: list[list[int]]
+    """Rows of `batch`, an idle micro-batch being empty."""
+    num_targets: int
+    """Targets of the step's text over all ranks."""
+    coefficient: float
+    """Weight of its mean loss."""
+
 
 @dataclass(frozen=True)
 class StepShare:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_dist.algo.rewards import RunningMoments
+from rlhf_dist.cli.facts import describe_trained
+from rlhf_dist.cli.near_ties import tell_apart
 from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, TrainedModel
+from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, SFTSettings, TrainedModel
 from rlhf_dist.config.deepspeed import read_ds_config
-from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
+from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences
 from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.sampler import TRAINING_ORDER, EpochSampler, LengthGroupedSampler, Sampler
+from rlhf_dist.data.sft import load_sft, mixed_order, shares_of
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
@@ -39,6 +43,10 @@ class Prepared:
     """Path in the configuration → what is there. A checkpoint then belongs to the contents, wherever they lie."""
     bad_rows: tuple[str, ...] = ()
     """Lines of the account of rows that were left out under `on_bad_row: skip`."""
+    sampler: Sampler | None = None
+    """Which training records a supervised step takes."""
+    shares: tuple[dict[str, Any], ...] = ()
+    """Of each set that is trained on; empty where there is one and no mixing."""
 
 
 def check_model(path: str, max_length_tokens: int, role: str) -> Any:
@@ -116,9 +124,32 @@ def prepare_sft(config: SFTConfig) -> Prepared:
     check_causal_lm(check_model(config.model.model_path, config.data.max_length_tokens, "trained"), "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     data = load_sft(config.data, tokenizer, config.seed)
-    return _prepare_supervised(
-        config, data, config.sft, "sft", f"{WORKERS}.language_model:LanguageModelWorker", tokenizer
-    )
+    worker = f"{WORKERS}.language_model:LanguageModelWorker"
+    order = mixed_order(config.data, data.train, config.seed)
+    prepared = _prepare_supervised(config, data, config.sft, "sft", worker, tokenizer, order=order)
+    facts = dict(prepared.facts)
+    if data.pretraining is not None:
+        check_pretraining(config.sft, len(data.pretraining))
+        facts |= describe_data(
+            pretraining_sequences=data.pretraining, held_out_pretraining_sequences=data.eval_pretraining
+        )
+        facts["pretraining sequences a step"] = config.sft.pretraining_per_step
+        facts["weight of their mean loss"] = f"{config.sft.pretraining_weight:g}"
+        epochs = prepared.facts["optimiser steps"] * config.sft.pretraining_per_step / len(data.pretraining)
+        facts["epochs of pretraining text"] = round(epochs, 3)
+    shares = shares_of(data.train, order) if config.data.mixing or len(data.train.groups) > 1 else ()
+    left_out = (*prepared.bad_rows, *bad_rows(data.pretraining, data.eval_pretraining))
+    return replace(prepared, facts=facts, shares=shares, bad_rows=left_out)
+
+
+def check_pretraining(settings: SFTSettings, num_sequences: int) -> None:
+    """Refuse a step that would hold a sequence of plain text twice."""
+    if settings.pretraining_per_step > num_sequences:
+        raise ConfigError(
+            f"sft.pretraining_ratio {settings.pretraining_ratio:g} takes {settings.pretraining_per_step} sequences of text a "
+            f"step, but data.pretraining has {num_sequences}; lower the ratio to at most "
+            f"{num_sequences / settings.batch_size:g}, or add text"
+        )
 
 
 def prepare_reward(config: RewardConfig) -> Prepared:
@@ -126,7 +157,9 @@ def prepare_reward(config: RewardConfig) -> Prepared:
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=2)  # a pair is the smallest
     check_model(config.model.model_path, config.data.max_length_tokens, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
-    data = load_preferences(config.data, tokenizer, config.seed, use_margins=config.reward.margin_coef > 0)
+    told_apart = config.reward.near_ties is not None
+    use_margins = config.reward.margin_coef > 0 or told_apart
+    data = load_preferences(config.data, tokenizer, config.seed, use_margins, held_out_margins=told_apart)
     most = max(part.most_responses for part in (data.train, data.eval) if part is not None)
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=most)
     margin_coef, num_with_margins = config.reward.margin_coef, data.train.num_with_margins
@@ -136,7 +169,10 @@ def prepare_reward(config: RewardConfig) -> Prepared:
             "records a margin (pairs) or ratings (rankings)"
         )
     worker = f"{WORKERS}.preference_model:PreferenceModelWorker"
-    objective = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
+    objective: dict[str, Any] = {"margin_coef": margin_coef, "centering_coef": config.reward.centering_coef}
+    near_tie_facts: dict[str, Any] = {}
+    if config.reward.near_ties is not None:
+        data, objective["near_ties"], near_tie_facts = tell_apart(config.reward.near_ties, data)
     prepared = _prepare_supervised(config, data, config.reward, "reward", worker, tokenizer, objective)
     if config.reward.bag_of_words_baseline:
         check_baseline()
@@ -147,6 +183,7 @@ def prepare_reward(config: RewardConfig) -> Prepared:
             )
     if margin_coef > 0:
         prepared.facts["training records with margins"] = num_with_margins
+    prepared.facts.update(near_tie_facts)
     return prepared
 
 
@@ -157,11 +194,18 @@ def _prepare_supervised(
     section: str,
     worker: str,
     tokenizer: Any,
-    objective: dict[str, float] | None = None,
+    objective: dict[str, Any] | None = None,
+    order: Sampler | None = None,
 ) -> Prepared:
+    """`order`: of the training records; None: all of them, shuffled anew each epoch."""
     check_ds_config(config.model)
     check_ranks(settings.batch_size, config.model.num_ranks, f"{section}.batch_size", "model")
-    steps = num_steps(settings, len(data.train), section)
+    sampler = order or EpochSampler(len(data.train), config.seed, TRAINING_ORDER)
+    epoch = sampler.num_items
+    steps = num_steps(settings, epoch, section)
+    if settings.group_by_length:
+        stream = f"{TRAINING_ORDER}/by length"
+        sampler = LengthGroupedSampler(sampler, data.train.longest, settings.batch_size, config.seed, stream)
     spec = WorkerSpec(
         "model",
         worker,
@@ -170,11 +214,14 @@ def _prepare_supervised(
     )
     facts = {
         **describe_data(training_records=data.train, held_out_records=data.eval),
+        **({"records of an epoch": epoch} if order else {}),
+        **describe_trained(config.model, "model", scalar=section == "reward"),
         "optimiser steps": steps,
         "records a step": settings.batch_size,
-        "epochs": round(steps * settings.batch_size / len(data.train), 3),
+        "epochs": round(steps * settings.batch_size / epoch, 3),
     }
-    return Prepared([spec], data, facts, decoder(tokenizer), bad_rows=bad_rows(data.train, data.eval))
+    left_out = bad_rows(data.train, data.eval)
+    return Prepared([spec], data, facts, decoder(tokenizer), bad_rows=left_out, sampler=sampler)
 
 
 def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
@@ -231,6 +278,8 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
         "responses an iteration": settings.responses_per_iteration,
         "optimiser steps an iteration": settings.updates_per_iteration,
         "longest prompt (tokens)": limit,
+        **describe_trained(policy, "policy", scalar=False),
+        **describe_trained(value, "value", scalar=True),
     }
     return Prepared(ppo_specs(config), data, facts, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
 

@@ -33,6 +33,7 @@ from rlhf_dist.cluster.proxies import (
 from rlhf_dist.config import EvalConfig, HostedRun, PPOConfig, Precision, RewardConfig, RunConfig, SFTConfig
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.data.datasets import PreferenceDataset
+from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.errors import RunFolderError
 from rlhf_dist.models import score_moments
 from rlhf_dist.tracking.console import print_table
@@ -41,7 +42,7 @@ from rlhf_dist.trainers import ppo as ppo_trainer
 from rlhf_dist.trainers.checkpoint import Checkpoints, step_of
 from rlhf_dist.trainers.evaluate import evaluate_all, score_pairs
 from rlhf_dist.trainers.run import Run
-from rlhf_dist.trainers.supervised import RewardTask, SFTTask, SupervisedTrainer
+from rlhf_dist.trainers.supervised import PretrainingMix, RewardTask, SFTTask, SupervisedTrainer
 
 Summary = dict[str, Any]
 
@@ -81,6 +82,7 @@ def hosted(config: Any, prepared: Prepared, session: Session | None) -> Iterator
     try:
         own.check(prepared.specs)
         print_table(str(config.run_dir), [(name, str(value)) for name, value in prepared.facts.items()])
+        print_shares(prepared)
         with (
             own.place(prepared.specs, seed=config.seed, logs_dir=open_folder) as groups,
             Run.open(config, folder, resumed_step=resumed_step, stop_requested=stopping.requested) as run,
@@ -153,8 +155,19 @@ def run_sft(config: SFTConfig, session: Session | None = None, prepared: Prepare
     prepared = prepared or prepare_sft(config)
     with hosted(config, prepared, session) as (run, groups):
         model = LanguageModelRole.of(groups["model"], config.model)
-        task = SFTTask(model, prepared.data.train, prepared.data.eval)
+        data = prepared.data
+        task = SFTTask(model, data.train, data.eval, _pretraining_mix(config, data))
         return _supervised(config, config.sft, run, task, prepared)
+
+
+def _pretraining_mix(config: SFTConfig, data: Any) -> PretrainingMix | None:
+    if data.pretraining is None:
+        return None
+    sampler = EpochSampler(len(data.pretraining), config.seed, "pretraining text")
+    settings = config.sft
+    return PretrainingMix(
+        data.pretraining, data.eval_pretraining, settings.pretraining_per_step, settings.pretraining_weight, sampler
+    )
 
 
 def run_reward(config: RewardConfig, session: Session | None = None, prepared: Prepared | None = None) -> Summary:
@@ -163,23 +176,32 @@ def run_reward(config: RewardConfig, session: Session | None = None, prepared: P
     prepared = prepared or prepare_reward(config)
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole.of(groups["model"], config.model)
-        task = RewardTask(model, prepared.data.train, prepared.data.eval)
-        trainer = _trainer(config, config.reward, run, task, prepared)
-        summary = trainer.run(resume=config.resume == "auto")
+        near_ties = config.reward.near_ties
+        below = near_ties.below if near_ties is not None else None
+        task = RewardTask(model, prepared.data.train, prepared.data.eval, below)
+        summary = _trainer(config, config.reward, run, task, prepared).run(resume=config.resume == "auto")
 
         def score(dataset: PreferenceDataset, indices: Tensor) -> Tensor:
             return model.score_pairs(dataset.batch(indices)).result()
 
         decode = prepared.decode if config.reward.bag_of_words_baseline else None
         found, moments = report_trained(config.run_dir, prepared.data, score, decode)
-        run.save_model(model, {score_moments.FILE: moments.to_json()})
+        _save(config, run, model, {score_moments.FILE: moments.to_json()})
         return run.finish(summary | found)
 
 
 def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared) -> Summary:
     summary = _trainer(config, settings, run, task, prepared).run(resume=config.resume == "auto")
-    run.save_model(task.model)
+    if prepared.shares:
+        summary["shares"] = list(prepared.shares)
+    _save(config, run, task.model)
     return run.finish(summary)
+
+
+def _save(config: Any, run: Run, model: Any, files: Mapping[str, str] | None = None) -> None:
+    run.save_model(model, files)
+    if config.model.lora is not None:
+        run.save_adapter(model)
 
 
 def _trainer(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared) -> SupervisedTrainer:
@@ -191,6 +213,7 @@ def _trainer(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared
         every_steps=config.checkpoint.every_steps,
         checkpoints=checkpoints(config, prepared),
         decode=prepared.decode,
+        sampler=prepared.sampler,
     )
 
 
@@ -220,6 +243,8 @@ def run_ppo(config: PPOConfig, session: Session | None = None, prepared: Prepare
         )
         summary = trainer.run(resume=config.resume == "auto")
         run.save_model(policy)
+        if config.policy.lora is not None:
+            run.save_adapter(policy)
         if config.ppo.ema_decay is not None:
             run.save_average(policy)
         return run.finish(summary)
@@ -266,7 +291,8 @@ def run_eval(config: EvalConfig, session: Session | None = None) -> Summary:
 
 
 def validate(config: RunConfig | EvalConfig) -> dict[str, Any]:
-    """Everything that can be checked without starting an actor; returns the run's derived numbers.
+    """Everything that can be checked without starting an actor; prints the shares of what is trained on, and returns the run's
+    derived numbers.
 
     Raises:
         RlhfDistError: what a run of this configuration would be refused for.
@@ -279,4 +305,14 @@ def validate(config: RunConfig | EvalConfig) -> dict[str, Any]:
         EvalConfig: prepare_eval,
     }
     prepared = prepare[type(config)](config)
+    print_shares(prepared)
     return prepared.facts
+
+
+def print_shares(prepared: Prepared) -> None:
+    """A table of what each set gives to an epoch, where there are several."""
+    if prepared.shares:
+        percent = {"rate", "share", "share_of_tokens"}
+        rows = [[f"{v:.2%}" if k in percent else str(v) for k, v in row.items()] for row in prepared.shares]
+        header = [name.replace("_", " ") for name in prepared.shares[0]]
+        print_table("training records of an epoch, by source", rows, header=header)

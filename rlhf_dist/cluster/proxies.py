@@ -22,6 +22,7 @@ from rlhf_dist.batches import (
     RolloutBatch,
     SequenceBatch,
     StepShare,
+    TextShare,
     TokenBatch,
     UpdateReport,
     concat_rows,
@@ -94,6 +95,10 @@ class _TrainedRole(_Role):
         """See `roles.Trained`."""
         return _nothing(self.group.call("save_model", path))
 
+    def save_adapter(self, path: Path) -> Future[None]:
+        """See `roles.Trained`."""
+        return _nothing(self.group.call("save_adapter", path))
+
     def one_step(
         self,
         batch: Any,
@@ -117,9 +122,25 @@ class _TrainedRole(_Role):
 class LanguageModelRole(_TrainedRole):
     """`roles.LanguageModel`."""
 
-    def update(self, batch: TokenBatch, step: int) -> Future[UpdateReport]:
+    def update(
+        self, batch: TokenBatch, step: int, text: TokenBatch | None = None, text_coef: float = 0.0
+    ) -> Future[UpdateReport]:
         """See `roles.LanguageModel`."""
-        return self.one_step(batch, batch.lengths, "lm", batch.num_targets, step, LM_METRICS)
+        if text is None:
+            return self.one_step(batch, batch.lengths, "lm", batch.num_targets, step, LM_METRICS)
+        batches = {"lm": batch, "pretraining": text}
+        counts = {term: [part.num_targets] for term, part in batches.items()}
+        shares = {term: [self.split(part.lengths)] for term, part in batches.items()}
+        calls = []
+        for rank in range(self.group.num_ranks):
+            rows, local = _pick_rows([shares["lm"][0][rank]])
+            text_rows, text_local = _pick_rows([shares["pretraining"][0][rank]])
+            share = TextShare(text.rows(text_rows), text_local[0], text.num_targets, text_coef)
+            calls.append((batch.rows(rows), local[0], batch.num_targets, step, share))
+        return mapped(
+            self.group.scatter("update", calls),
+            lambda ranks: update_report(self.group.role, [ranks], counts, shares, LM_METRICS),
+        )
 
     def evaluate(self, batch: TokenBatch) -> Future[dict[str, float]]:
         """See `roles.LanguageModel`."""

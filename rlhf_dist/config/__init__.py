@@ -1,6 +1,15 @@
 """Configuration schemas. Nothing here imports torch."""
 
-from rlhf_dist.config.data import DataSettings, DataSource, PPOData, RecordKind, RewardData, SFTData, TrainingData
+from rlhf_dist.config.data import (
+    DataSettings,
+    DataSource,
+    PPOData,
+    RecordKind,
+    RewardData,
+    SFTData,
+    TrainingData,
+    source_names,
+)
 from rlhf_dist.config.evaluate import EvalConfig, EvalData
 from rlhf_dist.config.hosting import (
     CheckpointConfig,
@@ -18,7 +27,8 @@ from rlhf_dist.config.hosting import (
 )
 from rlhf_dist.config.pipeline import DataSet, DataStage, PipelineConfig
 from rlhf_dist.config.ppo import PPOConfig, PPOSettings, RolloutConfig
-from rlhf_dist.config.supervised import RewardConfig, RewardSettings, SFTConfig, SupervisedSettings
+from rlhf_dist.config.supervised import RewardConfig, RewardSettings, SFTConfig, SFTSettings, SupervisedSettings
+from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -28,8 +38,10 @@ __all__ = [
     "DataStage",
     "EvalConfig",
     "EvalData",
+    "FreezeConfig",
     "FrozenModel",
     "HostedRun",
+    "LoRAConfig",
     "ModelHost",
     "OptimizerConfig",
     "PPOConfig",
@@ -48,8 +60,10 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SFTData",
+    "SFTSettings",
     "SupervisedSettings",
     "TrackingConfig",
     "TrainedModel",
     "TrainingData",
+    "source_names",
 ]

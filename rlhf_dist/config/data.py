@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.mixing import MixingSettings
 from rlhf_dist.config.references import reference
 from rlhf_dist.config.templates import TemplateSettings
 
@@ -109,7 +110,51 @@ class SFTData(TrainingData):
     train: tuple[DataSource, ...] = Field(min_length=1)
     """Sets to train on: kinds `instruction`, `messages` and `text`."""
     eval: tuple[DataSource, ...] = ()
-    """Held-out sets of the same kinds."""
+    """Held-out sets of the same kinds. With several, or with `hold_out_tasks`, the loss is also reported for each of them."""
+    mixing: MixingSettings | None = None
+    """In what shares the sets of `train` are drawn, and how many records an epoch then has; what is counted are sequences,
+    after everything that is held out or left out. null: all records of all sets, each once an epoch."""
+    hold_out_tasks: tuple[str, ...] = ()
+    """Tasks of which nothing is trained on: all their records in `train` are held out, and the loss is reported for each task.
+    A record's task is its field `task`, or else the name of its set."""
+    pretraining: tuple[DataSource, ...] = ()
+    """Plain text (kind `text`) mixed into every step as `sft.pretraining_ratio` says, so that the model does not forget what it
+    learned from such text."""
+    eval_pretraining: tuple[DataSource, ...] = ()
+    """Held-out plain text, whose loss is reported apart. Where it names none, `eval_fraction` of `pretraining`."""
+
+    @model_validator(mode="after")
+    def _pretraining_is_text(self) -> SFTData:
+        for name in ("pretraining", "eval_pretraining"):
+            for source in getattr(self, name):
+                if source.kind != "text":
+                    raise ValueError(
+                        f"{name} has {source.path} of kind {source.kind!r}, and it takes plain text only; give kind text, or "
+                        "move the set to train"
+                    )
+        if self.eval_pretraining and not self.pretraining:
+            raise ValueError(
+                "eval_pretraining is set, but pretraining names no text; set pretraining, or move the text to eval"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_source(self) -> SFTData:
+        names = list(dict.fromkeys(source_names(self.train)))
+        weights = self.mixing.weights if self.mixing is not None else None
+        if weights is not None and len(weights) != len(names):
+            raise ValueError(
+                f"mixing.weights holds {len(weights)} numbers for {len(names)} sets to train on ({', '.join(names)}); give "
+                "each one, in this order"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_named_once(self) -> SFTData:
+        twice = sorted({task for task in self.hold_out_tasks if self.hold_out_tasks.count(task) > 1})
+        if twice:
+            raise ValueError(f"hold_out_tasks names {', '.join(map(repr, twice))} more than once; name each task once")
+        return self
 
 
 class RewardData(TrainingData):

@@ -18,6 +18,7 @@ from rlhf_dist.config.base import (
     PositiveInt,
     Schema,
 )
+from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
@@ -140,6 +141,19 @@ class TrainedModel(ModelHost):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters in place of the model's own weights; null trains these. What is saved as `model/` has the
+    adapters merged into its matrices; beside it, `adapter/` holds them alone, in peft's format."""
+
+    @model_validator(mode="after")
+    def _adapters_freeze_already(self) -> TrainedModel:
+        if self.lora is not None and self.freeze.any:
+            raise ValueError(
+                "lora is set, which freezes all of the model but the adapters (and a scalar head), and so is freeze; remove "
+                "one of the two (to adapt some layers only, name them in lora.target_modules)"
+            )
+        return self
 
 
 class InheritedTrainedModel(TrainedModel):

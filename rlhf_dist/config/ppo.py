@@ -193,6 +193,15 @@ class PPOStage(Schema):
         return self
 
     @model_validator(mode="after")
+    def _average_is_of_weights(self) -> PPOStage:
+        if self.policy.lora is not None and self.ppo.ema_decay is not None:
+            raise ValueError(
+                f"ppo.ema_decay is {self.ppo.ema_decay} and policy.lora is set, but averages of the two factors of an adapter "
+                "make no average of their product; set one of the two to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _response_fits(self) -> PPOStage:
         if self.rollout.max_response_tokens >= self.data.max_length_tokens:
             raise ValueError(

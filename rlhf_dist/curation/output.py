@@ -41,10 +41,15 @@ class OutputFolder:
         Raises:
             DataError: whatever making the records raises; then nothing of the folder will appear.
         """
+        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        return self.write_lines((line.encode("utf-8") for line in lines), name)
+
+    def write_lines(self, lines: Iterable[bytes], name: str = RECORDS) -> int:
+        """Records that are JSON lines already, each with its line end; returns their number."""
         number = 0
-        with (self.path / name).open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        with (self.path / name).open("wb") as file:
+            for line in lines:
+                file.write(line)
                 number += 1
             file.flush()
             os.fsync(file.fileno())

@@ -9,10 +9,10 @@ from rlhf_dist.data.datasets import (
     load_preferences,
     load_prompts,
     load_sequences,
-    load_sft,
 )
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text, stop_token_ids
 from rlhf_dist.data.sampler import EpochSampler
+from rlhf_dist.data.sft import SFTSets, load_sft
 from rlhf_dist.data.store import DataReport
 from rlhf_dist.data.tokenizer import load_tokenizer
 
@@ -22,6 +22,7 @@ __all__ = [
     "Message",
     "PreferenceDataset",
     "PromptDataset",
+    "SFTSets",
     "SequenceDataset",
     "Split",
     "encode_conversation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
-from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
+from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
+from rlhf_dist.config import DataSettings, DataSource, RewardData, TrainingData
 from rlhf_dist.config.data import source_names
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
+from rlhf_dist.data.near_ties import NearTieCounts
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.splitting import hold_out
@@ -26,15 +28,20 @@ from rlhf_dist.errors import DataError
 T = TypeVar("T")
 R = TypeVar("R")
 Indices = Sequence[int] | Tensor
+_COUNTED_AT_ONCE = 4096
+"""Records whose margins are looked at together."""
 
 
 class SequenceDataset:
     """Sequences with their targets; an item is a conversation, or a chunk of a plain text."""
 
-    def __init__(self, rows: Sequence[Encoded], report: DataReport) -> None:
+    def __init__(self, rows: Sequence[Encoded], report: DataReport, groups: Sequence[str] = ()) -> None:
+        """`groups`: which group each row belongs to, such as the set it comes from; none: all to one group `""`."""
         self._ids = Ragged([ids for ids, _ in rows])
         self._masks = Ragged([mask for _, mask in rows], dtype=np.bool_)
         self.report = report
+        self.groups: dict[str, Tensor] = _members(groups or [""] * len(rows))
+        """Group → its items, rising; the groups in the order of their first items."""
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -42,6 +49,11 @@ class SequenceDataset:
     @property
     def lengths(self) -> np.ndarray:
         """[len] int64 tokens of each item."""
+        return self._ids.lengths
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[len] int64 tokens of each item's longest sequence: its only one."""
         return self._ids.lengths
 
     def batch(self, indices: Indices) -> TokenBatch:
@@ -65,15 +77,17 @@ class PreferenceDataset:
         self._ids = Ragged([ids for record in records for ids in record.sequences])
         self._response_tokens = Ragged([record.response_tokens for record in records])
         self._cut = Ragged([record.cut for record in records], dtype=np.bool_)
-        self.sources = tuple(sources) or ("",) * len(records)
-        """The name of the set that each item comes from."""
+        self._sources = tuple(sources) or ("",) * len(records)
         sizes = [len(record.sequences) for record in records]
         self._starts = np.concatenate(([0], np.cumsum(sizes)))
+        self._rows = np.arange(len(sizes))
+        """Items → records."""
         self._ranks = Ragged([preference.ranks for preference in preferences])
         self._ratings = Ragged(
             [preference.ratings or [0.0] * size for preference, size in zip(preferences, sizes, strict=True)],
             np.float32,
         )
+        self._rated = np.array([preference.ratings is not None for preference in preferences])
         self.most_responses = max(sizes, default=0)
         """Of one prompt."""
         self.num_with_margins = sum(p.ratings is not None and p.ratings[0] > p.ratings[-1] for p in preferences)
@@ -81,28 +95,58 @@ class PreferenceDataset:
         self.report = report
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._rows)
 
     @property
     def lengths(self) -> np.ndarray:
         """[len] int64 tokens of each item, all its responses."""
-        return np.add.reduceat(self._ids.lengths, self._starts[:-1])
+        return np.add.reduceat(self._ids.lengths, self._starts[:-1])[self._rows]
+
+    def keeping(self, items: Indices) -> PreferenceDataset:
+        """The same set with the items `items` only."""
+        kept = copy.copy(self)
+        kept._rows = self._rows[np.asarray(items, dtype=np.int64)]
+        return kept
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[len] int64 tokens of each item's longest sequence."""
+        return np.maximum.reduceat(self._ids.lengths, self._starts[:-1])[self._rows]
 
     def batch(self, indices: Indices) -> PreferenceBatch:
         """The items `indices`, in that order."""
-        spans = [range(self._starts[int(i)], self._starts[int(i) + 1]) for i in indices]
-        ratings = [row.tolist() for row in self._ratings.pick(indices)]
-        return PreferenceBatch.of(
-            [self._ids.pick(span) for span in spans], [row.tolist() for row in self._ranks.pick(indices)], ratings
-        )
+        records = self._rows_of(indices)
+        spans = [range(self._starts[i], self._starts[i + 1]) for i in records]
+        ratings = [row.tolist() for row in self._ratings.pick(records)]
+        ranks = [row.tolist() for row in self._ranks.pick(records)]
+        rated = [bool(self._rated[i]) for i in records]
+        return PreferenceBatch.of([self._ids.pick(span) for span in spans], ranks, ratings, rated)
+
+    def near_ties(self, below: float) -> NearTieCounts:
+        """How many pairs have a smaller margin than `below`, and how much they weigh."""
+        counts = NearTieCounts(below)
+        for rows in np.split(self._rows, range(_COUNTED_AT_ONCE, len(self._rows), _COUNTED_AT_ONCE)):
+            ranks = pad_rows([row.tolist() for row in self._ranks.pick(rows.tolist())])
+            ratings = pad_rows([row.tolist() for row in self._ratings.pick(rows.tolist())], dtype=torch.float32)
+            sizes = torch.from_numpy(np.diff(self._starts)[rows])
+            counts.add(length_mask(sizes, ranks.shape[1]), ranks, ratings, torch.from_numpy(self._rated[rows]))
+        return counts
 
     def response_tokens(self, indices: Indices) -> Tensor:
         """[len(indices), K] int64 tokens of each response of the items `indices`, its end included; 0 where there is none."""
-        return pad_rows(self._response_tokens.pick(indices)).long()
+        return pad_rows(self._response_tokens.pick(self._rows_of(indices))).long()
 
     def was_cut(self, indices: Indices) -> Tensor:
         """[len(indices), K] bool: which responses of the items `indices` were cut at the longest length."""
-        return pad_rows(self._cut.pick(indices), False, torch.bool)
+        return pad_rows(self._cut.pick(self._rows_of(indices)), False, torch.bool)
+
+    @property
+    def sources(self) -> list[str]:
+        """The name of the set that each item comes from."""
+        return [self._sources[row] for row in self._rows]
+
+    def _rows_of(self, indices: Indices) -> list[int]:
+        return [int(self._rows[int(i)]) for i in indices]
 
 
 class PromptDataset:
@@ -142,43 +186,35 @@ class Split(Generic[T]):
     eval: T | None
 
 
-def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[SequenceDataset]:
-    """Training and held-out sequences; the latter come from `eval`, or are `eval_fraction` of the records of `train`.
-
-    Raises:
-        DataError: a file or record that cannot be used (with its place), or nothing left to train or evaluate on.
-    """
-    bad, bad_held_out = Quarantine(), Quarantine()
-    train = [record for source in data.train for record in read_sequences(source, bad)]
-    held_out = [record for source in data.eval for record in read_sequences(source, bad_held_out)]
-    train, held_out = _split(data, train, held_out, seed)
-    return Split(
-        _encode_sequences(train, data, tokenizer, bad),
-        None if held_out is None else _encode_sequences(held_out, data, tokenizer, bad_held_out),
-    )
-
-
 def load_sequences(
     sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> SequenceDataset:
-    """All records of kinds `instruction`, `messages` and `text`. Errors as `load_sft`."""
+    """All records of kinds `instruction`, `messages` and `text`.
+
+    Raises:
+        DataError: a file or record that cannot be used (with its place), or nothing left.
+    """
     bad = Quarantine()
     records = [record for source in sources for record in read_sequences(source, bad)]
-    return _encode_sequences(records, settings, tokenizer, bad)
+    return encode_sequences(records, settings, tokenizer, bad)
 
 
 def load_preferences(
-    data: RewardData, tokenizer: PreTrainedTokenizerBase, seed: int, use_margins: bool = True
+    data: RewardData,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    use_margins: bool = True,
+    held_out_margins: bool = False,
 ) -> Split[PreferenceDataset]:
     """Training and held-out pairs and rankings; no prompt is on both sides of a split by `eval_fraction`.
 
-    `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read; those of `eval` never
-    are, since the held-out loss is without them. Errors as `load_sft`.
+    `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read. `held_out_margins`: whether
+    those of `eval` are, which the held-out loss is without. Errors as `load_sequences`.
     """
     bad, bad_held_out = Quarantine(), Quarantine()
     train = _named_preferences(data.train, seed, use_margins, bad)
-    held_out = _named_preferences(data.eval, seed, False, bad_held_out)
-    train, held_out = _split(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
+    held_out = _named_preferences(data.eval, seed, held_out_margins, bad_held_out)
+    train, held_out = split_records(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
     return Split(
         _encode_preferences(train, data, tokenizer, bad),
         None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out),
@@ -204,7 +240,7 @@ def load_prompts(
     on_too_long: Literal["error", "skip", "truncate"] = "error",
 ) -> PromptDataset:
     """Prompts to generate from. A longer one than `max_prompt_tokens` is left out under `skip`, else refused: prompts
-    are never cut. Errors as `load_sft`."""
+    are never cut. Errors as `load_sequences`."""
     bad = Quarantine()
     prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
     rows, texts, tally = [], [], Tally(bad)
@@ -228,14 +264,15 @@ def load_prompts(
     return PromptDataset(rows, texts, tally.report())
 
 
-def _split(
+def split_records(
     settings: TrainingData,
     train: list[R],
     held_out: list[R],
     seed: int,
     together: Callable[[R], Hashable] | None = None,
 ) -> tuple[list[R], list[R] | None]:
-    """Records to train on and to hold out. Records are split, not chunks: no text is on both sides."""
+    """Records to train on, and held out: `held_out` if there are any, else `eval_fraction` of `train`, or None. Records are
+    split, not chunks: no text is on both sides."""
     if held_out:
         return train, held_out
     if settings.eval_fraction == 0:
@@ -261,15 +298,18 @@ def _prompt_of(preference: Preference) -> Hashable:
     return tuple((message["role"], message["content"].strip()) for message in preference.prompt)
 
 
-def _encode_sequences(
+def encode_sequences(
     records: Sequence[Conversation | Text],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad: Quarantine,
+    groups: Sequence[str] = (),
 ) -> SequenceDataset:
+    """Records as sequences with targets. `groups`: of each record, as in `SequenceDataset`. Errors as `load_sequences`."""
     rows: list[Encoded] = []
+    of_row: list[str] = []
     tally = Tally(bad)
-    for record in records:
+    for number, record in enumerate(records):
         tally.num_records += 1
         with _at(record.location):
             if isinstance(record, Text):
@@ -280,8 +320,9 @@ def _encode_sequences(
             tally.skip(record.location)
         tally.num_tokens += sum(len(ids) for ids, _ in kept)
         rows += kept
+        of_row += [groups[number] if groups else ""] * len(kept)
     _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return SequenceDataset(rows, tally.report())
+    return SequenceDataset(rows, tally.report(), of_row)
 
 
 def _encode_preferences(
@@ -334,6 +375,13 @@ def _readable(messages: tuple[Message, ...]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _members(groups: Sequence[str]) -> dict[str, Tensor]:
+    items: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        items.setdefault(group, []).append(i)
+    return {group: torch.tensor(members, dtype=torch.long) for group, members in items.items()}
 
 
 def _lengths(rows: Sequence[Tensor]) -> Tensor:

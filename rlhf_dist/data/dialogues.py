@@ -26,6 +26,18 @@ _GENERATION_CUE = re.compile(r"\n\nAssistant:\s*$")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
+def chat_messages(row: Fields, field: str) -> Messages:
+    """A chat: a list of messages, or a dialogue as text in the HH form.
+
+    Raises:
+        DataError: neither.
+    """
+    value = row.required(field)
+    if isinstance(value, str) and re.match(r"\s*Human:", value):
+        return _dialogue(row, field, row.checked_text(field, value))
+    return row.checked_messages(field, value)
+
+
 def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
     """Prompt and continuations (the best first) of a preference record. Some of a ranking may be equal, but not all.
 

@@ -170,6 +170,10 @@ def _prefix_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     """Characters by which rendering `messages[:turn + 1]` is longer than the prompt for that turn."""
     before = _render(tokenizer, messages[:turn], generation_prompt=True)
     through = text if turn == len(messages) - 1 else _render(tokenizer, messages[: turn + 1])
+    if not text.startswith(through):
+        through = through.removesuffix(
+            str(tokenizer.eos_token)
+        )  # which some templates end a whole conversation with (Phi 3)
     if not (through.startswith(before) and text.startswith(through)):
         raise DataError(
             f"the chat template renders the messages before assistant turn {turn} (message {turn + 1} of "
@@ -182,8 +186,8 @@ def _prefix_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 def _close_turns(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], last_content: str) -> Rendered:
     """Let every span end with its stop token, and the text with the last span.
 
-    Templates put white space behind the stop token that a model which stops there never writes, and some put the stop
-    token outside their {% generation %} marks.
+    Templates put white space behind the stop token that a model which stops there never writes, and some a second stop token;
+    some put the stop token outside their {% generation %} marks.
     """
     stops = tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids(tokenizer))
     closed: list[Span] = []
@@ -193,6 +197,8 @@ def _close_turns(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span
         stop = next((s for s in stops if behind.startswith(s)), None)
         has_stop = True
         if body.endswith(stops):
+            while (shorter := _without_stop(body, stops)).endswith(stops):
+                body = shorter
             end = start + len(body)
         elif stop is not None:
             end = len(text) - len(behind) + len(stop)
@@ -205,6 +211,10 @@ def _close_turns(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span
         text = text[: at + len(last_content) if at >= 0 else end] + str(tokenizer.eos_token)
         closed[-1] = start, len(text)
     return Rendered(text[: closed[-1][1]], tuple(closed))
+
+
+def _without_stop(body: str, stops: Sequence[str]) -> str:
+    return body.removesuffix(next(stop for stop in stops if body.endswith(stop))).rstrip()
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

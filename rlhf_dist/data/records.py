@@ -5,7 +5,8 @@ How the kinds are read:
 - `instruction`: the user message is `instruction`, then `input` after an empty line where there is one; the assistant's
   is `output`. A `demonstration` (a worked example) goes before the instruction, with an empty line between. With
   `templates`, rows of any columns are rendered into such records first (`templating.py`).
-- `messages`: a chat. It is trained on every assistant turn; as a prompt it is what comes before the last one.
+- `messages`: a chat, as a list of messages or as text with "\\n\\nHuman: " and "\\n\\nAssistant: " before the turns. It is
+  trained on every assistant turn; as a prompt it is what comes before the last one.
 - `text`: plain text, trained on every token.
 - `preference`: a pair (`chosen`, `rejected`, and where it is known the `margin` between them) or a ranking (`responses`,
   the best first, and where they are known their `ratings`, whose differences are the margins). Responses of equal rating
@@ -15,6 +16,8 @@ How the kinds are read:
   judged as plain text.
 - `prompt`: one user message, or a chat that ends with one.
 - `candidates`: a prompt with responses that nobody has judged yet; `curation/candidates.py` reads them.
+
+What is trained on may have a `task`: the kind of task that a record is an example of, by which it can be held out.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from rlhf_dist.config import DataSource, RecordKind
-from rlhf_dist.data.dialogues import is_ranking, preference_messages
+from rlhf_dist.data.dialogues import chat_messages, is_ranking, preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.files import read_rows
@@ -38,9 +41,9 @@ from rlhf_dist.errors import ConfigError, DataError
 R = TypeVar("R")
 
 FIELDS: dict[RecordKind, tuple[str, ...]] = {
-    "instruction": ("instruction", "input", "output", "demonstration"),
-    "messages": ("messages",),
-    "text": ("text",),
+    "instruction": ("instruction", "input", "output", "demonstration", "task"),
+    "messages": ("messages", "task"),
+    "text": ("text", "task"),
     "preference": ("prompt", "chosen", "rejected", "margin", "responses", "ratings"),
     "ratings": ("prompt", "response", "rating"),
     "prompt": ("prompt",),
@@ -55,6 +58,8 @@ class Conversation:
 
     messages: tuple[Message, ...]
     location: str
+    task: str = ""
+    """What kind of task it is an example of; "" where nobody asked, or the record does not say."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Text:
 
     text: str
     location: str
+    task: str = ""
+    """As in `Conversation`."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,15 @@ class Prompt:
     location: str
 
 
-def read_sequences(source: DataSource, quarantine: Quarantine | None = None) -> list[Conversation | Text]:
+def read_sequences(
+    source: DataSource, quarantine: Quarantine | None = None, with_tasks: bool = False
+) -> list[Conversation | Text]:
     """Records of kinds `instruction`, `messages` and `text`.
 
     Args:
         source: where they are.
         quarantine: takes the rows that cannot be used, under `source.on_bad_row: skip`.
+        with_tasks: read the field `task`, too. Otherwise an unrelated column of that name does no harm.
 
     Raises:
         DataError: what cannot be read, with its place.
@@ -118,12 +128,13 @@ def read_sequences(source: DataSource, quarantine: Quarantine | None = None) -> 
     _check_kind(source, ("instruction", "messages", "text"), "supervised training")
 
     def record(row: Fields) -> Conversation | Text:
+        task = row.optional_text("task").strip() if with_tasks else ""
         if source.kind == "text":
-            return Text(row.text("text"), row.location)
+            return Text(row.text("text"), row.location, task)
         if source.kind == "instruction":
             response = {"role": "assistant", "content": row.text("output")}
-            return Conversation((_instruction(row), response), row.location)
-        return Conversation(row.messages("messages"), row.location)
+            return Conversation((_instruction(row), response), row.location, task)
+        return Conversation(chat_messages(row, "messages"), row.location, task)
 
     return _read(source, quarantine, record)
 
@@ -241,7 +252,7 @@ def _prompt(source: DataSource, row: Fields) -> tuple[Message, ...]:
     field = source.kind
     if source.kind == "prompt" and isinstance(row.required(field), str):
         return ({"role": "user", "content": row.text(field)},)
-    messages = row.messages(field)
+    messages = chat_messages(row, field)
     if source.kind == "messages":
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: turns[-1]] if turns else messages

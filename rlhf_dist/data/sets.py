@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.config import DataSet, DataSource
-from rlhf_dist.data.dialogues import preference_messages
+from rlhf_dist.data.dialogues import chat_messages, preference_messages
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import read_fields
@@ -124,7 +124,7 @@ def subject(source: DataSource, row: Fields) -> Hashable:
             row.text("output")
         return row.optional_text("demonstration"), row.text("instruction").strip(), row.optional_text("input").strip()
     if source.kind == "messages":
-        messages = row.messages("messages")
+        messages = chat_messages(row, "messages")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         return _turns(messages[: turns[-1]] if turns else messages)
     if source.kind == "preference":

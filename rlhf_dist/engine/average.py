@@ -18,7 +18,8 @@ class WeightAverage:
     """θ_avg ← d · θ_avg + (1 − d) · θ after every optimiser step (Polyak averaging), in fp32.
 
     θ are the weights the model computes with. Each rank averages its 1/W of every parameter: under ZeRO-3 the shard it
-    holds anyway, else the same part of the whole parameter. It costs 4 bytes / W a parameter, and no communication.
+    holds anyway, else the same part of the whole parameter. It costs 4 bytes / W a parameter, and no communication. Not for a
+    model with adapters: averages of A and of B make no average of B A.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
@@ -37,7 +38,7 @@ class WeightAverage:
     def whole_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         """Name → whole averaged parameter in the model's dtype, a bucket at a time. Collective."""
         for bucket in zero.parameter_buckets(self.model, bucket_bytes):
-            yield {name: self._whole(name, parameter) for name, parameter in bucket}
+            yield {parameter.name: self._whole(parameter.name, parameter.base) for parameter in bucket}
 
     def _whole(self, name: str, parameter: nn.Parameter) -> Tensor:
         shape = getattr(parameter, "ds_shape", parameter.shape)

@@ -89,9 +89,11 @@ def build_lock(name: str) -> Path:
 
 
 def make_optimizer(module: nn.Module, settings: OptimizerConfig, ds_config: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW over the module's parameters; matrices decay, biases, norms and other 1-D parameters do not."""
-    decay = [p for p in module.parameters() if _num_dims(p) > 1]
-    no_decay = [p for p in module.parameters() if _num_dims(p) <= 1]
+    """AdamW over what is trained of the module; matrices decay, biases, norms and other 1-D parameters do not. What is frozen
+    is not the optimiser's: it has no state, and no weight decay moves it."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decay = [p for p in trained if _num_dims(p) > 1]
+    no_decay = [p for p in trained if _num_dims(p) <= 1]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     common: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
     groups = [group for group in groups if group["params"]]

@@ -10,8 +10,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rlhf_dist.config import LoRAConfig
 from rlhf_dist.engine import zero
 from rlhf_dist.engine.average import WeightAverage
+from rlhf_dist.models.adapters import adapter_parameters, has_adapters, save_adapter_config
 
 SHARD_BYTES = 4 * 2**30
 
@@ -26,17 +28,32 @@ def save_pretrained(
 ) -> None:
     """Write `model` so that transformers loads it as is. Collective: every rank calls it, the main one writes.
 
-    A sharded model is gathered and written a file at a time; it is never whole in one process.
+    A sharded model is gathered and written a file at a time; it is never whole in one process. Adapters are merged into the
+    matrices that they belong to.
 
     Args:
         average: write these weights instead of the model's own.
     """
     if average is not None:
         _save_in_parts(model, path, is_main, average.whole_parameters(shard_bytes))
-    elif any(zero.is_sharded(p) for p in model.parameters()):
+    elif has_adapters(model) or any(zero.is_sharded(p) for p in model.parameters()):
         _save_in_parts(model, path, is_main, zero.whole_parameters(model, shard_bytes))
     elif is_main:
         model.save_pretrained(path, safe_serialization=True)
+
+
+def save_adapter(model: Any, config: LoRAConfig, base_model: str, path: Path, *, is_main: bool) -> None:
+    """Write the adapters (and a scalar head) by themselves, as peft loads them onto `base_model`. Collective: every rank calls
+    it, the main one writes."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in adapter_parameters(model):
+        with zero.whole([parameter]):
+            if is_main:
+                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if is_main:
+        path.mkdir(parents=True, exist_ok=True)
+        save_adapter_config(model, config, base_model, path)
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _save_in_parts(model: Any, path: Path, is_main: bool, parts: Iterator[dict[str, Tensor]]) -> None:
@@ -62,6 +79,7 @@ def _write_shard(path: Path, index: int, tensors: dict[str, Tensor]) -> tuple[Pa
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers are no part of adapters, so that names stay."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: t for name, t in model.state_dict().items() if name not in parameters}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf_dist.config import Precision
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.models.adapters import PlainParameter, plain_parameters
 
 FIRST_LOSS_SCALE = 2.0**16
 """What fp16 gradients are scaled by at the start of a run. Static for DeepSpeed: `TrainEngine` moves it."""
@@ -119,25 +120,27 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value.to(parameter.dtype))
 
 
-def parameter_buckets(model: nn.Module, bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
-    """The model's named parameters in order, in buckets of about `bucket_bytes`. Tied parameters appear once."""
-    buckets: list[list[tuple[str, nn.Parameter]]] = []
+def parameter_buckets(model: nn.Module, bucket_bytes: int) -> list[list[PlainParameter]]:
+    """The model's parameters as it has them without adapters, in order, in buckets of about `bucket_bytes`. Tied parameters
+    appear once."""
+    buckets: list[list[PlainParameter]] = []
     size = 0
-    for name, parameter in model.named_parameters():
-        num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    for parameter in plain_parameters(model):
+        base = parameter.base
+        num_bytes = getattr(base, "ds_numel", base.numel()) * base.element_size()
         if not buckets or size + num_bytes > bucket_bytes:
             buckets.append([])
             size = 0
-        buckets[-1].append((name, parameter))
+        buckets[-1].append(parameter)
         size += num_bytes
     return buckets
 
 
 def whole_parameters(model: nn.Module, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Name → whole parameter, a bucket at a time. Collective: every rank must run it to the end.
+    """Name → whole parameter, adapters merged into it, a bucket at a time. Collective: every rank must run it to the end.
 
     A bucket's tensors are valid until the next one is asked for; at no time is more than one bucket whole.
     """
     for bucket in parameter_buckets(model, bucket_bytes):
-        with whole([parameter for _, parameter in bucket]):
-            yield {name: parameter.data for name, parameter in bucket}
+        with whole([source for parameter in bucket for source in parameter.sources]):
+            yield {parameter.name: parameter.value() for parameter in bucket}

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rlhf_dist.algo.logprobs import CHUNK_POSITIONS, taken_logprobs
-from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture, architecture, meta_model
+from rlhf_dist.config import FreezeConfig, LoRAConfig
+from rlhf_dist.planning.architecture import ALL_TRAINED, ELEMENT_BYTES, Architecture, architecture, meta_model
 
 ERROR_BAND = (-0.20, 0.05)
 """By how much the peak of a real training pass may lie below or above the estimate, relative to it. Measured were 18 % to 1 %
@@ -47,6 +48,9 @@ class TrainingPass:
     """Keep each layer's input only, and compute the layer once more in the backward pass."""
     entropy: bool = False
     """Whether entropies are computed, too (PPO)."""
+    freeze: FreezeConfig = ALL_TRAINED
+    lora: LoRAConfig | None = None
+    """What is trained: nothing is kept for what no trained parameter comes before."""
 
     @property
     def num_tokens(self) -> int:
@@ -172,7 +176,7 @@ class _AttentionSizes(TorchFunctionMode):
 @lru_cache(maxsize=1024)
 def _saved_by_layers(run: TrainingPass, checkpointing: bool) -> int:
     """Of everything before the head, at the longest sequences; a mask is assumed, as batches have padding."""
-    model = meta_model(run.model_path, run.scalar, run.precision).train()
+    model = meta_model(run.model_path, run.scalar, run.precision, run.freeze, run.lora).train()
     rows, length = (1, run.num_tokens) if run.packed else (run.rows, run.length)
     ids = torch.empty(rows, length, dtype=torch.long, device="meta")
     mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta")

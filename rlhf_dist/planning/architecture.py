@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_dist.config import FreezeConfig, LoRAConfig
 from rlhf_dist.errors import ModelError
+from rlhf_dist.models.adapters import add_adapters, plain_parameters
 from rlhf_dist.models.loading import DTYPES, load_model_config
+from rlhf_dist.models.trainable import Counts, apply_freeze, count_parameters
 
 ELEMENT_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 """Precision → bytes of an element."""
+ALL_TRAINED = FreezeConfig()
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,11 @@ class Architecture:
     scalar: bool
     """With a scalar head (reward, value) in place of a language-model head."""
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
-    """Name and shape of each parameter, in the model's order; tied ones once."""
+    """Name and shape of each parameter, in the model's order; tied ones once; adapters are none of them."""
+    trained: tuple[tuple[int, ...], ...]
+    """Shapes of what is trained when the model is, adapters among it, in the model's order."""
+    frozen: tuple[tuple[int, ...], ...]
+    """Shapes of the rest."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -50,10 +58,26 @@ class Architecture:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the parameters of each optimiser group (`engine.train`: with and without weight decay) that is not empty."""
-        decay = tuple(math.prod(shape) for _, shape in self.parameters if len(shape) > 1)
-        rest = tuple(math.prod(shape) for _, shape in self.parameters if len(shape) <= 1)
+        """Sizes of the parameters of each optimiser group (`engine.optimizer`: with and without weight decay) that is not
+        empty."""
+        decay = tuple(math.prod(shape) for shape in self.trained if len(shape) > 1)
+        rest = tuple(math.prod(shape) for shape in self.trained if len(shape) <= 1)
         return tuple(group for group in (decay, rest) if group)
+
+    @property
+    def frozen_sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter that is not trained."""
+        return tuple(math.prod(shape) for shape in self.frozen)
+
+    @property
+    def num_trained(self) -> int:
+        """Elements that are trained."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def num_held(self) -> int:
+        """Elements of all parameters and adapters."""
+        return self.num_trained + sum(self.frozen_sizes)
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -84,11 +108,18 @@ class Architecture:
 
 
 @lru_cache(maxsize=32)
-def meta_model(model_path: str, scalar: bool, precision: str = "bf16") -> Any:
-    """The model on the meta device: shapes without numbers.
+def meta_model(
+    model_path: str,
+    scalar: bool,
+    precision: str = "bf16",
+    freeze: FreezeConfig = ALL_TRAINED,
+    lora: LoRAConfig | None = None,
+) -> Any:
+    """The model on the meta device: shapes without numbers; with its adapters, and frozen where it is to be.
 
     Raises:
         ModelError: there is no config at `model_path`, or transformers cannot build what it describes.
+        ConfigError: the model cannot be frozen or adapted like that.
     """
     config = load_model_config(model_path)
     if scalar:
@@ -102,17 +133,32 @@ def meta_model(model_path: str, scalar: bool, precision: str = "bf16") -> Any:
             f"transformers cannot build the model that {model_path!r} describes ({str(error).splitlines()[0]}); give a "
             "decoder-only architecture that it knows"
         ) from error
+    apply_freeze(model, freeze)
+    if lora is not None:
+        add_adapters(model, lora)
     return model
 
 
+def trained_counts(
+    model_path: str, scalar: bool, freeze: FreezeConfig, lora: LoRAConfig | None
+) -> tuple[Counts, Counts]:
+    """(trained, frozen) parameters by part (`models.trainable.count_parameters`). Errors as `meta_model`."""
+    return count_parameters(meta_model(model_path, scalar, "bf16", freeze, lora))
+
+
 @lru_cache(maxsize=32)
-def architecture(model_path: str, scalar: bool = False) -> Architecture:
+def architecture(
+    model_path: str, scalar: bool = False, freeze: FreezeConfig = ALL_TRAINED, lora: LoRAConfig | None = None
+) -> Architecture:
     """Sizes of the model at `model_path`, as a language model or with a scalar head.
 
+    Args:
+        freeze, lora: of a trained model.
+
     Raises:
-        ModelError: see `meta_model`.
+        ModelError, ConfigError: see `meta_model`.
     """
-    model = meta_model(model_path, scalar)
+    model = meta_model(model_path, scalar, "bf16", freeze, lora)
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
     hidden = int(config.hidden_size)
@@ -122,7 +168,9 @@ def architecture(model_path: str, scalar: bool = False) -> Architecture:
     return Architecture(
         model_path=model_path,
         scalar=scalar,
-        parameters=tuple((name, tuple(p.shape)) for name, p in model.named_parameters()),
+        parameters=tuple((plain.name, tuple(plain.base.shape)) for plain in plain_parameters(model)),
+        trained=tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad),
+        frozen=tuple(tuple(p.shape) for p in model.parameters() if not p.requires_grad),
         num_layers=int(config.num_hidden_layers),
         hidden_size=hidden,
         intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),

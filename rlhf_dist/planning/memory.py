@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rlhf_dist.engine.saving import SHARD_BYTES
 from rlhf_dist.planning.activations import TrainingPass, inference_bytes, training_activations
-from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture, architecture
+from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture
 from rlhf_dist.planning.roles import Passes, Role, Work
 from rlhf_dist.planning.sharding import (
     Held,
@@ -81,8 +81,9 @@ def role_memory(role: Role, work: Work) -> RoleMemory:
 
     Raises:
         ModelError: its model's config cannot be read or built.
+        ConfigError: its model cannot be frozen or adapted as asked.
     """
-    model = architecture(role.model_path, role.scalar)
+    model = role.architecture
     size = ELEMENT_BYTES[role.precision]
     model_bytes = size * model.num_parameters
     if role.rollout is not None:
@@ -155,8 +156,9 @@ def _gathered(model: Architecture, sharding: Sharding) -> Items:
     """What ZeRO-3 holds whole while layers are at work, up to its own limits."""
     if sharding.zero_stage < 3 or (sharding.num_ranks == 1 and not sharding.offload_param):
         return {}
-    large = sum(size for size in model.sizes if size > sharding.persistence_threshold)
-    limit = max(sharding.max_live_parameters, max(model.sizes)) + sharding.prefetch_bucket_size
+    sizes = [*model.frozen_sizes, *(size for group in model.groups for size in group)]
+    large = sum(size for size in sizes if size > sharding.persistence_threshold)
+    limit = max(sharding.max_live_parameters, max(sizes)) + sharding.prefetch_bucket_size
     return {"gathered parameters": held(sharding.element_bytes * min(large, limit))}
 
 
@@ -205,7 +207,7 @@ def _loading(rest: Items, model: Architecture, sharding: Sharding) -> Items:
     if sharding.zero_stage == 3:
         twice = 0 if sharding.offload_param else size * sum(sharding.shard(number) for number in model.sizes)
     else:
-        twice = size * model.num_parameters if sharding.zero_stage else 0
+        twice = size * model.num_trained if sharding.zero_stage else 0
     # Moments come with the first step only.
     optimizer = Held(rest["optimiser"].gpu // 3, rest["optimiser"].host // 3)
     return {**rest, "optimiser": optimizer, "checkpoint": checkpoint, "second copy": held(twice)}
@@ -234,25 +236,30 @@ def _training_pass(role: Role, passes: Passes) -> TrainingPass:
         packed=host.packed,
         checkpointing=host.gradient_checkpointing,
         entropy=passes.entropy,
+        freeze=host.freeze,
+        lora=host.lora,
     )
 
 
 def _reducing(role: Role, model: Architecture, sharding: Sharding, states: ModelStates) -> int:
     """On the GPU during backward passes: gradients on their way, and buckets that exist only then."""
-    size, count, stage = sharding.element_bytes, model.num_parameters, sharding.zero_stage
+    size, count, stage = sharding.element_bytes, model.num_trained, sharding.zero_stage
     bucket = min(sharding.reduce_bucket_size, count)
-    if stage == 0 or (stage == 1 and size < 4):
+    if stage == 0 or sharding.keeps_fp32_gradients:
         several = role.num_ranks > 1
         return (4 if stage else size) * bucket * several  # flattened to be reduced
-    fresh = size * max(model.sizes)
+    fresh = size * max(map(max, model.groups))
     if stage == 3:
         return fresh
     # The bucket is allocated whole, however small the model; what is reduced of it is flattened once more.
-    buckets = sharding.reduce_bucket_size * (2 if sharding.overlap_comm else 1) if sharding.contiguous_gradients else 0
+    flattened = bucket if role.num_ranks > 1 else 0
+    if sharding.accumulates_whole:
+        buckets = 0 if role.num_ranks > 1 else sharding.bucket_elements  # (of several ranks: among the gradients)
+        return 4 * (count + buckets + flattened) + fresh
     again = 0
     if size == 4 and any(role.num_micro_batches(passes) > 1 or len(role.update) > 1 for passes in role.update):
         again = states.gradients.gpu  # each micro-batch's are added to those before
-    return size * (buckets + (bucket if role.num_ranks > 1 else 0)) + fresh + again
+    return size * (sharding.bucket_elements + flattened) + fresh + again
 
 
 def _stepping(model: Architecture, sharding: Sharding) -> Held:
@@ -260,7 +267,7 @@ def _stepping(model: Architecture, sharding: Sharding) -> Held:
     size, stage, on_host = sharding.element_bytes, sharding.zero_stage, sharding.offload_optimizer
     largest = max(map(sum, model.groups))
     if stage == 0:
-        return held(4 * largest + (4 * model.num_parameters if size < 4 else 0))
+        return held(4 * largest + (4 * model.num_trained if size < 4 else 0))
     if stage == 3:
         part = min(sum(sharding.shard(number) for number in max(model.groups, key=sum)), sharding.sub_group_size)
         return held(4 * part * (1 if on_host else 2), on_host)
@@ -269,9 +276,10 @@ def _stepping(model: Architecture, sharding: Sharding) -> Held:
 
 
 def _checkpoint(role: Role, model: Architecture, sharding: Sharding) -> int:
-    """Master weights and moments of all ranks; below ZeRO-3 the weights as well; the average."""
-    weights = sharding.element_bytes * model.num_parameters if sharding.zero_stage < 3 else 0
-    states = 12 * model.num_parameters
-    if sharding.zero_stage == 0 and sharding.element_bytes == 4:
-        states = 8 * model.num_parameters
+    """Master weights and moments of all ranks; below ZeRO-3 the weights as well; from ZeRO-2 on what is frozen once
+    more; the average."""
+    stage, size = sharding.zero_stage, sharding.element_bytes
+    weights = size * model.num_held if stage < 3 else 0
+    weights += size * sum(model.frozen_sizes) if stage >= 2 else 0
+    states = (8 if stage == 0 and size == 4 else 12) * model.num_trained
     return weights + states + (4 * model.num_parameters if role.average else 0)

@@ -17,6 +17,7 @@ from rlhf_dist.config import (
     SFTConfig,
     TrainedModel,
 )
+from rlhf_dist.planning.architecture import Architecture, architecture
 
 Command = Literal["sft", "reward", "ppo", "eval"]
 AnyConfig = SFTConfig | RewardConfig | PPOConfig | EvalConfig
@@ -77,6 +78,13 @@ class Role:
     def frozen(self) -> FrozenModel | None:
         """Its settings, if it only runs forward."""
         return self.hosting if isinstance(self.hosting, FrozenModel) else None
+
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes of its model, with what is trained of it. Errors as `architecture`."""
+        if self.trained is None:
+            return architecture(self.model_path, self.scalar)
+        return architecture(self.model_path, self.scalar, self.trained.freeze, self.trained.lora)
 
     @property
     def rollout(self) -> RolloutConfig | None:
@@ -140,10 +148,20 @@ def _supervised(config: SFTConfig | RewardConfig) -> Work:
     pairs = isinstance(config, RewardConfig)
     settings = config.reward if isinstance(config, RewardConfig) else config.sft
     length, each = config.data.max_length_tokens, 2 if pairs else 1
-    step = Passes(settings.batch_size * each, length, 0 if pairs else length - 1, sequences_per_row=each)
+    step = [Passes(settings.batch_size * each, length, 0 if pairs else length - 1, sequences_per_row=each)]
+    if isinstance(config, SFTConfig) and config.sft.pretraining_per_step:
+        step.append(Passes(config.sft.pretraining_per_step, length, length - 1))
     model, inline = config.model, config.cluster == "inline"
     role = Role(
-        "model", model, model.model_path, model.precision, pairs, update=(step,), updates=1, key="model", inline=inline
+        "model",
+        model,
+        model.model_path,
+        model.precision,
+        pairs,
+        update=tuple(step),
+        updates=1,
+        key="model",
+        inline=inline,
     )
     return Work("reward" if pairs else "sft", (role,), 0, 0, 0, 1)
 

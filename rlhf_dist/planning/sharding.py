@@ -64,6 +64,8 @@ class Sharding:
     """Ranks of a ZeRO++ hpZ group, each of which holds a second shard of the parameters; 1 switches it off."""
     step_counter_bytes: int = _STEP_COUNTER_BYTES
     """Of each tensor that is updated."""
+    keeps_fp32_gradients: bool = False
+    """ZeRO-1 in bf16, states on the GPU: DeepSpeed's BF16_Optimizer, with whole fp32 gradients for good."""
 
     @classmethod
     def of(cls, model: TrainedModel | FrozenModel, num_ranks: int) -> Sharding:
@@ -93,8 +95,19 @@ class Sharding:
             persistence_threshold=number("param_persistence_threshold", cls.persistence_threshold),
             sub_group_size=number("sub_group_size", cls.sub_group_size),
             secondary_ranks=number("zero_hpz_partition_size", 1),
+            keeps_fp32_gradients=stage == 1 and model.precision == "bf16" and not offloads("offload_optimizer"),
             step_counter_bytes=0 if uses_cpu_adam(settings) else _STEP_COUNTER_BYTES,  # CPUAdam's are plain numbers
         )
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """ZeRO-1 in 16 bits without BF16_Optimizer: micro-batches add up in whole fp32 gradients, reduced at the step's end."""
+        return self.zero_stage == 1 and self.element_bytes < 4 and not self.keeps_fp32_gradients
+
+    @property
+    def bucket_elements(self) -> int:
+        """ZeRO-1/2: of the buckets that gradients are copied to before they are reduced."""
+        return self.reduce_bucket_size * (1 + self.overlap_comm) * self.contiguous_gradients
 
     def shard(self, size: int) -> int:
         """Elements of a rank's shard of a parameter of `size` elements under ZeRO-3."""
@@ -140,7 +153,7 @@ def frozen_states(model: Architecture, sharding: Sharding) -> ModelStates:
 def trained_states(model: Architecture, sharding: Sharding, rank: int) -> ModelStates:
     """Of a trained model on `rank`."""
     stage = {0: _stage0, 1: _stages12, 2: _stages12, 3: _stage3}[sharding.zero_stage]
-    return stage(model.groups, sharding, rank)
+    return stage(model.groups, model.frozen_sizes, sharding, rank)
 
 
 def largest_states(model: Architecture, sharding: Sharding) -> ModelStates:
@@ -171,31 +184,33 @@ def _persistent(sizes: Sequence[int], sharding: Sharding) -> Held:
     return held(sharding.element_bytes * (whole + second))
 
 
-def _stage0(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> ModelStates:
+def _stage0(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: Sharding, rank: int) -> ModelStates:
     """Whole on every rank, and gradients in the compute precision."""
     count, size = sum(map(sum, groups)), sharding.element_bytes
     master = 4 * count if size < 4 else 0  # in fp32 AdamW updates the parameters themselves
     counters = held(sharding.step_counter_bytes * sum(map(len, groups)), on_host=True)
     return ModelStates(
-        parameters=held(size * count),
+        parameters=held(size * (count + sum(frozen))),
         gradients=held(size * count),
         optimizer=held(master + 8 * count) + counters,
     )
 
 
-def _stages12(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> ModelStates:
+def _stages12(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: Sharding, rank: int) -> ModelStates:
     size, offloads = sharding.element_bytes, sharding.offload_optimizer
     padded = [sharding.padded(group) for group in groups]
     shards = [flat // sharding.num_ranks for flat in padded]
     counters = held(sharding.step_counter_bytes * len(groups), on_host=True)
     optimizer = held(12 * sum(shards), on_host=offloads) + counters
     kept, buffers = Held(), Held()
-    if sharding.zero_stage == 1 and size < 4 and not offloads:
-        # DeepSpeed's BF16_Optimizer: whole fp32 gradients that stay, and those of the backward passes in bf16.
+    if sharding.keeps_fp32_gradients:
+        # Whole fp32 gradients that stay, and those of the backward passes in bf16.
         kept = held(4 * sum(padded))
         gradients = kept + held(size * sum(map(sum, groups)))
     elif size < 4:
         gradients = held(4 * sum(shards))
+        if sharding.accumulates_whole and sharding.num_ranks > 1:
+            gradients += held(4 * sharding.bucket_elements)  # the whole ones lie there until the step is taken
     else:
         # The parameters that the partition meets, each with its whole gradient.
         pairs = zip(groups, shards, strict=True)
@@ -206,7 +221,8 @@ def _stages12(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) ->
         gradients += kept
         # Parameters on their way back to the GPU, and one gradient on its way to the host at both ends.
         buffers = held(size * (sum(shards) + largest), on_host=True) + held(size * largest)
-    return ModelStates(held(size * sum(padded)), Held(), gradients, kept, optimizer, buffers)
+    parameters = held(size * (sum(padded) + sum(frozen)))
+    return ModelStates(parameters, Held(), gradients, kept, optimizer, buffers)
 
 
 def _met(group: Sequence[int], start: int, shard: int) -> int:
@@ -217,7 +233,7 @@ def _met(group: Sequence[int], start: int, shard: int) -> int:
     return sum(met) + max(0, start + shard - max(start, ends[-1]))
 
 
-def _stage3(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> ModelStates:
+def _stage3(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: Sharding, rank: int) -> ModelStates:
     size, offloads = sharding.element_bytes, sharding.offload_optimizer
     sizes = [number for group in groups for number in group]
     count = _shards(sizes, sharding)
@@ -229,8 +245,8 @@ def _stage3(groups: Sequence[Sequence[int]], sharding: Sharding, rank: int) -> M
         kept += held(4 * count, on_host=True)  # what AdamW reads, which is allocated for good there
     bucket = sharding.reduce_bucket_size if sharding.contiguous_gradients else 0
     return ModelStates(
-        parameters=held(size * count, on_host=sharding.offload_param),
-        persistent=_persistent(sizes, sharding),
+        parameters=held(size * (count + _shards(frozen, sharding)), on_host=sharding.offload_param),
+        persistent=_persistent([*sizes, *frozen], sharding),
         gradients=kept,
         gradients_kept=kept,
         optimizer=held(12 * count, on_host=offloads) + counters,

@@ -93,6 +93,9 @@ def memory(plan: Plan) -> Table:
         f"buckets, AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB "
         f"NCCL, {FRAGMENTATION:.0%} fragmentation."
     )
+    for name, needs in plan.memory.items():
+        if needs.role.trained is not None and needs.model.frozen:
+            note += f" Of {name}, {needs.model.num_trained:,} of {needs.model.num_held:,} parameters are trained."
     header = ("role", "layout", "phase", "param.", "grad.", "optim.", "buffers", "activ.", "logits", "other")
     return Table("Memory of a rank", (*header, "allow.", "GPU"), rows, note)
 
@@ -269,6 +272,7 @@ def _role_data(needs: RoleMemory) -> dict[str, Any]:
     return {
         "model_path": needs.role.model_path,
         "num_parameters": needs.model.num_parameters,
+        "num_trained_parameters": needs.model.num_trained if needs.role.trained else 0,
         "num_ranks": needs.role.num_ranks,
         "phases": {
             phase: {what: asdict(held) for what, held in items.items()} for phase, items in needs.phases.items()

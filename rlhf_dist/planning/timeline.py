@@ -186,17 +186,20 @@ class _Clock:
         }
 
     def update(self, role: Role) -> Seconds:
-        """All optimiser steps: forward, backward (twice the forward, and once more with checkpointing), collectives, AdamW."""
+        """All optimiser steps: forward, backward (twice the forward, less what weights that are frozen save; and once more with
+        checkpointing), collectives, AdamW."""
         if not role.update or role.trained is None:
             return {}
         model, sharding = self._model(role), self._sharding(role)
-        passes = 4 if role.trained.gradient_checkpointing else 3
+        # Forward, gradients of activations, and of those weights that are trained.
+        passes = (3 if role.trained.gradient_checkpointing else 2) + model.num_trained / model.num_held
         flops = sum(passes * self._flops(model, role.sequences_per_rank(p), p) for p in role.update)
         micro_batches = sum(role.num_micro_batches(p) for p in role.update)
-        count, size = model.num_parameters, sharding.element_bytes
+        count, size = model.num_trained, sharding.element_bytes
         stage = sharding.zero_stage
         if stage == 3:
-            moved = micro_batches * 3 * size * count  # gathered for forward and for backward; gradients scattered
+            # Gathered for forward and for backward; gradients scattered.
+            moved = micro_batches * size * (2 * model.num_held + count)
         elif stage == 2:
             moved = (micro_batches + 1) * size * count  # gradients scattered each time; parameters gathered once
         else:
@@ -238,7 +241,7 @@ class _Clock:
         return self.cluster.gpu.memory_bytes_per_s * self.rates.decode_efficiency
 
     def _model(self, role: Role) -> Architecture:
-        return architecture(role.model_path, role.scalar)
+        return role.architecture
 
     def _sharding(self, role: Role) -> Sharding:
         host = role.trained or role.frozen

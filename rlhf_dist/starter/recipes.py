@@ -24,7 +24,7 @@ from rlhf_dist.config import (
     RolloutConfig,
     SFTConfig,
     SFTData,
-    SupervisedSettings,
+    SFTSettings,
     TrainedModel,
 )
 from rlhf_dist.config.hosting import InheritedFrozenModel, InheritedTrainedModel, Precision
@@ -85,9 +85,9 @@ class Recipe:
     max_length_tokens: int
     max_response_tokens: int
     micro_batch_size: int
-    pretrain: SupervisedSettings | None
+    pretrain: SFTSettings | None
     """None: the model is pretrained already."""
-    sft: SupervisedSettings
+    sft: SFTSettings
     reward: RewardSettings
     ppo: PPOSettings
     learning_rates: Mapping[str, float]
@@ -104,8 +104,8 @@ TINY = Recipe(
     max_length_tokens=48,
     max_response_tokens=20,
     micro_batch_size=64,
-    pretrain=SupervisedSettings(batch_size=32, num_steps=260),
-    sft=SupervisedSettings(batch_size=32, num_steps=160),
+    pretrain=SFTSettings(batch_size=32, num_steps=260),
+    sft=SFTSettings(batch_size=32, num_steps=160),
     reward=RewardSettings(batch_size=48, num_steps=80),
     ppo=PPOSettings(
         num_iterations=14,
@@ -129,7 +129,7 @@ SMOLLM2 = Recipe(
     max_response_tokens=24,
     micro_batch_size=8,
     pretrain=None,
-    sft=SupervisedSettings(batch_size=16, num_steps=24),
+    sft=SFTSettings(batch_size=16, num_steps=24),
     reward=RewardSettings(batch_size=16, num_steps=40),
     ppo=PPOSettings(
         num_iterations=12,

@@ -26,7 +26,12 @@ METRICS: dict[str, Metric] = {
     "train/grad_norm": Metric("", "global gradient norm before clipping"),
     # Supervised fine-tuning
     "sft/loss": Metric("nats/token", "mean negative log-likelihood of the step's target tokens, before its update"),
-    "sft/eval_loss": Metric("nats/token", "mean negative log-likelihood of the held-out target tokens"),
+    "sft/eval_loss": Metric("nats/token", "mean negative log-likelihood of all held-out target tokens, the text apart"),
+    "sft/pretraining_loss": Metric(
+        "nats/token",
+        "mean negative log-likelihood of the step's plain text, before it is weighted with sft.pretraining_coef",
+    ),
+    "sft/eval_pretraining_loss": Metric("nats/token", "mean negative log-likelihood of the held-out plain text"),
     # Reward model
     "reward_model/loss": Metric(
         "nats", "mean loss of the step's prompts, margins and centering included; a prompt's is the mean over its pairs"
@@ -35,6 +40,20 @@ METRICS: dict[str, Metric] = {
         "fraction", "pairs of the step whose better response scores higher; a prompt counts 1"
     ),
     "reward_model/margin": Metric("score", "mean of score better - score worse of the step's pairs; a prompt counts 1"),
+    "reward_model/near_tie_accuracy": Metric(
+        "fraction",
+        "near-ties of the step (reward.near_ties) whose better response scores higher; weights as in accuracy",
+    ),
+    "reward_model/clear_accuracy": Metric(
+        "fraction",
+        "pairs of the step that are no near-ties whose better response scores higher; weights as in accuracy",
+    ),
+    "reward_model/eval_near_tie_accuracy": Metric(
+        "fraction", "eval_accuracy of the held-out near-ties (reward.near_ties) alone"
+    ),
+    "reward_model/eval_clear_accuracy": Metric(
+        "fraction", "eval_accuracy of the held-out pairs that are no near-ties alone"
+    ),
     "reward_model/eval_loss": Metric(
         "nats", "mean of -log sigmoid(score better - score worse) of the held-out pairs; a prompt counts 1"
     ),
@@ -106,8 +125,17 @@ METRICS: dict[str, Metric] = {
 }
 
 PATTERNS: dict[str, Metric] = {
+    r"sft/eval_loss/source/.+": Metric(
+        "nats/token",
+        "sft/eval_loss of one held-out set, or of what was held out of one set; held-out tasks not counted",
+    ),
+    r"sft/eval_loss/task/.+": Metric(
+        "nats/token", "sft/eval_loss of a task of data.hold_out_tasks, which is not trained on"
+    ),
     r"time/[a-z0-9_]+_s": Metric("s", "wall time of a phase of the step or iteration"),
 }
+_SHOWN = {r"[a-z0-9_]+_s": "<phase>_s", r".+": "<name>"}
+"""Part of a pattern → what the table has in its place."""
 
 _CLOCK = ("time/", "throughput/")
 
@@ -117,7 +145,7 @@ def describe(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
     for pattern, metric in PATTERNS.items():
-        if re.fullmatch(pattern, name):
+        if re.fullmatch(pattern, name, re.DOTALL):
             return metric
     close = difflib.get_close_matches(name, METRICS, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
@@ -141,6 +169,8 @@ def is_clock(name: str) -> bool:
 def metrics_table() -> str:
     """The table as Markdown, for the documentation."""
     rows = [(name, *metric) for name, metric in METRICS.items()]
-    rows += [("time/<phase>_s", *PATTERNS[r"time/[a-z0-9_]+_s"])]
+    for pattern, metric in PATTERNS.items():
+        stem, _, last = pattern.rpartition("/")
+        rows.append((f"{stem}/{_SHOWN[last]}", *metric))
     lines = ["| metric | unit | meaning |", "|---|---|---|"]
     return "\n".join(lines + [f"| `{n}` | {u} | {m.replace('|', chr(92) + '|')} |" for n, u, m in rows]) + "\n"

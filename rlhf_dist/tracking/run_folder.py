@@ -7,6 +7,7 @@ RUN_DIR/
   samples/         generated samples, one file a step
   checkpoints/     step_*/
   model/           the trained model in Hugging Face format
+  adapter/         the adapters alone, in peft's format, where the model was trained with some (`lora`)
   model_ema/       the moving average of a policy's weights, where `ppo.ema_decay` is set
   bad_rows.jsonl   data rows that were left out under `on_bad_row: skip`, with the reasons
   refused_step_*.jsonl   the samples that a step was refused for
@@ -128,6 +129,11 @@ class RunFolder:
     def model_dir(self) -> Path:
         """The trained model in Hugging Face format."""
         return self.path / "model"
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The adapters of the trained model in peft's format, where it has some."""
+        return self.path / "adapter"
 
     @property
     def model_ema_dir(self) -> Path:

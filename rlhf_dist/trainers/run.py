@@ -24,7 +24,9 @@ from rlhf_dist.trainers.checkpoint import Checkpoints
 
 LINE_METRICS = (
     "sft/loss",
+    "sft/pretraining_loss",
     "sft/eval_loss",
+    "sft/eval_pretraining_loss",
     "reward_model/loss",
     "reward_model/accuracy",
     "reward_model/eval_accuracy",
@@ -153,6 +155,10 @@ class Run:
     def save_model(self, model: Trained, files: Mapping[str, str] | None = None) -> None:
         """Write the model to model/, with `files` (name → text) beside its own."""
         self._write_model(self.folder.model_dir, model.save_model, files or {})
+
+    def save_adapter(self, model: Trained) -> None:
+        """Write the model's adapters to adapter/."""
+        self._write_model(self.folder.adapter_dir, model.save_adapter)
 
     def save_average(self, policy: Policy) -> None:
         """Write the moving average of the policy's weights to model_ema/."""

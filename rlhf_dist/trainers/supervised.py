@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.losses import ranked_pairs, ranking_loss
+from rlhf_dist.algo.near_ties import pair_margins
 from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
-from rlhf_dist.data.sampler import EpochSampler
+from rlhf_dist.data.sampler import TRAINING_ORDER, EpochSampler, Sampler
 from rlhf_dist.errors import ConfigError, SampleError
 from rlhf_dist.roles import LanguageModel, LanguageModelScorer, PreferenceModel, Trained
 from rlhf_dist.trainers.checkpoint import Checkpoints
@@ -39,26 +40,60 @@ class Task(Protocol):
         """Optimiser step `step` on these training records."""
         ...
 
+    def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
+        """Loss term → the set that it takes its rows from in that step, and their numbers in it."""
+        ...
+
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out records; empty when there are none."""
         ...
 
 
+@dataclass(frozen=True)
+class PretrainingMix:
+    """Plain text that every step of an SFT run takes beside its records."""
+
+    train: Any
+    eval: Any | None
+    per_step: int
+    """Sequences in a step."""
+    coef: float
+    """Weight of the text's mean loss."""
+    sampler: Sampler
+
+    def drawn(self, step: int) -> torch.Tensor:
+        """[per_step] numbers of the step's sequences."""
+        return self.sampler.indices(step * self.per_step, self.per_step)
+
+
 @dataclass
 class SFTTask:
-    """Negative log-likelihood of target tokens."""
+    """Negative log-likelihood of target tokens; of plain text beside them, where there is some."""
 
     model: LanguageModel
     train: Any
     eval: Any | None
+    mix: PretrainingMix | None = None
 
     def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
         """See `Task`."""
-        return self.model.update(self.train.batch(indices), step)
+        batch = self.train.batch(indices)
+        if self.mix is None:
+            return self.model.update(batch, step)
+        return self.model.update(batch, step, self.mix.train.batch(self.mix.drawn(step)), self.mix.coef)
+
+    def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
+        """See `Task`."""
+        return {"lm": (self.train, indices)} | (
+            {} if self.mix is None else {"pretraining": (self.mix.train, self.mix.drawn(step))}
+        )
 
     def evaluate(self) -> dict[str, float]:
-        """`sft/eval_loss`: nats a target token, over all held-out targets."""
-        return {"sft/eval_loss": mean_nll(self.model, self.eval)} if self.eval else {}
+        """See `nll_metrics`; beside them `sft/eval_pretraining_loss`."""
+        metrics = nll_metrics(self.model, self.eval, "sft/eval_loss") if self.eval else {}
+        if self.mix is not None and self.mix.eval is not None:
+            metrics["sft/eval_pretraining_loss"] = mean_nll(self.model, self.mix.eval)
+        return metrics
 
 
 @dataclass
@@ -68,28 +103,56 @@ class RewardTask:
     model: PreferenceModel
     train: Any
     eval: Any | None
+    near_ties_below: float | None = None
+    """Margin below which a pair is a near-tie, where these are told apart."""
 
     def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
         """See `Task`."""
         return self.model.update(self.train.batch(indices), step)
 
+    def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
+        """See `Task`."""
+        return {"rm": (self.train, indices)}
+
     def evaluate(self) -> dict[str, float]:
         """See `pair_metrics`."""
-        return pair_metrics(lambda batch: self.model.score_pairs(batch).result(), self.eval) if self.eval else {}
+        if not self.eval:
+            return {}
+        return pair_metrics(lambda batch: self.model.score_pairs(batch).result(), self.eval, self.near_ties_below)
 
 
 def mean_nll(model: LanguageModelScorer, dataset: Any) -> float:
     """Mean negative log-likelihood over all targets of a set, in nats."""
-    sums = [model.evaluate(dataset.batch(chunk)).result() for chunk in chunks(len(dataset))]
-    return sum(s["nll"] for s in sums) / sum(s["num_targets"] for s in sums)
+    nll, num_targets = _nll_sums(model, dataset, chunks(len(dataset)))
+    return nll / num_targets
 
 
-def pair_metrics(score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any) -> dict[str, float]:
+def nll_metrics(model: LanguageModelScorer, dataset: Any, name: str) -> dict[str, float]:
+    """`name`: nats a target token, over all targets of a set; `name/GROUP`: over those of each group, where it has several."""
+    groups = dataset.groups
+    if len(groups) < 2:
+        return {name: mean_nll(model, dataset)}
+    sums = {group: _nll_sums(model, dataset, items.split(EVAL_CHUNK)) for group, items in groups.items()}
+    total = [sum(parts) for parts in zip(*sums.values(), strict=True)]
+    return {name: total[0] / total[1]} | {f"{name}/{group}": nll / num for group, (nll, num) in sums.items()}
+
+
+def _nll_sums(model: LanguageModelScorer, dataset: Any, pieces: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """Sums of negative log-likelihood and of targets."""
+    sums = [model.evaluate(dataset.batch(piece)).result() for piece in pieces]
+    return sum(s["nll"] for s in sums), sum(s["num_targets"] for s in sums)
+
+
+def pair_metrics(
+    score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any, near_ties_below: float | None = None
+) -> dict[str, float]:
     """Held-out loss, accuracy (equal scores count one half) and score difference of whatever gives [P, K] scores.
 
     Means over prompts of each prompt's mean over its pairs. The loss is without margins and centering, so that runs with
-    other coefficients, and other models, compare.
+    other coefficients, and other models, compare. With `near_ties_below`, also the accuracy of each class of
+    `algo/near_ties.py` that has pairs, over the same weights.
     """
+    classes = torch.zeros(2, 2, dtype=torch.float64)  # near-ties, clear pairs; of each the right ones and all
     sums = torch.zeros(3, dtype=torch.float64)
     for chunk in chunks(len(dataset)):
         batch: PreferenceBatch = dataset.batch(chunk)
@@ -98,10 +161,17 @@ def pair_metrics(score_pairs: Callable[[PreferenceBatch], Tensor], dataset: Any)
         better, worse, weights = ranked_pairs(batch.present, batch.ranks)
         equal = (scores[:, better] == scores[:, worse]) * weights
         sums += torch.stack([loss, pair_sums["accuracy"] + 0.5 * equal.sum(), pair_sums["margin"]])
+        if near_ties_below is not None:
+            right = (scores[:, better] > scores[:, worse]) * weights + 0.5 * equal
+            _, near = pair_margins(batch.ratings, batch.rated, better, worse, near_ties_below)
+            classes += torch.stack([torch.stack([(x * c).sum() for x in (right, weights)]) for c in (near, ~near)])
     means = (sums / len(dataset)).tolist()
-    return dict(
-        zip(("reward_model/eval_loss", "reward_model/eval_accuracy", "reward_model/eval_margin"), means, strict=True)
-    )
+    names = ("reward_model/eval_loss", "reward_model/eval_accuracy", "reward_model/eval_margin")
+    metrics: dict[str, float] = dict(zip(names, means, strict=True))
+    for name, (right, total) in zip(("near_tie", "clear"), classes.tolist(), strict=True):
+        if total:
+            metrics[f"reward_model/eval_{name}_accuracy"] = right / total
+    return metrics
 
 
 def chunks(num: int, size: int = EVAL_CHUNK) -> Iterator[torch.Tensor]:
@@ -135,8 +205,10 @@ class SupervisedTrainer:
         every_steps: int,
         checkpoints: Checkpoints,
         decode: Callable[[Tensor], str] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        """`decode`: [n] token ids → text, for the samples of a refused step."""
+        """`decode`: [n] token ids → text, for the samples of a refused step. `sampler`: which training records a step takes;
+        default: `EpochSampler`, shuffled anew each epoch."""
         self.run_log = run
         self.decode = decode
         self.task = task
@@ -144,7 +216,7 @@ class SupervisedTrainer:
         self.total_steps = total_steps
         self.every_steps = every_steps
         self.checkpoints = checkpoints
-        self.sampler = EpochSampler(len(task.train), run.seed, "training order")
+        self.sampler = sampler or EpochSampler(len(task.train), run.seed, TRAINING_ORDER)
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Train to the end; returns the summary."""
@@ -176,17 +248,18 @@ class SupervisedTrainer:
             try:
                 report = self.task.update(step, indices).result()
             except SampleError as error:
-                raise self.run_log.refused(step + 1, error, self._dump(error, indices)) from error
+                raise self.run_log.refused(step + 1, error, self._dump(error, step, indices)) from error
         return {**report.metrics, **self.run_log.take_times()}
 
-    def _dump(self, error: SampleError, indices: torch.Tensor) -> list[dict[str, Any]]:
-        """The training records that a step was refused for, with their numbers in the training set."""
-        batch = self.task.train.batch(indices)
-        return [
-            {"record": int(indices[row["row"]]), **row}
-            for source, rows in error.rows.items()
-            for row in sample_dump(source, batch, rows, self.decode)
-        ]
+    def _dump(self, error: SampleError, step: int, indices: torch.Tensor) -> list[dict[str, Any]]:
+        """The training records that a step was refused for, with their numbers in the set that they are from."""
+        drawn = self.task.drawn(step, indices)
+        dump: list[dict[str, Any]] = []
+        for source, rows in error.rows.items():
+            dataset, numbers = drawn[source]
+            samples = sample_dump(source, dataset.batch(numbers), rows, self.decode)
+            dump += [{"record": int(numbers[row["row"]]), **row} for row in samples]
+        return dump
 
 
 def _due(step: int, every: int) -> bool:
@@ -195,4 +268,4 @@ def _due(step: int, every: int) -> bool:
 
 def _short(metrics: dict[str, float]) -> dict[str, float]:
     """`sft/eval_loss` → `eval_loss`."""
-    return {name.split("/")[-1]: value for name, value in metrics.items()}
+    return {name.partition("/")[2]: value for name, value in metrics.items()}

@@ -41,7 +41,7 @@ def checksum(name: str, tensor: Tensor) -> int:
 
 
 class WeightSource:
-    """The sending end: a (possibly sharded) model."""
+    """The sending end: a (possibly sharded) model; adapters are sent merged into its matrices."""
 
     def __init__(self, model: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._buckets = zero.parameter_buckets(model, bucket_bytes)
@@ -57,10 +57,11 @@ class WeightSource:
         if index == 0:
             self._checksum = 0
         bucket = self._buckets[index]
-        with zero.whole([parameter for _, parameter in bucket]):
+        with zero.whole([source for parameter in bucket for source in parameter.sources]):
+            values = {parameter.name: parameter.value() for parameter in bucket} if wanted else {}
             # Of the weights where they are computed with, so that copies are checked, too, and a GPU does the sums.
-            self._checksum += sum(checksum(name, parameter) for name, parameter in bucket if wanted)
-            return {name: parameter.detach().to("cpu", copy=True) for name, parameter in bucket if wanted}
+            self._checksum += sum(checksum(name, value) for name, value in values.items())
+            return {name: value.to("cpu", copy=True) for name, value in values.items()}
 
     def checksum(self) -> int:
         """Sum over all parameters sent since bucket 0."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_dist.algo.losses import Sums, nll_loss
-from rlhf_dist.batches import StepReport, TokenBatch
+from rlhf_dist.batches import StepReport, TextShare, TokenBatch
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.engine.distributed import RankContext
@@ -31,10 +31,22 @@ class LanguageModelWorker(TrainedWorker):
         logprobs, _ = self.engine(batch.tokens, batch.lengths, batch.loss_mask)
         return nll_loss(logprobs)
 
-    def update(self, batch: TokenBatch, micro_batches: MicroBatches, num_targets: int, step: int) -> StepReport:
-        """One optimiser step; `num_targets` counts the targets of all ranks."""
+    def update(
+        self,
+        batch: TokenBatch,
+        micro_batches: MicroBatches,
+        num_targets: int,
+        step: int,
+        text: TextShare | None = None,
+    ) -> StepReport:
+        """One optimiser step; `num_targets` counts the targets of all ranks. `text` is a term of its own, with a count of its
+        own."""
         self.seed_dropout(step)
-        return self.engine.step([self.nll_term("lm", pick(batch, micro_batches), num_targets)])
+        terms = [self.nll_term("lm", pick(batch, micro_batches), num_targets)]
+        if text is not None:
+            texts = pick(text.batch, text.micro_batches)
+            terms.append(self.nll_term("pretraining", texts, text.num_targets, text.coefficient))
+        return self.engine.step(terms)
 
     def evaluate(self, batch: TokenBatch, micro_batches: MicroBatches) -> dict[str, float]:
         """Sums over this rank's rows: `nll` and `num_targets`."""

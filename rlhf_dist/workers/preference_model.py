@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_dist.algo.losses import Sums, ranking_loss
+from rlhf_dist.algo.losses import Sums, ranked_pairs, ranking_loss
+from rlhf_dist.algo.near_ties import NearTieRule, pair_margins
 from rlhf_dist.batches import PreferenceBatch, StepReport
 from rlhf_dist.config import TrainedModel
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -31,12 +32,14 @@ class PreferenceModelWorker(TrainedWorker):
         template_path: Path | None = None,
         margin_coef: float = 0.0,
         centering_coef: float = 0.0,
+        near_ties: NearTieRule | None = None,
     ) -> None:
         tokenizer: Any = load_tokenizer(config.model_path, template_path)
         module = build_scalar_model(config, context, tokenizer.pad_token_id)
         super().__init__(module, config, context, num_steps, tokenizer)
         self.margin_coef = margin_coef
         self.centering_coef = centering_coef
+        self.near_ties = near_ties
 
     def update(self, batch: PreferenceBatch, micro_batches: MicroBatches, num_prompts: int, step: int) -> StepReport:
         """One optimiser step; `num_prompts` counts those of all ranks."""
@@ -54,7 +57,12 @@ class PreferenceModelWorker(TrainedWorker):
 
     def _ranking_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
         ratings = self.margin_coef * batch.ratings if self.margin_coef else None
-        return ranking_loss(_scores(self.engine, batch), batch.present, ratings, self.centering_coef, batch.ranks)
+        margins = None
+        if self.near_ties is not None:
+            better, worse, _ = ranked_pairs(batch.present, batch.ranks)
+            margins = pair_margins(batch.ratings, batch.rated, better, worse, self.near_ties.below)
+        scores = _scores(self.engine, batch)
+        return ranking_loss(scores, batch.present, ratings, self.centering_coef, batch.ranks, self.near_ties, margins)
 
 
 def _scores(forward: Any, batch: PreferenceBatch) -> Tensor:

@@ -12,10 +12,13 @@ from rlhf_dist.config import TrainedModel
 from rlhf_dist.engine import distributed, zero
 from rlhf_dist.engine.average import WeightAverage
 from rlhf_dist.engine.distributed import RankContext
-from rlhf_dist.engine.saving import save_pretrained
+from rlhf_dist.engine.saving import save_adapter, save_pretrained
 from rlhf_dist.engine.train import TrainEngine, train_init
+from rlhf_dist.errors import TrainingError
+from rlhf_dist.models.adapters import add_adapters, initialise_adapters
 from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
+from rlhf_dist.models.trainable import apply_freeze
 
 
 class TrainedWorker:
@@ -25,6 +28,7 @@ class TrainedWorker:
         self, module: ForwardPass, config: TrainedModel, context: RankContext, num_steps: int, tokenizer: Any
     ) -> None:
         self.context = context
+        self.config = config
         self.tokenizer = tokenizer
         self.engine = TrainEngine(module, config, context, num_steps)
         check_now(self.engine, module)
@@ -54,6 +58,18 @@ class TrainedWorker:
             self.tokenizer.save_pretrained(path)
         distributed.barrier()
 
+    def save_adapter(self, path: Path) -> None:
+        """Write the adapters alone, in peft's format.
+
+        Raises:
+            TrainingError: the model has none.
+        """
+        if self.config.lora is None:
+            raise TrainingError("this model was trained without adapters (lora is null), so there are none to save")
+        is_main = self.context.rank == 0
+        save_adapter(self.model, self.config.lora, self.config.model_path, path, is_main=is_main)
+        distributed.barrier()
+
 
 def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprobs:
     """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
@@ -62,6 +78,7 @@ def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprob
         # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
+    _choose_trained(model, config, context)
     return TargetLogprobs(model, config.packed)
 
 
@@ -82,4 +99,14 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
         zero.assign(head.weight, torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
         if head.bias is not None:
             zero.assign(head.bias, torch.zeros(1))
+    _choose_trained(model, config, context)
     return ScalarHead(model, config.packed)
+
+
+def _choose_trained(model: Any, config: TrainedModel, context: RankContext) -> None:
+    """Freeze what is not trained, and put adapters into the model where there are to be some: the same on every rank. Whole
+    adapters of a sharded model are sharded by DeepSpeed when it takes the model over."""
+    apply_freeze(model, config.freeze)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        initialise_adapters(model, context.seed)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_dist.cli import quickstart
-from rlhf_dist.config import PPOSettings, RewardSettings, SupervisedSettings
+from rlhf_dist.config import PPOSettings, RewardSettings, SFTSettings
 from rlhf_dist.starter.gold import gold_score
 from rlhf_dist.starter.recipes import RECIPES, TINY
 from rlhf_dist.starter.records import StarterSizes, write_records
@@ -35,8 +35,8 @@ SIZES = StarterSizes(
 SMALL = replace(
     TINY,
     max_response_tokens=10,
-    pretrain=SupervisedSettings(batch_size=16, num_steps=12),
-    sft=SupervisedSettings(batch_size=16, num_steps=8),
+    pretrain=SFTSettings(batch_size=16, num_steps=12),
+    sft=SFTSettings(batch_size=16, num_steps=8),
     reward=RewardSettings(batch_size=8, num_steps=4),
     ppo=PPOSettings(
         num_iterations=2,

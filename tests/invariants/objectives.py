@@ -166,10 +166,10 @@ class Trainings:
         """The same four steps."""
         if objective == SFT:
             nll = lambda model, i, trace: plain.nll(model, layouts.TEXTS[i])  # noqa: E731
-            return self._descend(language_model(self.models.policy), SFT, nll)
+            return self.descend(language_model(self.models.policy), SFT, nll)
         if objective == RM:
             ranking = lambda model, i, trace: plain.ranking(model, layouts.RANKINGS[i], **RANKING)  # noqa: E731
-            return self._descend(scalar_model(self.models.reward), RM, ranking)
+            return self.descend(scalar_model(self.models.reward), RM, ranking)
         if objective == VALUE:
             return self.plain_value(self.experience, STEPS)
         if objective == POLICY:
@@ -189,7 +189,7 @@ class Trainings:
             trace.see("ptx_loss", nll)
             return objective + PTX_COEF * nll
 
-        return self._descend(language_model(self.models.policy), POLICY if ptx else EXTENDED_POLICY, loss)
+        return self.descend(language_model(self.models.policy), POLICY if ptx else EXTENDED_POLICY, loss)
 
     def plain_value(self, experience: Experience, steps: Any) -> Reference:
         """Clipped squared errors."""
@@ -197,11 +197,10 @@ class Trainings:
         def loss(model: Any, i: int, trace: plain.Trace) -> Tensor:
             return plain.value_error(model, experience.rows(steps[i]), VALUE_CLIP, trace)
 
-        return self._descend(scalar_model(self.models.value), VALUE, loss)
+        return self.descend(scalar_model(self.models.value), VALUE, loss)
 
-    def _descend(
-        self, model: Any, objective: str, loss_of_step: Callable[[Any, int, plain.Trace], Tensor]
-    ) -> Reference:
+    def descend(self, model: Any, objective: str, loss_of_step: Callable[[Any, int, plain.Trace], Tensor]) -> Reference:
+        """Steps on whatever loss, with the optimiser of `objective`."""
         start, after = copied(model), []
 
         def loss(i: int, trace: plain.Trace) -> Tensor:

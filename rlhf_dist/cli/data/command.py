@@ -46,6 +46,16 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.judge:JudgeConfig",
         "rlhf_dist.cli.data.judge:run",
     ),
+    "dedup": Action(
+        "remove exact and near duplicates, and records that evaluation sets contain",
+        "rlhf_dist.config.curation.dedup:DedupConfig",
+        "rlhf_dist.cli.data.dedup:run",
+    ),
+    "mix": Action(
+        "mix sets in chosen shares",
+        "rlhf_dist.config.curation.mix:MixConfig",
+        "rlhf_dist.cli.data.mix:run",
+    ),
 }
 
 

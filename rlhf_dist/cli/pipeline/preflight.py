@@ -90,7 +90,11 @@ class Preflight:
         if session is not None:
             session.check(prepared.specs)
         self._configs[stage.name] = config
-        return prepared.facts
+        shares = {
+            f"share of {row['source']}": f"{row['share']:.2%} of an epoch's records ({row['taken']} of {row['available']})"
+            for row in prepared.shares
+        }
+        return prepared.facts | shares
 
     def _data(self, stage: Stage) -> dict[str, Any]:
         started = time.perf_counter()

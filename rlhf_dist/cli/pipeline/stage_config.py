@@ -48,4 +48,6 @@ def _sources(item: Any, locate: Locate) -> list[Any]:
     found = reference(item.get("path")) if isinstance(item, dict) else None
     if found is None:
         return [_located(item, locate)]
-    return [item | {"path": str(path)} for path in locate(found)]
+    # A set of several files is one source, called as the set is.
+    name = item.get("name") or found.output
+    return [item | {"path": str(path), "name": name} for path in locate(found)]

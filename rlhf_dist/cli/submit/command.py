@@ -4,6 +4,7 @@ in a queue."""
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,10 @@ def _slurm(options: argparse.Namespace) -> None:
         _check_container(options.container)
     request = SlurmRequest(**given)
     config, path, overrides = _checked(options.command, options.arguments, request.array)
-    request = with_room(request, config)
+    asked, request = request, with_room(request, config)
+    for name in ("gpus_per_node", "cpus_per_node"):
+        if (number := getattr(request, name)) != getattr(asked, name):
+            sys.stderr.write(f"--{name.replace('_', '-')} is not given; the roles ask for {number}\n")
     job = SlurmJob(request, options.command, path, overrides)
     if options.dry_run:
         print(job.render(), end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ _OPTION = {"GPU": "--gpus-per-node", "CPU": "--cpus-per-node"}
 
 
 def with_room(request: SlurmRequest, config: Any) -> SlurmRequest:
-    """The request, completed by the GPUs and CPUs that the roles ask for where nobody says how many (and a word about it).
+    """The request, completed by the GPUs and CPUs that the roles ask for where nobody says how many.
 
     Raises:
         ConfigError: how many cannot be known.
@@ -39,7 +38,7 @@ def with_room(request: SlurmRequest, config: Any) -> SlurmRequest:
     plans = {name: plan_placement(roles, device) for name, roles in runs.items()}
     if device == "cuda" and request.gpus_per_node is None and "GPU" not in elsewhere:
         most = max(plan.total_gpus for plan in plans.values())
-        request = replace(request, gpus_per_node=_told("GPU", math.ceil(most / request.nodes)))
+        request = replace(request, gpus_per_node=math.ceil(most / request.nodes))
     if request.cpus_per_node is None and "CPU" not in elsewhere:
         request = _with_cpus(request, device, list(plans.values()), "GPU" in elsewhere)
     given = {"GPU": request.gpus_per_node, "CPU": request.cpus_per_node}
@@ -75,20 +74,15 @@ def _device(wanted: str, request: SlurmRequest, elsewhere: bool) -> str:
 def _with_cpus(request: SlurmRequest, device: str, plans: Sequence[PlacementPlan], unknown_gpus: bool) -> SlurmRequest:
     total = math.ceil(max((plan.total_cpus for plan in plans), default=1))
     if request.nodes == 1:
-        return replace(request, cpus_per_node=_told("CPU", total))
+        return replace(request, cpus_per_node=total)
     if device == "cuda" and request.gpus_per_node and not unknown_gpus:
         # Each rank has a GPU, or a share of one: whichever lie on a node, there are no more of them than GPUs.
         each = max(bundle["CPU"] for plan in plans for r in plan.reservations for bundle in r.bundles)
-        return replace(request, cpus_per_node=_told("CPU", math.ceil(each * request.gpus_per_node)))
+        return replace(request, cpus_per_node=math.ceil(each * request.gpus_per_node))
     raise ConfigError(
         f"--cpus-per-node is not given, and the roles ask for {total} CPUs on {request.nodes} nodes; give at least "
         f"{math.ceil(total / request.nodes)}"
     )
-
-
-def _told(resource: str, number: int) -> int:
-    sys.stderr.write(f"{_OPTION[resource]} is not given; the roles ask for {number}\n")
-    return number
 
 
 def _check(

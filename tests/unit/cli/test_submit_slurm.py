@@ -265,8 +265,9 @@ def test_what_is_not_said_is_asked_for_as_the_roles_need_it(
     options = dict(line[8:].partition("=")[::2] for line in shown.out.splitlines() if line.startswith("#SBATCH --"))
     assert options.get("--gpus-per-node") == (gpus and str(gpus))
     assert options.get("--cpus-per-task") == (cpus and str(cpus))
-    told = [name for name in ("gpus", "cpus") if f"--{name}-per-node" not in line and options.get(f"--{name}-per-node")]
-    assert all(f"--{name}-per-node is not given" in shown.err for name in told)
+    for option, number in (("--gpus-per-node", gpus), ("--cpus-per-node", cpus)):
+        told = f"{option} is not given; the roles ask for {number}\n" in shown.err
+        assert told == (number is not None and option not in line)
 
 
 @pytest.mark.parametrize(("resume", "exit_code"), [("no", 0), ("auto", 2)])

@@ -91,12 +91,13 @@ class Echo:
             )
         return concat_rows(parts)
 
-    def update(self, batch: Any, micro_batches: Any, count: int, step: int) -> StepReport:
-        self.calls.append((batch, micro_batches, count, step))
-        sums = {"loss": 0.0}
-        for micro in micro_batches:
-            sums["loss"] += float(batch.rows(micro).loss_mask.sum()) * 2
-        return StepReport({"lm": sums}, grad_norm=1.5, learning_rate=0.1)
+    def update(self, batch: Any, micro_batches: Any, count: int, step: int, text: Any = None) -> StepReport:
+        self.calls.append((batch, micro_batches, count, step) + (() if text is None else (text,)))
+        sums = {"lm": {"loss": sum(float(batch.rows(micro).num_targets) * 2 for micro in micro_batches)}}
+        if text is not None:
+            targets = sum(float(text.batch.rows(micro).num_targets) for micro in text.micro_batches)
+            sums["pretraining"] = {"loss": targets * 5}
+        return StepReport(sums, grad_norm=1.5, learning_rate=0.1)
 
     def update_ppo(
         self, experience: Any, steps: Any, ptx: Any, kl_loss_coef: float, measure_terms: bool
@@ -189,6 +190,21 @@ def test_every_rank_divides_by_the_count_of_all(group: ThreeRanks):
     assert {(count, step) for worker in group.workers for *_, count, step in worker.calls} == {(batch.num_targets, 7)}
     assert report.metrics["sft/loss"] == pytest.approx(2)  # each target counted once, whatever its rank
     assert report.metrics["train/grad_norm"] == 1.5
+
+
+@pytest.mark.parametrize("num_texts", [5, 1])  # with 1 text, two ranks have none
+def test_text_beside_a_batch_is_split_and_counted_by_itself(group: ThreeRanks, num_texts: int):
+    batch, text = token_batch([3, 8, 5, 2, 6]), token_batch([9, 4, 7, 3, 5][:num_texts], seed=1)
+    report = proxies.LanguageModelRole(group, 1).update(batch, 7, text, 0.25).result()
+    sent = []
+    for worker in group.workers:
+        *_, count, step, share = worker.calls[0]
+        assert (count, step, share.num_targets, share.coefficient) == (batch.num_targets, 7, text.num_targets, 0.25)
+        sent += [share.batch.rows([row]).tokens[0].tolist() for micro in share.micro_batches for row in micro]
+    assert sorted(sent) == sorted(text.rows([row]).tokens[0].tolist() for row in range(num_texts))
+    assert len({len(worker.calls[0][-1].micro_batches) for worker in group.workers}) == 1
+    assert report.metrics["sft/loss"] == pytest.approx(2)
+    assert report.metrics["sft/pretraining_loss"] == pytest.approx(5)  # before the coefficient
 
 
 def test_a_ppo_update_sends_every_row_of_every_step_once(group: ThreeRanks):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf_dist.data import EpochSampler
 from rlhf_dist.data.ratings import pair_by_rating
+from rlhf_dist.data.sampler import LengthGroupedSampler
 
 RATINGS = st.lists(st.sampled_from([-4.0, -1.2, 0.0, 0.3, 1.0, 3.5]), max_size=30)
 
@@ -71,3 +73,62 @@ def test_refusals():
         EpochSampler(0, 0, "s")
     with pytest.raises(ValueError, match="must not be negative"):
         EpochSampler(1, 0, "s").indices(-1, 1)
+
+
+def by_length(num_items: int, batch_size: int, seed: int = 7) -> LengthGroupedSampler:
+    lengths = np.random.default_rng(num_items).integers(1, 500, num_items)
+    return LengthGroupedSampler(EpochSampler(num_items, seed, "s"), lengths, batch_size, seed, "s/by length")
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 90), st.lists(st.integers(0, 9), max_size=6))
+def test_grouped_by_length_any_cut_gives_the_same_sequence_and_an_epoch_every_item(
+    num_items, batch_size, start, counts
+):
+    whole = by_length(num_items, batch_size).indices(start, sum(counts))
+    parts, at = [torch.zeros(0, dtype=torch.long)], start
+    for count in counts:
+        parts.append(by_length(num_items, batch_size).indices(at, count))
+        at += count
+    assert torch.equal(whole, torch.cat(parts))
+    for epoch in range(3):
+        items = by_length(num_items, batch_size).indices(epoch * num_items, num_items)
+        assert sorted(items.tolist()) == list(range(num_items))
+
+
+def test_items_of_a_step_are_of_like_length():
+    """Also in later epochs, which do not begin where a step does; of the steps at a border nothing is asked."""
+    num_items, batch_size = 1003, 8
+    grouped, drawn = by_length(num_items, batch_size), EpochSampler(num_items, 7, "s")
+    lengths = np.random.default_rng(num_items).integers(1, 500, num_items)
+
+    def spread(sampler, step):
+        items = lengths[sampler.indices(step * batch_size, batch_size).numpy()]
+        return items.max() - items.min()
+
+    for epoch in range(3):
+        steps = range(-(-epoch * num_items // batch_size), (epoch + 1) * num_items // batch_size)
+        # A mega-batch of 25 steps holds 200 of lengths up to 500: a step spans some 20.
+        assert max(spread(grouped, step) for step in steps) < 60
+        assert min(spread(drawn, step) for step in steps) > 100
+        means = [lengths[grouped.indices(step * batch_size, batch_size).numpy()].mean() for step in steps]
+        # No order of lengths within an epoch: the early steps are not the long ones.
+        assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3
+
+
+def test_which_items_meet_in_a_step_differs_from_epoch_to_epoch_and_by_seed():
+    def steps(seed, epoch):
+        items = by_length(800, 8, seed).indices(epoch * 800, 800).reshape(-1, 8)
+        return {frozenset(step.tolist()) for step in items}
+
+    assert not steps(7, 0) & steps(7, 1)
+    assert not steps(7, 0) & steps(8, 0)
+
+
+def test_grouping_keeps_the_shares_of_what_it_groups():
+    base = EpochSampler(7, 0, "s")
+    grouped = LengthGroupedSampler(base, np.arange(1, 8), batch_size=2, seed=0, stream="g")
+    assert grouped.num_items == 7
+    assert sorted(grouped.indices(7, 7).tolist()) == sorted(base.indices(7, 7).tolist())
+    with pytest.raises(ValueError, match="must not be negative"):
+        grouped.indices(0, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from support.refusing import steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
-from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS
 from rlhf_dist.cluster.proxies import LanguageModelRole
 from rlhf_dist.config import OptimizerConfig
 from rlhf_dist.engine import optimizer
 from rlhf_dist.engine.optimizer import compile_ops, make_optimizer, uses_cpu_adam
 from rlhf_dist.errors import ConfigError
-from rlhf_dist.workers.passes import pick
 
 LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13, 6, 7], seed=step) for step in range(8)]
@@ -85,54 +83,14 @@ def test_it_takes_the_steps_of_torch_adamw(tiny_lm: Path, tmp_path: Path, stage:
 @has_compiler
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
 def test_a_refused_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
-    """Neither a loss nor a gradient that is not finite, nor a veto."""
     results = []
     config = role_config(tiny_lm, written(tmp_path, stage, precision), stage, precision)
     for refuse in (False, True):
         with hosted(LM, config=config, num_steps=3) as group:
-            worker = worker_of(group)
-            engine, healthy = worker.engine, worker._nll
-
-            def term(step: int, how=None, worker=worker, healthy=healthy):
-                made = worker.nll_term("lm", pick(BATCHES[step], [[0, 1], [2, 3], [4]]), BATCHES[step].num_targets)
-                if how is None:
-                    return made
-                bad = int(BATCHES[step].tokens[2, 0])
-
-                def loss(batch):
-                    total, sums = healthy(batch)
-                    return (how(total) if int(batch.tokens[0, 0]) == bad else total), sums
-
-                return type(made)(**{**vars(made), "loss_sum": loss})
-
-            engine.step([term(0)])
-            before = whole_weights(group)
-            if refuse:
-                for how, reason in (
-                    (lambda x: x * math.inf, NON_FINITE_LOSS),
-                    (NaNGradient.apply, NON_FINITE_GRADIENT),
-                ):
-                    report = engine.step([term(1, how)])
-                    assert (report.refused, report.suspects) == (reason, [("lm", 1, 0)])
-                assert engine.step([term(1)], veto=lambda means: "no").refused == "no"
-                assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
-            last = engine.step([term(2)])
-            assert any(not torch.equal(t, before[name]) for name, t in whole_weights(group).items())
-            results.append((whole_weights(group), last.grad_norm))
-    assert results[0][1] == results[1][1]
-    assert all(torch.equal(t, results[0][0][name]) for name, t in results[1][0].items())
-
-
-class NaNGradient(torch.autograd.Function):
-    """x → x, with a gradient of NaN."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient * math.nan
+            results.append(steps_around_refusals(group, BATCHES, refuse))
+    (expected, report), (weights, other) = results
+    assert other.grad_norm == report.grad_norm
+    assert all(torch.equal(t, expected[name]) for name, t in weights.items())
 
 
 @has_compiler

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from support.ranks import run_ranks
+from support.refusing import MICRO, lm_term, steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
-from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS
 from rlhf_dist.cluster.proxies import LanguageModelRole, ReferenceRole
 from rlhf_dist.config import FrozenModel
 from rlhf_dist.engine import loss_scale, zero
@@ -26,7 +25,6 @@ from rlhf_dist.workers.passes import pick
 
 LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13, 6, 7], seed=step) for step in range(4)]
-MICRO = [[0, 1], [2, 3], [4]]
 STAGES = [0, 1, 2, 3]
 
 
@@ -100,50 +98,14 @@ def test_overflows_with_the_optimiser_in_cpu_memory(tiny_lm: Path, tmp_path: Pat
     assert all(torch.equal(t, results[0][1][name]) for name, t in results[1][1].items())
 
 
-def term(worker, batch, how=None):
-    made = worker.nll_term("lm", pick(batch, MICRO), batch.num_targets)
-    healthy, bad = worker._nll, int(batch.tokens[2, 0])
-
-    def loss(micro):
-        total, sums = healthy(micro)
-        return (how(total) if how is not None and int(micro.tokens[0, 0]) == bad else total), sums
-
-    return type(made)(**{**vars(made), "loss_sum": loss})
-
-
-class NaNGradient(torch.autograd.Function):
-    """x → x, with a gradient of NaN at any scale."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient * math.nan
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int):
+    """Nor is a sample named that only overflows at a large scale."""
     results = []
     for refuse in (False, True):
         with hosted(LM, config=config(tiny_lm, stage), num_steps=4) as group:
-            worker = worker_of(group)
-            engine = worker.engine
-            engine.step([term(worker, BATCHES[0])])
-            before = whole_weights(group)
-            if refuse:
-                for how, reason in (
-                    (lambda x: x * math.inf, NON_FINITE_LOSS),
-                    (NaNGradient.apply, NON_FINITE_GRADIENT),
-                ):
-                    report = engine.step([term(worker, BATCHES[1], how)])
-                    # Row 2 of the batch is row 0 of micro-batch 1: none that only overflows at a large scale is named.
-                    assert (report.refused, report.suspects) == (reason, [("lm", 1, 0)])
-                assert engine.step([term(worker, BATCHES[1])], veto=lambda means: "no").refused == "no"
-                assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
-            last = engine.step([term(worker, BATCHES[2])])
-            results.append((whole_weights(group), last.grad_norm, engine._scale.state()))
+            weights, last = steps_around_refusals(group, BATCHES, refuse)
+            results.append((weights, last.grad_norm, worker_of(group).engine._scale.state()))
     assert results[0][1:] == results[1][1:]
     assert all(torch.equal(t, results[0][0][name]) for name, t in results[1][0].items())
 
@@ -185,7 +147,7 @@ def test_measuring_a_terms_gradient_survives_an_overflow(tiny_lm: Path):
     with hosted(LM, config=config(tiny_lm, 2), num_steps=4) as group:
         worker = worker_of(group)
         worker.engine._scale.set(2.0**30)
-        report = worker.engine.step([term(worker, BATCHES[0])], measure_terms=True)
+        report = worker.engine.step([lm_term(worker, BATCHES[0])], measure_terms=True)
     assert report.term_grad_norms["lm"] == pytest.approx(report.grad_norm, rel=1e-6)
 
 
@@ -196,7 +158,7 @@ def test_gradients_that_would_vanish_do_not(tiny_lm: Path):
         with hosted(LM, config=config(tiny_lm, 2), num_steps=4) as group:
             worker = worker_of(group)
             worker.engine._scale.set(scale)
-            shares[scale] = worker.engine.step([term(worker, BATCHES[0])]).grad_norm
+            shares[scale] = worker.engine.step([lm_term(worker, BATCHES[0])]).grad_norm
             small = worker.nll_term("lm", pick(BATCHES[1], MICRO), BATCHES[1].num_targets, coefficient=1e-7)
             shares[scale] = worker.engine.step([small]).grad_norm * 1e7
     assert shares[FIRST_LOSS_SCALE] == pytest.approx(6.86, rel=0.02)

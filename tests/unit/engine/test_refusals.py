@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from support.refusing import BAD_ROW, MICRO, NaNGradient, lm_term, poisoned, steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
-from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS
 from rlhf_dist.cluster.proxies import LanguageModelRole
 from rlhf_dist.errors import SampleError
 from rlhf_dist.workers.passes import pick
 
 LM = "language_model:LanguageModelWorker"
 BATCHES = [token_batch([9, 4, 13, 6, 7], seed=step) for step in range(3)]
-MICRO = [[0, 1], [2, 3], [4]]
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-
-
-def term(worker, batch, loss=None):
-    made = worker.nll_term("lm", pick(batch, MICRO), batch.num_targets)
-    return made if loss is None else type(made)(**{**vars(made), "loss_sum": loss})
-
-
-def poisoned(worker, where: int, how):
-    """The worker's loss, with the micro-batch of the given first token changed by `how`."""
-    first, healthy = int(BATCHES[1].tokens[where, 0]), worker._nll
-
-    def loss(batch):
-        total, sums = healthy(batch)
-        return (how(total) if int(batch.tokens[0, 0]) == first else total), sums
-
-    return loss
-
-
-class FiniteWithNaNGradient(torch.autograd.Function):
-    """x → x, with a gradient of NaN: what a square root at 0 or an overflow in a kernel's backward pass does."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient * math.nan
 
 
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
@@ -55,22 +25,8 @@ def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: st
     for refuse in (False, True):
         config = trained(tiny_lm, zero_stage=stage, precision=precision)
         with hosted(LM, config=config, num_steps=3) as group:
-            worker = worker_of(group)
-            engine = worker.engine
-            engine.step([term(worker, BATCHES[0])])
-            before = whole_weights(group)
-            if refuse:
-                infinite = term(worker, BATCHES[1], poisoned(worker, 2, lambda x: x * math.inf))
-                nan = term(worker, BATCHES[1], poisoned(worker, 2, FiniteWithNaNGradient.apply))
-                for bad, reason in ((infinite, NON_FINITE_LOSS), (nan, NON_FINITE_GRADIENT)):
-                    report = engine.step([bad])
-                    assert report.refused == reason
-                    assert report.suspects == [("lm", 1, 0)]  # row 2 of the batch is row 0 of micro-batch 1
-                report = engine.step([term(worker, BATCHES[1])], veto=lambda means: f"{means['lm']['loss']:.3f}")
-                assert float(report.refused) > 1
-                assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
-            last = engine.step([term(worker, BATCHES[2])])
-            results.append((whole_weights(group), last.grad_norm, last.learning_rate))
+            weights, last = steps_around_refusals(group, BATCHES, refuse)
+            results.append((weights, last.grad_norm, last.learning_rate))
     (expected, *numbers), (actual, *others) = results
     assert others == numbers
     assert all(torch.equal(t, expected[name]) for name, t in actual.items())
@@ -80,11 +36,11 @@ def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: st
 def test_the_error_names_the_rows(tiny_lm: Path, stage: int):
     with hosted(LM, config=trained(tiny_lm, zero_stage=stage), num_steps=3) as group:
         worker = worker_of(group)
-        worker._nll = poisoned(worker, 2, FiniteWithNaNGradient.apply)
+        worker._nll = poisoned(worker, BATCHES[1], NaNGradient.apply)
         role = LanguageModelRole(group, 2)
         with pytest.raises(SampleError, match="the gradient is not finite in optimiser step 1") as caught:
             role.update(BATCHES[1], 0).result()
-    assert caught.value.rows == {"lm": [2]}
+    assert caught.value.rows == {"lm": [BAD_ROW]}
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
@@ -109,8 +65,8 @@ def test_measuring_a_terms_gradient_changes_nothing(tiny_lm: Path, stage: int, p
 def test_steps_passed_over_move_the_schedule_on(tiny_lm: Path):
     with hosted(LM, config=trained(tiny_lm), num_steps=3) as group:
         worker = worker_of(group)
-        first = worker.engine.step([term(worker, BATCHES[0])])
+        first = worker.engine.step([lm_term(worker, BATCHES[0])])
         worker.engine.pass_over(1)
-        last = worker.engine.step([term(worker, BATCHES[2])])
+        last = worker.engine.step([lm_term(worker, BATCHES[2])])
     # Warm-up over one of three steps, then linear: factors 0.5, 1, 0.5.
     assert [first.learning_rate, last.learning_rate] == pytest.approx([0.5e-3, 0.5e-3])

@@ -14,11 +14,31 @@ from rlhf_dist.planning.architecture import architecture
 from rlhf_dist.planning.sharding import Held, Sharding, average_bytes, trained_states
 
 DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
-CROSSED = [("llama", stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+CROSSED = [("llama", stage, precision) for stage in range(4) for precision in ("fp32", "bf16", "fp16")]
 OTHERS = [("tied", 0, "fp32"), ("tied", 1, "bf16"), ("tied", 2, "fp32"), ("tied", 3, "bf16"), ("scalar", 1, "bf16")]
 OTHERS += [("scalar", 3, "fp32"), ("gpt2", 0, "bf16"), ("gpt2", 2, "bf16"), ("gpt2", 3, "bf16")]
 OFFLOADED = [("llama", 2, "zero2_offload"), ("tied", 3, "zero3_offload"), ("llama", 2, "torch_adamw")]
 SMALL_GROUPS = ("llama", 3, "small")
+PARTLY: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 5, "alpha": 10.0}},
+    "lora_names": {"lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"]}},
+    "layers": {"freeze": {"num_layers": 1, "embeddings": True}},
+    "head": {"freeze": {"all_but_head": True}},
+}
+"""What is trained in part."""
+PARTS = [
+    ("llama", stage, f"{part} {precision}")
+    for stage in range(4)
+    for part, precision in (("lora", "fp32"), ("lora", "bf16"), ("layers", "fp32"), ("layers", "bf16"))
+]
+PARTS += [
+    ("scalar", 2, "lora_names bf16"),
+    ("scalar", 3, "lora bf16"),
+    ("scalar", 1, "head fp32"),
+    ("scalar", 3, "head bf16"),
+]
+PARTS += [("tied", 2, "layers fp32"), ("tied", 3, "head bf16"), ("gpt2", 2, "lora bf16"), ("gpt2", 3, "layers fp32")]
+PARTS += [("llama", 2, "lora zero2_offload"), ("llama", 3, "layers zero3_offload"), ("llama", 3, "lora small")]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +69,10 @@ def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: P
     """`kind`: a precision, a file of ds_configs/, `torch_adamw` (offloaded, stepped by torch), or `small`: shards in many
     tensors, nothing persistent, a small bucket."""
     case: dict[str, Any] = {"path": str(models[name]), "scalar": name == "scalar", "zero_stage": stage}
-    if kind in ("fp32", "bf16"):
+    if " " in kind:
+        part, kind = kind.split(" ")
+        case |= PARTLY[part]
+    if kind in ("fp32", "bf16", "fp16"):
         return case | {"precision": kind}
     if kind == "small":
         path = folder / "small.json"
@@ -73,13 +96,19 @@ def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: P
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_every_byte_is_planned(num_ranks: int, models: dict[str, Path], tmp_path: Path):
-    named = [*CROSSED, *OTHERS, *OFFLOADED, SMALL_GROUPS]
+    named = [*CROSSED, *OTHERS, *OFFLOADED, SMALL_GROUPS, *PARTS]
+    check(named, num_ranks, models, tmp_path)
+
+
+def check(named: list[tuple[str, int, str]], num_ranks: int, models: dict[str, Path], tmp_path: Path) -> None:
+    """Each case's plan against its census."""
     cases = [case_of(*name, models, tmp_path) for name in named]
     wrong = []
     for name, case, ranks in zip(named, cases, census.take(cases, num_ranks), strict=True):
         settings = {key: value for key, value in case.items() if key not in ("path", "scalar")}
-        sharding = Sharding.of(trained(Path(case["path"]), **settings), num_ranks)
-        model = architecture(case["path"], case["scalar"])
+        config = trained(Path(case["path"]), **settings)
+        sharding = Sharding.of(config, num_ranks)
+        model = architecture(case["path"], case["scalar"], config.freeze, config.lora)
         for rank, seen in enumerate(ranks):
             states = trained_states(model, sharding, rank)
             at_rest = {
@@ -89,7 +118,7 @@ def test_every_byte_is_planned(num_ranks: int, models: dict[str, Path], tmp_path
                 "gradients": states.gradients_kept.total,
                 "optimizer": states.optimizer.total,
                 "buffers": states.buffers.total,
-                "average": (Held() if case["scalar"] else average_bytes(model, sharding)).total,
+                "average": (Held() if case["scalar"] or config.lora else average_bytes(model, sharding)).total,
             }
             boundary = at_rest | {"gradients": states.gradients.total}
             for when, planned in (("boundary", boundary), ("after", at_rest)):

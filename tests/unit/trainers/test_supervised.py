@@ -14,9 +14,20 @@ from trainers_support import metrics, open_run, texts
 
 from rlhf_dist.batches import PreferenceBatch, UpdateReport
 from rlhf_dist.config import SupervisedSettings
+from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.errors import ConfigError, Preempted, SampleError
+from rlhf_dist.tracking.metrics import check_names
 from rlhf_dist.trainers.checkpoint import Checkpoints
-from rlhf_dist.trainers.supervised import SupervisedTrainer, chunks, mean_nll, num_steps, pair_metrics
+from rlhf_dist.trainers.supervised import (
+    PretrainingMix,
+    SFTTask,
+    SupervisedTrainer,
+    chunks,
+    mean_nll,
+    nll_metrics,
+    num_steps,
+    pair_metrics,
+)
 
 
 class FakeTask:
@@ -31,6 +42,9 @@ class FakeTask:
         self.model.state = (self.model.state * 1.1 + float((indices * torch.arange(1, len(indices) + 1)).sum())) % 1000
         report = UpdateReport({"sft/loss": self.model.state}, 1)
         return self.model.answer("update", report, step, indices.tolist())
+
+    def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
+        return {"lm": (self.train, indices)}
 
     def evaluate(self) -> dict[str, float]:
         self.events.append(("evaluate",))
@@ -183,6 +197,98 @@ def test_the_mean_loss_weighs_targets_and_not_chunks():
 
     first, second = sum(range(512)), sum(range(512, 700))
     assert mean_nll(Scorer(), Numbered(700)) == pytest.approx((2 * first + 4 * second) / (first + second))
+
+
+class Grouped(Numbered):
+    """Item i has i + 1 targets of i nats; even and odd ones are two groups."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__(num)
+        self.groups = {"source/even": torch.arange(0, num, 2), "task/odd": torch.arange(1, num, 2)}
+
+
+class NatsOfItems:
+    """In place of a model, over `Grouped`."""
+
+    def evaluate(self, batch: torch.Tensor) -> Answer:
+        targets = batch + 1.0
+        return Answer([], "", {"nll": float((batch * targets).sum()), "num_targets": float(targets.sum())})
+
+
+def test_the_loss_of_groups_is_over_their_own_targets_and_the_whole_over_all():
+    found = nll_metrics(NatsOfItems(), Grouped(1201), "sft/eval_loss")
+
+    def mean(items: range) -> float:
+        return sum(i * (i + 1) for i in items) / sum(i + 1 for i in items)
+
+    assert found.keys() == {"sft/eval_loss", "sft/eval_loss/source/even", "sft/eval_loss/task/odd"}
+    assert found["sft/eval_loss"] == pytest.approx(mean(range(1201)))
+    assert found["sft/eval_loss/source/even"] == pytest.approx(mean(range(0, 1201, 2)))
+    assert found["sft/eval_loss/task/odd"] == pytest.approx(mean(range(1, 1201, 2)))
+    check_names(found)
+    one = Grouped(10)
+    one.groups = {"source/all": torch.arange(10)}
+    assert nll_metrics(NatsOfItems(), one, "sft/eval_loss").keys() == {"sft/eval_loss"}
+
+
+class FakeLanguageModel(FakeTrained):
+    """In place of a language model: keeps what a step is asked for; every target costs a nat, of text two."""
+
+    def update(self, batch: Any, step: int, text: Any = None, text_coef: float = 0.0) -> Answer:
+        report = UpdateReport({"sft/loss": 1.0} | ({} if text is None else {"sft/pretraining_loss": 2.0}), 1)
+        return self.answer("update", report, step, batch.tokens, None if text is None else text.tokens, text_coef)
+
+    def evaluate(self, batch: Any) -> Answer:
+        return Answer([], "", {"nll": float(batch.num_targets), "num_targets": float(batch.num_targets)})
+
+
+def test_every_step_takes_its_text_by_its_number(tmp_path: Path):
+    events: list[tuple[Any, ...]] = []
+    sampler = EpochSampler(7, 3, "text")
+    mix = PretrainingMix(texts(7), texts(4), per_step=3, coef=0.25, sampler=sampler)
+    task = SFTTask(FakeLanguageModel(events, "model"), texts(10), None, mix)
+    with open_run(tmp_path) as run:
+        summary = trainer(run, task).run(resume=False)  # pyright: ignore[reportArgumentType]
+    updates = [event for event in events if event[0] == "model.update"]
+    assert [event[4] for event in updates] == [0.25] * 5
+    for step, event in enumerate(updates):
+        assert torch.equal(event[3], texts(7).batch(sampler.indices(3 * step, 3)).tokens)
+    logged = metrics(tmp_path)
+    assert all(logged[step]["sft/pretraining_loss"] == 2.0 for step in range(1, 6))
+    assert [step for step in logged if "sft/eval_pretraining_loss" in logged[step]] == [0, 2, 4, 5]
+    assert summary["after"] == {"eval_pretraining_loss": 1.0}
+
+
+def test_text_that_a_step_was_refused_for_is_named_by_its_number_in_the_text(tmp_path: Path):
+    sampler = EpochSampler(7, 3, "text")
+    task = SFTTask(FakeLanguageModel([], "model"), texts(10), None, PretrainingMix(texts(7), None, 3, 1.0, sampler))
+
+    def refuse(*_: Any) -> Answer:
+        raise SampleError("model: a loss is not finite.", {"lm": [0], "pretraining": [2]}, step=0)
+
+    task.model.update = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    with open_run(tmp_path) as run, pytest.raises(SampleError, match="not finite"):
+        trainer(run, task).run(resume=False)  # pyright: ignore[reportArgumentType]
+    rows = [json.loads(line) for line in (tmp_path / "refused_step_000001.jsonl").read_text("utf-8").splitlines()]
+    drawn = EpochSampler(10, 3, "training order").indices(0, 4)
+    assert [(row["source"], row["record"]) for row in rows] == [
+        ("lm", int(drawn[0])),
+        ("pretraining", int(sampler.indices(0, 3)[2])),
+    ]
+
+
+def test_the_order_of_records_may_be_another(tmp_path: Path):
+    class Backwards:
+        num_items = 10
+
+        def indices(self, start: int, count: int) -> torch.Tensor:
+            return 9 - torch.arange(start, start + count) % 10
+
+    task = FakeTask()
+    with open_run(tmp_path) as run:
+        checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
+        SupervisedTrainer(run, task, SETTINGS, 2, 0, checkpoints, sampler=Backwards()).run(resume=False)
+    assert [event[2] for event in task.events if event[0] == "model.update"] == [[9, 8, 7, 6], [5, 4, 3, 2]]
 
 
 class Rankings(Numbered):

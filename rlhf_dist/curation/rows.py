@@ -1,0 +1,87 @@
+"""Rows of sources as records under the field names of their kind, and with the columns that are no fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_dist.config import DataSource
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.records import FIELDS, read_fields
+from rlhf_dist.data.sets import subject
+from rlhf_dist.errors import DataError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A usable record of one of several sources."""
+
+    source: int
+    location: str
+    record: Record
+    """Its fields under the names of its kind, then its other columns; all of it can be written as JSON."""
+    line: str
+    """`record` as a JSON line, with its line end."""
+
+
+def read_records(
+    sources: Sequence[DataSource], quarantine: Quarantine, change: Callable[[int, Record], Record] | None = None
+) -> Iterator[SourceRow]:
+    """The records of sources, one after the other, checked as far as every use of their kind needs.
+
+    Args:
+        sources: where they are.
+        quarantine: takes the rows that cannot be used, under `on_bad_row: skip`.
+        change: what a record is written as, from the number of its source and the record.
+
+    Raises:
+        DataError: what cannot be read or used, with its place; a source of which no row can be used.
+    """
+    for number, source in enumerate(sources):
+        used, known = False, len(quarantine)
+        for row in read_fields(source, quarantine):
+            found = None
+            with quarantine.guard(source.on_bad_row, row.values):
+                subject(source, row)
+                record = source_record(source, row)
+                record = record if change is None else change(number, record)
+                found = SourceRow(number, row.location, record, _line(row.location, record))
+            if found is not None:
+                used = True
+                yield found
+        if not used:
+            raise DataError(
+                f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "
+                f"{quarantine.rows[known].reason}"
+            )
+
+
+def source_record(source: DataSource, row: Fields) -> Record:
+    """A row's fields and other columns; a column that a field was mapped to appears under the field's name only."""
+    fields = {field: row.get(field) for field in FIELDS[source.kind]}
+    record = {field: value for field, value in fields.items() if value is not None}
+    mapped = set(source.fields.values())
+    return record | {name: value for name, value in row.values.items() if name not in fields and name not in mapped}
+
+
+def _line(location: str, record: Record) -> str:
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
+        line.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{location}: a column cannot be written as JSON ({error}); leave it out of the data"
+        ) from error
+    return line
+
+
+def _plain(value: Any) -> Any:
+    """Arrow's dates and decimals, as text."""
+    if isinstance(value, bytes):
+        raise TypeError("it holds bytes")
+    return str(value)

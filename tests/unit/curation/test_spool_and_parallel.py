@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_dist.curation.parallel import ordered_map
+from rlhf_dist.curation.spool import Spool
+from rlhf_dist.errors import WorkerError
+
+
+@given(st.lists(st.binary(max_size=6), max_size=20), st.lists(st.integers(0, 19), max_size=30), st.integers(1, 7))
+def test_a_spool_gives_back_what_it_took(
+    tmp_path_factory: pytest.TempPathFactory, items: list[bytes], wanted: list[int], block: int
+) -> None:
+    with Spool(tmp_path_factory.mktemp("spool") / "s") as spool:
+        for number, item in enumerate(items):
+            spool.append(item)
+            assert spool[number] == item
+        assert list(spool) == items
+        assert spool.lengths().tolist() == [len(item) for item in items]
+        numbers = [number for number in wanted if number < len(items)]
+        assert list(spool.in_order_of(numbers, block)) == [items[number] for number in numbers]
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def die_at_five(number: int) -> int:
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_results_come_in_order_and_the_stream_is_taken_only_as_fast() -> None:
+    taken: list[int] = []
+
+    def stream() -> Iterator[int]:
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    results = ordered_map(square, stream(), 2)
+    assert [next(results) for _ in range(10)] == [square(number) for number in range(10)]
+    assert len(taken) <= 10 + 3 * 2
+    assert list(results) == [square(number) for number in range(10, 50)]
+
+
+def test_a_process_that_dies_ends_the_work_in_plain_words() -> None:
+    with pytest.raises(WorkerError, match=r"one of 1 processes .* died .*lower num_processes"):
+        list(ordered_map(die_at_five, range(20), 1))
+
+
+def test_an_error_of_the_function_comes_out(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(ordered_map(os.stat, [tmp_path, tmp_path / "none"], 1))
