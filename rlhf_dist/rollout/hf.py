@@ -21,12 +21,20 @@ class HFEngine:
     """
 
     def __init__(
-        self, model: Any, stop_token_ids: list[int], *, max_response_tokens: int, temperature: float, seed: int
+        self,
+        model: Any,
+        stop_token_ids: list[int],
+        *,
+        max_response_tokens: int,
+        temperature: float,
+        seed: int,
+        top_p: float = 1.0,
     ) -> None:
         self.model = model.eval()
         self.stop_token_ids = torch.tensor(stop_token_ids)
         self.max_response_tokens = max_response_tokens
         self.temperature = temperature
+        self.top_p = top_p
         self.seed = seed
 
     @torch.no_grad()
@@ -69,7 +77,7 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            tokens, logprobs = sample_tokens(logits, noise[active, t], self.temperature)
+            tokens, logprobs = sample_tokens(logits, noise[active, t], self.temperature, self.top_p)
             out_tokens[active, t], out_logprobs[active, t], lengths[active] = tokens, logprobs, t + 1
             going = ~torch.isin(tokens, stop)
             if not going.any():

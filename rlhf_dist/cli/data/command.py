@@ -31,6 +31,21 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.templates:TemplatesConfig",
         "rlhf_dist.cli.data.templates:run",
     ),
+    "self-instruct": Action(
+        "instruction records that a language model makes up after the example of seed tasks",
+        "rlhf_dist.config.curation.self_instruct:SelfInstructConfig",
+        "rlhf_dist.cli.data.self_instruct:run",
+    ),
+    "responses": Action(
+        "several responses to each prompt, of two or more models or sampling settings, to choose among",
+        "rlhf_dist.config.curation.responses:ResponsesConfig",
+        "rlhf_dist.cli.data.responses:run",
+    ),
+    "judge": Action(
+        "preferences between responses by a language model or a Python function, asked in both orders",
+        "rlhf_dist.config.curation.judge:JudgeConfig",
+        "rlhf_dist.cli.data.judge:run",
+    ),
     "dedup": Action(
         "remove exact and near duplicates, and records that evaluation sets contain",
         "rlhf_dist.config.curation.dedup:DedupConfig",

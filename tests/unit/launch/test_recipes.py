@@ -16,7 +16,11 @@ from rlhf_dist.cli.pipeline import command as pipeline
 from rlhf_dist.cli.plan.arguments import parse
 from rlhf_dist.cli.plan.command import planned
 from rlhf_dist.cli.prepare import ppo_specs
+from rlhf_dist.config.curation.self_instruct import SelfInstructConfig
 from rlhf_dist.config.load import load_config
+from rlhf_dist.curation.prompts import PromptTemplate
+from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, read_seeds
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.planning.placement import plan_placement
 from rlhf_dist.starter.recipes import RECIPES as QUICKSTARTS
@@ -27,11 +31,11 @@ RECIPES = ROOT / "launch" / "recipes"
 COMMANDS = {"gsm8k_sft": "sft", "movie_reward": "reward", "movie_ppo": "ppo", "movie_pipeline": "pipeline"}
 COMMANDS |= {"llama_8b_ppo_64gpu": "ppo"}
 COMMANDS |= {f"llama_{size}_{command}": command for size in ("1b", "8b", "70b") for command in ("sft", "reward", "ppo")}
-OTHERS = {"label"}
-"""Recipes that are tested with their commands: they train nothing."""
 NODES = {name: 1 for name in COMMANDS if name.startswith("llama")}
 """Recipes by the number of nodes of eight GPUs that they are for."""
 NODES |= {"llama_8b_ppo_64gpu": 8, "llama_70b_sft": 4, "llama_70b_reward": 4, "llama_70b_ppo": 8}
+MAKING_DATA = {"self_instruct", "label"}
+"""Recipes that train nothing; tested below and with their commands."""
 RECORDS = {
     "sft": {"messages": [{"role": "user", "content": "calm"}, {"role": "assistant", "content": "kind"}]},
     "reward": {"prompt": "calm", "chosen": "kind", "rejected": "crime"},
@@ -59,7 +63,7 @@ def load(name: str, *overrides: str):
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == COMMANDS.keys() | OTHERS
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == COMMANDS.keys() | MAKING_DATA
     assert set(COMMANDS.values()) <= CONFIG_COMMANDS.keys()
 
 
@@ -108,6 +112,17 @@ def test_movie_pipeline(shared_data: Path, models: dict[str, str], tmp_path: Pat
     assert facts["data: reviews.eval"] == facts["eval: instructions"] == 1061
     assert facts["ppo: prompts"] == 64
     assert facts["eval: prompts"] == facts["ppo: held-out prompts"] == 32
+
+
+def test_self_instruct(shared_data: Path, tmp_path: Path):
+    config = load_config(SelfInstructConfig, RECIPES / "self_instruct.yaml", ["--out_dir", str(tmp_path / "out")])
+    seeds = read_seeds(config.seeds, Quarantine())
+    state = SelfInstruct(config, seeds, PromptTemplate(config.prompt_path, PROMPT))
+    assert len(seeds) == 175
+    assert len(state.next_requests()) == config.generator.batch_size
+    assert (
+        "rlhf-dist data self-instruct launch/recipes/self_instruct.yaml" in (RECIPES / "self_instruct.yaml").read_text()
+    )
 
 
 def test_movie_prompts_held_out_are_other_movies():

@@ -57,3 +57,25 @@ def test_bf16_logits():
     same, _ = sample_tokens(logits.float(), u, 1.0)
     assert torch.equal(tokens, same)
     assert logprobs.dtype == torch.float32
+
+
+def test_temperature_0_takes_the_likeliest_token():
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs = sample_tokens(logits, torch.full((16,), 0.9), 0.0)
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert logprobs.tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"), [(0.05, [1]), (0.49, [1]), (0.51, [1, 3]), (0.74, [1, 3]), (0.76, [0, 1, 3])]
+)
+def test_top_p_draws_from_the_smallest_set_that_reaches_it(top_p: float, expected: list[int]):
+    p = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625], dtype=torch.float64)
+    num = 4000
+    tokens, logprobs = sample_tokens(p.log().expand(num, -1), uniforms(0, "test", 0, [1], num)[0], 1.0, top_p)
+    assert sorted(tokens.unique().tolist()) == expected
+    kept = p[expected] / p[expected].sum()
+    for token, probability in zip(expected, kept.tolist(), strict=True):
+        share = (tokens == token).double().mean().item()
+        assert abs(share - probability) < 4 * (probability * (1 - probability) / num) ** 0.5 + 1e-9
+        assert torch.allclose(logprobs[tokens == token].exp(), torch.tensor(probability))

@@ -1,0 +1,151 @@
+"""Completions from models in this process: with transformers, or with vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_dist.batches import TRUNCATED, PromptBatch, pad_rows
+from rlhf_dist.config.curation.generator import GeneratorConfig
+from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop, request_seed
+from rlhf_dist.data.encoding import encode_prompt, stop_token_ids
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.models.loading import DTYPES, check_causal_lm, context_length, load_causal_lm, load_model_config
+from rlhf_dist.rollout.hf import HFEngine
+
+
+class _Local:
+    """What local engines share: requests become token ids, or the reason why not."""
+
+    def __init__(self, settings: GeneratorConfig) -> None:
+        self.settings = settings
+        model_config = load_model_config(settings.model_path)
+        check_causal_lm(model_config, "generating")
+        self.context = context_length(model_config)
+        self.tokenizer: Any = load_tokenizer(settings.model_path, settings.template_path)
+        self.stop_ids = stop_token_ids(self.tokenizer)
+
+    def encode(self, request: Request) -> list[int] | Completion:
+        """Ids of the prompt; a failed completion where the model cannot take it."""
+        try:
+            if isinstance(request.prompt, str):
+                ids = _encode_open_text(self.tokenizer, request.prompt)
+            else:
+                ids = encode_prompt(self.tokenizer, request.prompt)
+        except DataError as error:
+            return Completion.failed(str(error))
+        longest = request.sampling.max_response_tokens
+        if self.context is not None and len(ids) + longest > self.context:
+            return Completion.failed(
+                f"the prompt has {len(ids)} tokens, which with max_response_tokens {longest} exceeds the model's context of "
+                f"{self.context}; shorten the prompt or lower max_response_tokens"
+            )
+        return ids
+
+    def completion(self, ids: Sequence[int], request: Request, truncated: bool) -> Completion:
+        """The text of response tokens."""
+        whole = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        text, stopped = cut_at_stop(whole, request.sampling.stop)
+        return Completion(text, "length" if truncated and not stopped else "eos", len(ids))
+
+
+class HFGenerator(_Local):
+    """A Hugging Face model, run with the decoding loop of PPO's rollouts (`rollout/hf.py`)."""
+
+    def __init__(self, settings: GeneratorConfig, seed: int) -> None:
+        super().__init__(settings)
+        self.seed = seed
+        device = settings.device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is cuda, but torch finds no GPU here; set device to cpu or auto")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = load_causal_lm(settings.model_path, DTYPES[settings.precision]).to(torch.device(device))
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request; the same on every run for the same requests in the same order."""
+        encoded = [self.encode(request) for request in requests]
+        done: dict[int, Completion] = {row: found for row, found in enumerate(encoded) if isinstance(found, Completion)}
+        rows = [row for row in range(len(requests)) if row not in done]
+        for batch in batches([requests[row] for row in rows], self.settings.batch_size):
+            done.update(self._decode([rows[i] for i in batch], requests, encoded))
+        return [done[row] for row in range(len(requests))]
+
+    def close(self) -> None:
+        """Drop the model."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _decode(self, rows: list[int], requests: Sequence[Request], encoded: Sequence[Any]) -> dict[int, Completion]:
+        sampling = requests[rows[0]].sampling
+        prompts = PromptBatch(
+            tokens=pad_rows([torch.tensor(encoded[row]) for row in rows]),
+            lengths=torch.tensor([len(encoded[row]) for row in rows]),
+            sample_ids=torch.tensor([requests[row].key for row in rows]),
+        )
+        engine = HFEngine(
+            self.model,
+            self.stop_ids,
+            max_response_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=self.seed,
+        )
+        out = engine.generate(prompts, stream=STREAM, iteration=0, policy_version=0)
+        made = {}
+        for i, row in enumerate(rows):
+            start, length = int(out.prompt_lengths[i]), int(out.response_lengths[i])
+            ids = out.tokens[i, start : start + length].tolist()
+            made[row] = self.completion(ids, requests[row], int(out.finish_reasons[i]) == TRUNCATED)
+        return made
+
+
+class VLLMGenerator(_Local):
+    """A Hugging Face model under vLLM. Every request has a seed of its own; vLLM batches them as it sees fit."""
+
+    def __init__(self, settings: GeneratorConfig, seed: int) -> None:
+        super().__init__(settings)
+        from rlhf_dist.rollout.vllm import VLLMEngine
+
+        longest = settings.vllm_options.get("max_model_len")
+        self.context = min((n for n in (self.context, longest) if isinstance(n, int)), default=None)
+        self.seed = seed
+        self.engine = VLLMEngine(
+            settings.model_path,
+            self.stop_ids,
+            precision=settings.precision,
+            max_sequences=settings.batch_size,
+            options=settings.vllm_options,
+        )
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request."""
+        encoded = [self.encode(request) for request in requests]
+        rows = [row for row, found in enumerate(encoded) if not isinstance(found, Completion)]
+        drawn = self.engine.generate(
+            [encoded[row] for row in rows],  # pyright: ignore[reportArgumentType]
+            [requests[row].sampling for row in rows],
+            [request_seed(self.seed, requests[row].key) for row in rows],
+        )
+        done: dict[int, Completion] = {row: found for row, found in enumerate(encoded) if isinstance(found, Completion)}
+        for row, response in zip(rows, drawn, strict=True):
+            done[row] = self.completion(response.token_ids, requests[row], response.truncated)
+        return [done[row] for row in range(len(requests))]
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+
+def _encode_open_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that is to be continued: begun as the tokenizer begins texts, not ended."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+        ids.pop()
+    if not ids:
+        raise DataError(f"the prompt {text[:40]!r} tokenizes to nothing; give it text")
+    return ids

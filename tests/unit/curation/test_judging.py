@@ -1,0 +1,253 @@
+"""A judge that is asked in both orders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support.scripted import ScriptedGenerator
+
+from rlhf_dist.cli.data import judge as command
+from rlhf_dist.config import DataSource
+from rlhf_dist.config.curation.judge import JudgeConfig
+from rlhf_dist.curation.generators import Completion, Request
+from rlhf_dist.curation.judgements import read_judgements
+from rlhf_dist.curation.judging import FAILED, UNREADABLE, read_answer
+from rlhf_dist.data.records import read_preferences
+from rlhf_dist.errors import ConfigError, DataError, ModelError
+
+ROWS = {
+    "longer": ["yes", "yes, certainly"],
+    "position": ["red", "blue"],
+    "tie": ["one", "two"],
+    "half": ["here", "there"],
+    "nonsense": ["cat", "dog"],
+    "broken": ["up", "down"],
+    "three": ["a", "a b", "a b c"],
+}
+
+
+def config(folder: Path, **settings: Any) -> JudgeConfig:
+    source = folder / "candidates.jsonl"
+    rows = [{"prompt": prompt, "candidates": [{"text": t, "model": f"m{i}"} for i, t in enumerate(texts)]}
+            for prompt, texts in ROWS.items()]  # fmt: skip
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {"out_dir": folder / "out", "sources": [{"path": str(source), "kind": "candidates"}]}
+    if "function" not in settings:
+        values["judge"] = {"model": "scripted", "batch_size": 4}
+    return JudgeConfig.model_validate(values | settings)
+
+
+def parts(request: Request) -> tuple[str, str, str]:
+    """Prompt, A and B of a request in the built-in words."""
+    text = request.prompt[0]["content"]  # pyright: ignore
+    ends = ("[The user]\n", "\n[End of the user]"), ("A's response]\n", "\n[End of assistant A"), (
+        "B's response]\n", "\n[End of assistant B")  # fmt: skip
+    return tuple(text.split(start, 1)[1].split(end, 1)[0] for start, end in ends)  # pyright: ignore
+
+
+def answer(request: Request) -> str | Completion:
+    prompt, a, b = parts(request)
+    if prompt == "position":
+        return "A is better than [[B]], I mean [[A]]."
+    if prompt == "tie":
+        return "[[C]]"
+    if prompt == "half":
+        return "[[C]]" if a == "here" else "[[A]]"
+    if prompt == "nonsense":
+        return "[[A]] or [[B]]" if a == "cat" else "I cannot say."
+    if prompt == "broken":
+        return Completion.failed("status 400") if a == "up" else "[[A]]"
+    return "Longer is better. [[A]]" if len(a) > len(b) else "[[b]]"
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedGenerator:
+    generator = ScriptedGenerator(answer)
+    monkeypatch.setattr(command, "load_generator", lambda *_: generator)
+    return generator
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_run(scripted: ScriptedGenerator, tmp_path: Path) -> None:
+    command.run(settings := config(tmp_path, source_name="judged"))
+    out = settings.out_dir
+    report = json.loads((out / "report.json").read_text())
+    expected = {"items": 7, "pairs": 9, "preferred": 4, "ties": 1, "inconsistent": 2, "unreadable": 1, "failed": 1}
+    assert report.items() >= (expected | {"records": 4, "both_bad": 0, "skipped": 0}).items()
+    # Every pair was shown both ways.
+    asked = [parts(request) for request in scripted.asked]
+    assert len(asked) == len(set(asked)) == 18
+    assert {(prompt, b, a) for prompt, a, b in asked} == set(asked)
+    assert len({request.key for request in scripted.asked}) == 18
+    # Of 14 single answers of both-order pairs (7 pairs), 11 prefer one: 2 x A, 1 x A, and 4 x A with 4 x B.
+    assert (report["position_bias"]["count"], report["position_bias"]["total"]) == (7, 11)
+    judgements = read_judgements(out / "judgements.jsonl")
+    assert [j.choice for j in judgements] == ["b", "tie", "tie", "tie", "b", "b", "b"]
+    assert judgements[1].comment.startswith("inconsistent: a, and a")
+    assert {j.annotator for j in judgements} == {"scripted"}
+    records = rows_of(out / "records.jsonl")
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in records] == [
+        ("longer", "yes, certainly", "yes"),
+        ("three", "a b", "a"),
+        ("three", "a b c", "a"),
+        ("three", "a b c", "a b"),
+    ]
+    assert records[0]["source"] == "judged"
+    assert records[0]["provenance"]["models"] == ["m1", "m0"]
+    # What it is for: a trainer reads it.
+    assert len(read_preferences(DataSource(path=str(out / "records.jsonl"), kind="preference"), seed=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("[[A]]", "a"),
+        ("First [[A]], but then [[B]]", "b"),
+        ("[[ tie ]]", "tie"),
+        ("[[C]]", "tie"),
+        ("B", "b"),
+        ("**A**", "a"),
+        ("A is better", UNREADABLE),
+        ("[[D]]", UNREADABLE),
+        ("", UNREADABLE),
+    ],
+)
+def test_verdicts(text: str, choice: str) -> None:
+    assert read_answer(Completion(text, "eos")).choice == choice
+    assert read_answer(Completion.failed("no")) == (FAILED, "no")
+
+
+def test_guidelines_and_a_prompt_of_ones_own(scripted: ScriptedGenerator, tmp_path: Path) -> None:
+    (tmp_path / "p.jinja").write_text("{{ guidelines }}|{{ prompt }}|{{ a }}|{{ b }}")
+    scripted.answer = lambda request: (
+        "[[A]]" if request.prompt[0]["content"].endswith("|yes, certainly|yes") else "[[B]]"
+    )  # pyright: ignore
+    command.run(settings := config(tmp_path, prompt_path=tmp_path / "p.jinja", guidelines="Be fair.", pairs="one"))
+    assert scripted.asked[0].prompt[0]["content"].startswith("Be fair.|longer|")  # pyright: ignore
+    assert len(rows_of(settings.out_dir / "judgements.jsonl")) == len(ROWS)
+    (tmp_path / "p.jinja").write_text("{{ question }}")
+    with pytest.raises(ConfigError, match="'question' is undefined; it is given prompt, a, b, guidelines"):
+        command.run(config(tmp_path, prompt_path=tmp_path / "p.jinja", out_dir=tmp_path / "other"))
+
+
+def test_interrupted_and_given_again_it_ends_as_if_undisturbed(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedGenerator, tmp_path: Path
+) -> None:
+    command.run(whole := config(tmp_path))
+    total = len(scripted.asked)
+    scripted.asked.clear()
+
+    def failing(request: Request) -> str | Completion:
+        if len(scripted.asked) > 8:
+            raise ModelError("gone")
+        return answer(request)
+
+    scripted.answer = failing
+    broken = config(tmp_path, out_dir=tmp_path / "broken")
+    with pytest.raises(ModelError, match="gone"):
+        command.run(broken)
+    assert not broken.out_dir.exists()
+    scripted.answer = answer
+    scripted.asked.clear()
+    command.run(broken)
+    assert len(scripted.asked) == total - 8
+    for name in ("records.jsonl", "judgements.jsonl", "report.json", "answers.jsonl"):
+        assert (broken.out_dir / name).read_text() == (whole.out_dir / name).read_text()
+
+
+FUNCTIONS = """
+def longer(prompt, a, b):
+    assert prompt in ("longer", "position", "tie", "half", "nonsense", "broken", "three")
+    return len(a) - len(b)
+
+def first(prompt, a, b):
+    return "a"
+
+def skips(prompt, a, b):
+    return "b" if "longer" == prompt and len(b) > len(a) else "a" if prompt == "longer" else "skip"
+
+def wrong(prompt, a, b):
+    return True
+
+def raises(prompt, a, b):
+    return 1 / 0
+"""
+
+
+def test_a_function(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+
+    def run(name: str, **more: Any) -> dict[str, Any]:
+        settings = config(tmp_path, function=f"{tmp_path / 'f.py'}:{name}", out_dir=tmp_path / name, **more)
+        command.run(settings)
+        return json.loads((settings.out_dir / "report.json").read_text())
+
+    report = run("longer", annotator="length")
+    assert report.items() >= {"preferred": 7, "ties": 2, "inconsistent": 0, "records": 7, "annotator": "length"}.items()
+    chosen = {r["prompt"]: r["chosen"] for r in rows_of(tmp_path / "longer" / "records.jsonl")}
+    assert chosen == {
+        "longer": "yes, certainly",
+        "position": "blue",
+        "half": "there",
+        "broken": "down",
+        "three": "a b c",
+    }
+    assert run("skips").items() >= {"preferred": 1, "skipped": 8, "records": 1}.items()
+    with pytest.raises(DataError, match="no pair of 9 became a preference"):
+        run("first")  # it favours a position: every pair is a tie
+    assert json.loads((tmp_path / "first" / "report.json").read_text())["inconsistent"] == 9
+    with pytest.raises(DataError, match=r"candidates.jsonl:1: .*f.py:wrong returned True"):
+        run("wrong")
+    with pytest.raises(DataError, match=r"candidates.jsonl:1: .*ZeroDivisionError"):
+        run("raises")
+
+
+def test_a_function_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "judge_functions_of_a_test.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    command.run(settings := config(tmp_path, function="judge_functions_of_a_test:longer"))
+    assert len(rows_of(settings.out_dir / "records.jsonl")) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"function": "no_such_module:f"}, "no_such_module cannot be imported"),
+        ({"function": "no_such_file.py:f"}, "no_such_file.py cannot be imported"),
+        ({"function": "json:nothing"}, "json has no function 'nothing'"),
+    ],
+)
+def test_functions_that_are_not_there(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        command.run(config(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"judge": None}, "neither judge nor function"),
+        ({"function": "a:b", "judge": {"model": "m"}}, "both judge and function"),
+        ({"function": "justaname"}, "write it as module:function"),
+    ],
+)
+def test_refusals(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        config(tmp_path, **settings)
+
+
+def test_a_model_that_judges_by_chance_gives_no_false_preferences(tiny_lm: Path, tmp_path: Path) -> None:
+    """A random two-layer model says nothing readable: nothing is preferred, and the account says why."""
+    (tmp_path / "p.jinja").write_text("{{ a }}|{{ b }}")
+    model = {"model": str(tiny_lm), "precision": "fp32", "device": "cpu", "batch_size": 6}
+    model["sampling"] = {"max_response_tokens": 4, "temperature": 0}
+    settings = config(tmp_path, judge=model, prompt_path=tmp_path / "p.jinja")
+    with pytest.raises(DataError, match="no pair of 9 became a preference"):
+        command.run(settings)
+    assert json.loads((settings.out_dir / "report.json").read_text())["unreadable"] == 9
