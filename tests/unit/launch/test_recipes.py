@@ -29,6 +29,7 @@ from rlhf_dist.starter.recipes import Stages, ppo_config, reward_config, sft_con
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
 COMMANDS = {"gsm8k_sft": "sft", "movie_reward": "reward", "movie_ppo": "ppo", "movie_pipeline": "pipeline"}
+COMMANDS |= {"movie_preferences": "pipeline"}
 COMMANDS |= {"llama_8b_ppo_64gpu": "ppo"}
 COMMANDS |= {f"llama_{size}_{command}": command for size in ("1b", "8b", "70b") for command in ("sft", "reward", "ppo")}
 NODES = {name: 1 for name in COMMANDS if name.startswith("llama")}
