@@ -249,9 +249,9 @@ def _record(
     if not all(message["content"].strip() for message in (*chosen, *rejected)):
         return  # a trainer needs text on both sides
     record: dict[str, Any] = {
-        "prompt": _prompt(item.prompt),
-        "chosen": _response(chosen),
-        "rejected": _response(rejected),
+        "prompt": response_record(item.prompt, "user"),
+        "chosen": response_record(chosen, "assistant"),
+        "rejected": response_record(rejected, "assistant"),
     }
     for_chosen = sum(judgement.preferred == winner for judgement in judgements)
     for_rejected = sum(judgement.preferred == loser for judgement in judgements)
@@ -292,15 +292,9 @@ def _criteria(judgements: Sequence[Judgement], winner: int) -> dict[str, dict[st
     return counts
 
 
-def _prompt(messages: Messages) -> str | list[dict[str, str]]:
-    """As short as it can be told: a text where it is one user message that would be read back as it is."""
-    if len(messages) == 1 and messages[0]["role"] == "user" and not _looks_like_a_dialogue(messages[0]["content"]):
-        return messages[0]["content"]
-    return [dict(message) for message in messages]
-
-
-def _response(messages: Messages) -> str | list[dict[str, str]]:
-    if len(messages) == 1 and not _looks_like_a_dialogue(messages[0]["content"]):
+def response_record(messages: Messages, role: str) -> str | list[dict[str, str]]:
+    """Messages as a preference record holds them: a text where it is one message of `role` that is read back as it is."""
+    if len(messages) == 1 and messages[0]["role"] == role and not _looks_like_a_dialogue(messages[0]["content"]):
         return messages[0]["content"]
     return [dict(message) for message in messages]
 

@@ -56,6 +56,11 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.mix:MixConfig",
         "rlhf_dist.cli.data.mix:run",
     ),
+    "pairs": Action(
+        "preference pairs out of ratings and rankings, with margins",
+        "rlhf_dist.config.curation.pairs:PairsConfig",
+        "rlhf_dist.cli.data.pairs:run",
+    ),
 }
 
 

@@ -35,9 +35,10 @@ def run(config: SelfInstructConfig) -> None:
     )
     with resumable(config.out_dir, identity) as work:
         _generate(config, state, work)
+        nearest = state.nearest()
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
-            _write(folder, state, work, quarantine)
-    _show(config, state, quarantine)
+            _write(folder, state, nearest, work, quarantine)
+    _show(config, state, nearest, quarantine)
     if not state.records:
         raise DataError(
             f"no record was kept of {state.report.parsed} tasks in {state.report.requests} completions; {config.out_dir} says "
@@ -66,7 +67,9 @@ def _generate(config: SelfInstructConfig, state: SelfInstruct, work: Work) -> No
             generator.close()
 
 
-def _write(folder: OutputFolder, state: SelfInstruct, work: Work, quarantine: Quarantine) -> None:
+def _write(
+    folder: OutputFolder, state: SelfInstruct, nearest: dict[str, Any], work: Work, quarantine: Quarantine
+) -> None:
     folder.write_records(state.records)
     folder.write_records(state.rejections, REJECTED)
     work.save_to(folder.path / COMPLETIONS)
@@ -78,7 +81,7 @@ def _write(folder: OutputFolder, state: SelfInstruct, work: Work, quarantine: Qu
             "wanted": settings.num_records,
             "stopped_by": "num_records" if len(state.records) >= settings.num_records else "max_requests",
             **state.report.as_dict(),
-            "nearest": state.nearest(),
+            "nearest": nearest,
             "seeds": {"read": len(state.seeds), "shown": len(state.shown), "bad": len(quarantine)},
             "generator": settings.generator.model_dump(mode="json"),
             "prompt": {"origin": state.prompt.origin, "sha256": state.prompt.sha256},
@@ -86,8 +89,8 @@ def _write(folder: OutputFolder, state: SelfInstruct, work: Work, quarantine: Qu
     )
 
 
-def _show(config: SelfInstructConfig, state: SelfInstruct, quarantine: Quarantine) -> None:
-    report, nearest = state.report, state.nearest()
+def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, Any], quarantine: Quarantine) -> None:
+    report = state.report
     rows: list[tuple[str, Any]] = [
         ("requests", report.requests),
         ("  failed", report.failed_requests),

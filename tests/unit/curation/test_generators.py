@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -104,6 +105,33 @@ def test_a_journal_line_gives_the_completion_back() -> None:
         check_some_answered([Completion.failed("no")] * 2, "m")
     check_some_answered([Completion.failed("no"), Completion("", "eos")], "m")
     check_some_answered([Completion.failed("no")], "m", answered_before=True)
+
+
+def test_without_vllm_it_says_what_to_install(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else found(name, *more))
+    with pytest.raises(ConfigError, match="needs the package vllm.*or set engine to hf"):
+        load_generator(GeneratorConfig(engine="vllm", model=str(tiny_lm)), 0)
+
+
+@pytest.mark.slow
+def test_vllm_writes_what_transformers_writes(tiny_lm: Path) -> None:
+    """Where vLLM is installed; it wants an environment of its own."""
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    settings = GeneratorConfig(
+        engine="vllm", model=str(tiny_lm), precision="fp32", vllm_options={"enforce_eager": True, "max_model_len": 100}
+    )
+    requests = [Request(CHAT, GREEDY, 0), Request("calm is", GREEDY, 1), Request("calm " * 96, GREEDY, 2)]
+    engine = load_generator(settings, 0)
+    try:
+        chat, text, long = engine.generate(requests)
+        drawn = [engine.generate([Request("calm", DRAWN, key)])[0].text for key in (5, 5, 6)]
+    finally:
+        engine.close()
+    here = local(tiny_lm).generate(requests[:2])
+    assert [chat.text, text.text] == [completion.text for completion in here]
+    assert "exceeds the model's context of 100" in long.error
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 # An endpoint, in the flesh: the same model behind a real server answers as it does here.
