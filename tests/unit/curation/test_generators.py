@@ -110,7 +110,7 @@ def test_a_journal_line_gives_the_completion_back() -> None:
 def test_without_vllm_it_says_what_to_install(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else found(name, *more))
-    with pytest.raises(ConfigError, match="needs the package vllm.*or set engine to hf"):
+    with pytest.raises(ConfigError, match=r"needs the package vllm.*or set engine to hf"):
         load_generator(GeneratorConfig(engine="vllm", model=str(tiny_lm)), 0)
 
 
