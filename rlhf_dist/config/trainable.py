@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_dist.config.base import Count, Positive, PositiveInt, Schema
 
 
-class FreezeConfig(Schema, frozen=True):
+class FreezeConfig(Schema):
     """What stays as it was loaded. What is frozen has no gradient, no optimiser state and no weight decay; it is still part of
     checkpoints and of the saved model."""
 
@@ -33,8 +33,12 @@ class FreezeConfig(Schema, frozen=True):
         """Whether something is frozen."""
         return self.embeddings or self.num_layers > 0 or self.all_but_head
 
+    def __hash__(self) -> int:
+        """Plans are kept by what is trained."""
+        return hash((self.embeddings, self.num_layers, self.all_but_head))
 
-class LoRAConfig(Schema, frozen=True):
+
+class LoRAConfig(Schema):
     """Low-rank adapters beside frozen matrices: y = W x + (alpha / rank) B A x (Hu et al. 2021, "LoRA: Low-Rank Adaptation of
     Large Language Models"). W stays as it was loaded; a scalar head is trained whole."""
 
@@ -54,3 +58,7 @@ class LoRAConfig(Schema, frozen=True):
         if not value or (not isinstance(value, str) and not all(name.strip() for name in value)):
             raise ValueError(f"target_modules is {list(value)!r}; it must name at least one layer, or be all-linear")
         return value
+
+    def __hash__(self) -> int:
+        """Plans are kept by what is trained."""
+        return hash((self.rank, self.alpha, self.dropout, self.target_modules))
