@@ -81,7 +81,11 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[_Sampling], seeds: Sequence[int]
     ) -> list[VLLMResponse]:
-        """One response a prompt, in their order; each has its settings and a seed of its own."""
+        """One response a prompt, in their order; each has its settings and a seed of its own.
+
+        Raises:
+            ModelError: the engine fails.
+        """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         if not prompts:
@@ -98,7 +102,15 @@ class VLLMEngine:
             )
             for wanted, seed in zip(sampling, seeds, strict=True)
         ]
-        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False)
+        try:
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False
+            )
+        except Exception as error:  # vLLM's engine process fails in ways of its own
+            raise ModelError(
+                f"vLLM fails while generating ({type(error).__name__}: {str(error).strip()[:300]}); its messages above say "
+                "why. Mend what they name, or set engine to hf"
+            ) from error
         return [VLLMResponse(tuple(o.outputs[0].token_ids), o.outputs[0].finish_reason == "length") for o in outputs]
 
     def close(self) -> None:
