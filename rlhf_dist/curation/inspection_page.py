@@ -81,7 +81,7 @@ def _bars(lengths: Mapping[str, Any]) -> dict[str, Any]:
         "width": _WIDTH,
         "height": _HEIGHT,
         "low": low,
-        "high": edges[-1] - 1,
+        "high": lengths["longest"],
         "most": most,
         "limit": round((limit - low) / span * _WIDTH, 2) if inside else None,
     }

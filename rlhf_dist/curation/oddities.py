@@ -196,7 +196,7 @@ def printable(text: str) -> str:
 @lru_cache(maxsize=1 << 14)
 def _mark(character: str) -> str:
     if character in "\n\t\r":
-        return {"\n": "↵", "\t": "⇥", "\r": "␍"}[character]
+        return {"\n": "↵", "\t": "⇥", "\r": "⟨CR⟩"}[character]
     if character in "\u200c\u200d":
         return ""
     category = unicodedata.category(character)

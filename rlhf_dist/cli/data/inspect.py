@@ -55,9 +55,10 @@ def run(arguments: list[str]) -> None:
     if settings.out_dir is not None:
         check_output(settings.out_dir, settings.overwrite)
     facts, reports, bad = inspected(command, config, settings)
+    if settings.out_dir is not None:  # before anything is shown: a reader of a pipe may leave
+        _write(command, config, settings, facts, reports, bad)
     show(facts, reports)
     if settings.out_dir is not None:
-        _write(command, config, settings, facts, reports, bad)
         print(f"The page is {settings.out_dir / PAGE}; the numbers are in its report.json")
 
 

@@ -70,9 +70,9 @@ def _show_numbers(report: SetReport) -> None:
             row["script"],
             f"{row['share of letters']:.2%}",
             f"{row['records mostly in it']:,}",
-            ", ".join(row["first places"]),
+            ", ".join(row["first places"] if number else ()),
         )
-        for row in numbers["scripts"]
+        for number, row in enumerate(numbers["scripts"])
     ]
     _table(f"{name}: scripts", scripts, ("script", "share of letters", "records mostly in it", "first places"))
     odd = [
