@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,9 +12,26 @@ from rlhf_dist.algo.rewards import RunningMoments
 from rlhf_dist.cli.facts import describe_trained
 from rlhf_dist.cli.near_ties import tell_apart
 from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.config import EvalConfig, ModelHost, PPOConfig, RewardConfig, SFTConfig, SFTSettings, TrainedModel
+from rlhf_dist.config import (
+    DataSource,
+    EvalConfig,
+    ModelHost,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    SFTSettings,
+    TrainedModel,
+)
 from rlhf_dist.config.deepspeed import read_ds_config
-from rlhf_dist.data.datasets import load_pairs, load_preferences, load_prompts, load_sequences
+from rlhf_dist.data.datasets import (
+    PreferenceDataset,
+    PromptDataset,
+    Split,
+    load_pairs,
+    load_preferences,
+    load_prompts,
+    load_sequences,
+)
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.sampler import TRAINING_ORDER, EpochSampler, LengthGroupedSampler, Sampler
 from rlhf_dist.data.sft import load_sft, mixed_order, shares_of
@@ -152,14 +169,19 @@ def check_pretraining(settings: SFTSettings, num_sequences: int) -> None:
         )
 
 
+def load_reward(config: RewardConfig, tokenizer: Any, keep_records: bool = False) -> Split[PreferenceDataset]:
+    """The preferences of a run, before near-ties are told apart. `keep_records` and errors as in `load_preferences`."""
+    told_apart = config.reward.near_ties is not None
+    use_margins = config.reward.margin_coef > 0 or told_apart
+    return load_preferences(config.data, tokenizer, config.seed, use_margins, told_apart, keep_records)
+
+
 def prepare_reward(config: RewardConfig) -> Prepared:
     """Checks and tokenised data of a reward-model run."""
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=2)  # a pair is the smallest
     check_model(config.model.model_path, config.data.max_length_tokens, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
-    told_apart = config.reward.near_ties is not None
-    use_margins = config.reward.margin_coef > 0 or told_apart
-    data = load_preferences(config.data, tokenizer, config.seed, use_margins, held_out_margins=told_apart)
+    data = load_reward(config, tokenizer)
     most = max(part.most_responses for part in (data.train, data.eval) if part is not None)
     check_micro_batches(config.model, config.data.max_length_tokens, "model", num_sequences=most)
     margin_coef, num_with_margins = config.reward.margin_coef, data.train.num_with_margins
@@ -244,6 +266,23 @@ def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
         )
 
 
+def load_ppo(config: PPOConfig, tokenizer: Any, keep_records: bool = False) -> dict[str, Any]:
+    """`prompts`, `eval_prompts` and `ptx` of a run; the latter two None where it has none.
+
+    `keep_records` and errors as in `load_sequences`.
+    """
+    data, limit = config.data, config.max_prompt_tokens
+
+    def prompts(sources: Sequence[DataSource]) -> PromptDataset | None:
+        return load_prompts(sources, tokenizer, limit, data.on_too_long, keep_records) if sources else None
+
+    return {
+        "prompts": prompts(data.prompts),
+        "eval_prompts": prompts(data.eval_prompts),
+        "ptx": load_sequences(data.ptx, data, tokenizer, keep_records) if data.ptx else None,
+    }
+
+
 def prepare_ppo(config: PPOConfig) -> Prepared:
     """Checks, tokenised data and roles of a PPO run."""
     policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
@@ -261,23 +300,15 @@ def prepare_ppo(config: PPOConfig) -> Prepared:
     for role, model in (("policy", policy), ("value", value)):
         check_ds_config(model)
         check_ranks(config.ppo.mini_batch_size, model.num_ranks, "ppo.mini_batch_size", role)
-    limit = config.max_prompt_tokens
-    data = PPOData(
-        prompts=load_prompts(config.data.prompts, tokenizer, limit, config.data.on_too_long),
-        eval_prompts=load_prompts(config.data.eval_prompts, tokenizer, limit, config.data.on_too_long)
-        if config.data.eval_prompts
-        else None,
-        ptx=load_sequences(config.data.ptx, config.data, tokenizer) if config.data.ptx else None,
-        decode=decoder(tokenizer),
-        score_moments=_saved_moments(config),
-    )
+    loaded = load_ppo(config, tokenizer)
+    data = PPOData(**loaded, decode=decoder(tokenizer), score_moments=_saved_moments(config))
     settings = config.ppo
     facts = {
         **describe_data(prompts=data.prompts, held_out_prompts=data.eval_prompts, ptx_sequences=data.ptx),
         "iterations": settings.num_iterations,
         "responses an iteration": settings.responses_per_iteration,
         "optimiser steps an iteration": settings.updates_per_iteration,
-        "longest prompt (tokens)": limit,
+        "longest prompt (tokens)": config.max_prompt_tokens,
         **describe_trained(policy, "policy", scalar=False),
         **describe_trained(value, "value", scalar=True),
     }

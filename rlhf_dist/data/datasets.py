@@ -20,7 +20,15 @@ from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt,
 from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
 from rlhf_dist.data.near_ties import NearTieCounts
 from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import Conversation, Preference, Text, read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.records import (
+    Conversation,
+    Preference,
+    Prompt,
+    Text,
+    read_preferences,
+    read_prompts,
+    read_sequences,
+)
 from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.data.store import DataReport, Ragged, Tally
 from rlhf_dist.errors import DataError
@@ -35,8 +43,16 @@ _COUNTED_AT_ONCE = 4096
 class SequenceDataset:
     """Sequences with their targets; an item is a conversation, or a chunk of a plain text."""
 
-    def __init__(self, rows: Sequence[Encoded], report: DataReport, groups: Sequence[str] = ()) -> None:
-        """`groups`: which group each row belongs to, such as the set it comes from; none: all to one group `""`."""
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        report: DataReport,
+        groups: Sequence[str] = (),
+        records: Sequence[Conversation | Text] = (),
+    ) -> None:
+        """`groups`: which group each row belongs to, such as the set it comes from; none: all to one group `""`. `records`:
+        what each row was made of, where somebody wants to look at them."""
+        self.records = tuple(records)
         self._ids = Ragged([ids for ids, _ in rows])
         self._masks = Ragged([mask for _, mask in rows], dtype=np.bool_)
         self.report = report
@@ -72,8 +88,11 @@ class PreferenceDataset:
         preferences: Sequence[Preference],
         report: DataReport,
         sources: Sequence[str] = (),
+        keep_records: bool = False,
     ) -> None:
-        """`records`: the sequences of each of `preferences`; `sources`: the name of the set that each comes from."""
+        """`records`: the sequences of each of `preferences`; `sources`: the name of the set that each comes from;
+        `keep_records`: keep `preferences`, for somebody who wants to look at them."""
+        self._preferences = tuple(preferences) if keep_records else ()
         self._ids = Ragged([ids for record in records for ids in record.sequences])
         self._response_tokens = Ragged([record.response_tokens for record in records])
         self._cut = Ragged([record.cut for record in records], dtype=np.bool_)
@@ -122,6 +141,11 @@ class PreferenceDataset:
         rated = [bool(self._rated[i]) for i in records]
         return PreferenceBatch.of([self._ids.pick(span) for span in spans], ranks, ratings, rated)
 
+    @property
+    def records(self) -> list[Preference]:
+        """What each item was made of, with the responses that are left; [] where it was not kept."""
+        return [self._preferences[row] for row in self._rows] if self._preferences else []
+
     def near_ties(self, below: float) -> NearTieCounts:
         """How many pairs have a smaller margin than `below`, and how much they weigh."""
         counts = NearTieCounts(below)
@@ -152,7 +176,11 @@ class PreferenceDataset:
 class PromptDataset:
     """Prompts, encoded up to where the assistant begins."""
 
-    def __init__(self, rows: Sequence[list[int]], texts: Sequence[str], report: DataReport) -> None:
+    def __init__(
+        self, rows: Sequence[list[int]], texts: Sequence[str], report: DataReport, records: Sequence[Prompt] = ()
+    ) -> None:
+        """`records`: what each row was made of, where somebody wants to look at them."""
+        self.records = tuple(records)
         self._ids = Ragged(rows)
         self._texts = tuple(texts)
         self.report = report
@@ -187,16 +215,19 @@ class Split(Generic[T]):
 
 
 def load_sequences(
-    sources: Sequence[DataSource], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    sources: Sequence[DataSource],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    keep_records: bool = False,
 ) -> SequenceDataset:
-    """All records of kinds `instruction`, `messages` and `text`.
+    """All records of kinds `instruction`, `messages` and `text`. `keep_records`: the data set holds them, too.
 
     Raises:
         DataError: a file or record that cannot be used (with its place), or nothing left.
     """
     bad = Quarantine()
     records = [record for source in sources for record in read_sequences(source, bad)]
-    return encode_sequences(records, settings, tokenizer, bad)
+    return encode_sequences(records, settings, tokenizer, bad, keep_records=keep_records)
 
 
 def load_preferences(
@@ -205,19 +236,20 @@ def load_preferences(
     seed: int,
     use_margins: bool = True,
     held_out_margins: bool = False,
+    keep_records: bool = False,
 ) -> Split[PreferenceDataset]:
     """Training and held-out pairs and rankings; no prompt is on both sides of a split by `eval_fraction`.
 
     `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read. `held_out_margins`: whether
-    those of `eval` are, which the held-out loss is without. Errors as `load_sequences`.
+    those of `eval` are, which the held-out loss is without. `keep_records` and errors as in `load_sequences`.
     """
     bad, bad_held_out = Quarantine(), Quarantine()
     train = _named_preferences(data.train, seed, use_margins, bad)
     held_out = _named_preferences(data.eval, seed, held_out_margins, bad_held_out)
     train, held_out = split_records(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
     return Split(
-        _encode_preferences(train, data, tokenizer, bad),
-        None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out),
+        _encode_preferences(train, data, tokenizer, bad, keep_records),
+        None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out, keep_records),
     )
 
 
@@ -238,12 +270,13 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     on_too_long: Literal["error", "skip", "truncate"] = "error",
+    keep_records: bool = False,
 ) -> PromptDataset:
     """Prompts to generate from. A longer one than `max_prompt_tokens` is left out under `skip`, else refused: prompts
-    are never cut. Errors as `load_sequences`."""
+    are never cut. `keep_records` and errors as in `load_sequences`."""
     bad = Quarantine()
     prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
-    rows, texts, tally = [], [], Tally(bad)
+    rows, texts, records, tally = [], [], [], Tally(bad)
     for prompt in prompts:
         tally.num_records += 1
         with _at(prompt.location):
@@ -260,8 +293,10 @@ def load_prompts(
         tally.num_tokens += len(ids)
         rows.append(ids)
         texts.append(_readable(prompt.messages))
+        if keep_records:
+            records.append(prompt)
     _refuse_empty(rows, tally, f"max_prompt_tokens {max_prompt_tokens}")
-    return PromptDataset(rows, texts, tally.report())
+    return PromptDataset(rows, texts, tally.report(), records)
 
 
 def split_records(
@@ -304,10 +339,13 @@ def encode_sequences(
     tokenizer: PreTrainedTokenizerBase,
     bad: Quarantine,
     groups: Sequence[str] = (),
+    keep_records: bool = False,
 ) -> SequenceDataset:
-    """Records as sequences with targets. `groups`: of each record, as in `SequenceDataset`. Errors as `load_sequences`."""
+    """Records as sequences with targets. `groups`: of each record, as in `SequenceDataset`. `keep_records` and errors as in
+    `load_sequences`."""
     rows: list[Encoded] = []
     of_row: list[str] = []
+    kept_records: list[Conversation | Text] = []
     tally = Tally(bad)
     for number, record in enumerate(records):
         tally.num_records += 1
@@ -321,8 +359,9 @@ def encode_sequences(
         tally.num_tokens += sum(len(ids) for ids, _ in kept)
         rows += kept
         of_row += [groups[number] if groups else ""] * len(kept)
+        kept_records += [record] * len(kept) if keep_records else []
     _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return SequenceDataset(rows, tally.report(), of_row)
+    return SequenceDataset(rows, tally.report(), of_row, kept_records)
 
 
 def _encode_preferences(
@@ -330,6 +369,7 @@ def _encode_preferences(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad: Quarantine,
+    keep_records: bool = False,
 ) -> PreferenceDataset:
     records: list[FittedResponses] = []
     used: list[Preference] = []
@@ -350,7 +390,7 @@ def _encode_preferences(
         used.append(left)
         sources.append(source)
     _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return PreferenceDataset(records, used, tally.report(), sources)
+    return PreferenceDataset(records, used, tally.report(), sources, keep_records)
 
 
 def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:

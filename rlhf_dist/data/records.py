@@ -112,14 +112,15 @@ class Prompt:
 
 
 def read_sequences(
-    source: DataSource, quarantine: Quarantine | None = None, with_tasks: bool = False
+    source: DataSource, quarantine: Quarantine | None = None, with_tasks: bool | None = False
 ) -> list[Conversation | Text]:
     """Records of kinds `instruction`, `messages` and `text`.
 
     Args:
         source: where they are.
         quarantine: takes the rows that cannot be used, under `source.on_bad_row: skip`.
-        with_tasks: read the field `task`, too. Otherwise an unrelated column of that name does no harm.
+        with_tasks: read the field `task`, too. Otherwise an unrelated column of that name does no harm; None reads it where
+            it is text, and it does none either.
 
     Raises:
         DataError: what cannot be read, with its place.
@@ -129,6 +130,8 @@ def read_sequences(
 
     def record(row: Fields) -> Conversation | Text:
         task = row.optional_text("task").strip() if with_tasks else ""
+        if with_tasks is None and isinstance(found := row.get("task"), str):
+            task = found.strip()
         if source.kind == "text":
             return Text(row.text("text"), row.location, task)
         if source.kind == "instruction":

@@ -48,8 +48,9 @@ class _Named:
         return self.record.task or self.source
 
 
-def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> SFTSets:
-    """Everything an SFT run reads.
+def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_records: bool = False) -> SFTSets:
+    """Everything an SFT run reads. `keep_records`: the data sets hold their records, too, for somebody who wants to look at
+    them; these then have their task also where nothing is held out by it.
 
     Held out are the records of `hold_out_tasks`, and beside them `eval`, or `eval_fraction` of what is left of `train`.
 
@@ -59,8 +60,9 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> SF
     """
     bad, bad_held_out = Quarantine(), Quarantine()
     with_tasks = bool(data.hold_out_tasks)
-    everything = list(_read(data.train, bad, with_tasks))
-    given = list(_read(data.eval, bad_held_out, with_tasks))
+    reads_tasks = True if with_tasks else None if keep_records else False
+    everything = list(_read(data.train, bad, reads_tasks))
+    given = list(_read(data.eval, bad_held_out, reads_tasks))
     train, of_tasks = _without_tasks(everything, given, data.hold_out_tasks)
     train, held_out = split_records(data, train, given, seed)
     held_out = None if held_out is None and not of_tasks else [*(held_out or []), *of_tasks]
@@ -69,18 +71,20 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> SF
         f"{TASK}/{named.task}" if with_tasks and named.task in unseen else f"{SOURCE}/{named.source}"
         for named in held_out or []
     ]
-    pretraining = _load_pretraining(data, tokenizer, seed)
+    pretraining = _load_pretraining(data, tokenizer, seed, keep_records)
+
+    def encoded(those: Sequence[_Named], quarantine: Quarantine, groups: Sequence[str]) -> SequenceDataset:
+        return encode_sequences([named.record for named in those], data, tokenizer, quarantine, groups, keep_records)
+
     return SFTSets(
-        encode_sequences([named.record for named in train], data, tokenizer, bad, [named.source for named in train]),
-        None
-        if held_out is None
-        else encode_sequences([named.record for named in held_out], data, tokenizer, bad_held_out, eval_groups),
+        encoded(train, bad, [named.source for named in train]),
+        None if held_out is None else encoded(held_out, bad_held_out, eval_groups),
         pretraining.train if pretraining else None,
         pretraining.eval if pretraining else None,
     )
 
 
-def _read(sources: Sequence[DataSource], bad: Quarantine, with_tasks: bool) -> Iterator[_Named]:
+def _read(sources: Sequence[DataSource], bad: Quarantine, with_tasks: bool | None) -> Iterator[_Named]:
     """Records, those of one name together."""
     names = source_names(sources)
     for name in dict.fromkeys(names):
@@ -114,7 +118,9 @@ def _without_tasks(train: list[_Named], given: list[_Named], tasks: Sequence[str
     return kept, [named for named in train if named.task in tasks]
 
 
-def _load_pretraining(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split[SequenceDataset] | None:
+def _load_pretraining(
+    data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_records: bool
+) -> Split[SequenceDataset] | None:
     if not data.pretraining:
         return None
     bad, bad_held_out = Quarantine(), Quarantine()
@@ -125,8 +131,10 @@ def _load_pretraining(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: i
     except DataError as error:
         raise DataError(f"data.pretraining: {error} (data.eval_pretraining names held-out text)") from error
     return Split(
-        encode_sequences(train, data, tokenizer, bad),
-        None if held_out is None else encode_sequences(held_out, data, tokenizer, bad_held_out),
+        encode_sequences(train, data, tokenizer, bad, keep_records=keep_records),
+        None
+        if held_out is None
+        else encode_sequences(held_out, data, tokenizer, bad_held_out, keep_records=keep_records),
     )
 
 

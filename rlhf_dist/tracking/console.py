@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -125,6 +125,19 @@ def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str]
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     console.print(table)
+
+
+def print_styled(*content: RenderableType) -> None:
+    """Print Rich's texts and tables, wrapped; where stdout is no terminal, without colours."""
+    console = _console()
+    for part in content:
+        console.print(part)
+
+
+def shows_colours() -> bool:
+    """Whether what is printed has colours: a terminal that has some, and no `NO_COLOR`."""
+    console = _console()
+    return console.color_system is not None and not console.no_color
 
 
 def format_number(value: float) -> str:

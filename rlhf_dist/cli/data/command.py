@@ -23,6 +23,8 @@ class Action:
     """module:class of its configuration."""
     run: str
     """module:function that takes the checked configuration and does the work."""
+    parses: bool = False
+    """`run` takes the arguments as they are; `schema` is that of its options."""
 
 
 ACTIONS: dict[str, Action] = {
@@ -61,6 +63,12 @@ ACTIONS: dict[str, Action] = {
         "rlhf_dist.config.curation.pairs:PairsConfig",
         "rlhf_dist.cli.data.pairs:run",
     ),
+    "inspect": Action(
+        "what a trainer will see: `inspect sft CONFIG.yaml` (or reward, ppo)",
+        "rlhf_dist.config.curation.inspect:InspectSettings",
+        "rlhf_dist.cli.data.inspect:run",
+        parses=True,
+    ),
 }
 
 
@@ -72,6 +80,9 @@ def run(arguments: list[str]) -> None:
         return
     name, rest = arguments[0], arguments[1:]
     action = action_of(prog, name)
+    if action.parses:
+        resolved(action.run)(rest)
+        return
     config = load_schema(resolved(action.schema), f"{PROG} data {name}", rest, f"data {name}")
     if config is not None:
         resolved(action.run)(config)
