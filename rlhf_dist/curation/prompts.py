@@ -8,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
+from rlhf_dist.data.sandbox import Sandbox, render
 from rlhf_dist.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ class PromptTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"prompt_path {path} cannot be read ({error}); give a Jinja file in UTF-8") from error
         self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True)
+        environment = Sandbox(trim_blocks=True)
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
@@ -46,7 +46,7 @@ class PromptTemplate:
             ConfigError: it uses a name that is not among `values`, does what it may not, or comes out empty.
         """
         try:
-            text = self._template.render(values).strip()
+            text = render(self._template, values).strip()
         except Exception as error:  # whatever a template's own expressions raise
             raise self._refusal(error, f"; it is given {', '.join(values)}") from error
         if not text:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data import DataSource, source_names
 from rlhf_dist.config.templates import TemplateSettings
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
@@ -57,13 +57,13 @@ def render_sources(
 
     Errors as `render_rows`; bad rows go where each source's `on_bad_row` says.
     """
-    for source in sources:
+    for source, name in zip(sources, source_names(sources), strict=True):
         if source.templates is None:
             raise ValueError(f"{source.path} has no templates")
         rows = _counted(read_fields(source, quarantine), report)
         for record in instruction_rows(rows, source.templates, source.on_bad_row, quarantine):
             report.num_records[record["task"], record["provenance"]["template"]] += 1
-            yield record | {"source": source.path}
+            yield record | {"source": name}
 
 
 def _counted(rows: Iterable[Fields], report: TemplateReport) -> Iterator[Fields]:

@@ -27,9 +27,15 @@ class Quarantine:
     """The bad rows of one or more sources, in the order in which they were read."""
 
     rows: list[BadRow] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    """Places of rows that nothing is wrong with, but that no template of their source wanted (`when`)."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def pass_over(self, location: str) -> None:
+        """Note a row that no template wanted."""
+        self.passed_over.append(location)
 
     def lines(self) -> Iterator[str]:
         """A JSON line for each row: `reason` and, as text where it is not JSON, `row`."""

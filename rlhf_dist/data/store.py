@@ -37,12 +37,16 @@ class DataReport:
     """Places of those rankings, the first `MAX_LISTED`."""
     bad: tuple[BadRow, ...] = ()
     """Rows that cannot be used and were left out under `on_bad_row: skip`; not counted as records."""
+    passed_over: tuple[str, ...] = ()
+    """Places of rows that no template wanted; not counted as records."""
 
     def losses(self) -> dict[str, str]:
         """What was left out or cut, each with its number and the first places; empty where nothing was."""
         found = {}
         if self.bad:
             found["bad rows left out"] = f"{len(self.bad)} ({self.bad[0].reason}; ...)"
+        if self.passed_over:
+            found["passed over by templates"] = f"{len(self.passed_over)} ({', '.join(self.passed_over[:3])}, ...)"
         if self.num_skipped:
             found["left out"] = f"{self.num_skipped} of {self.num_records} ({', '.join(self.skipped[:3])}, ...)"
         if self.num_dropped:
@@ -88,6 +92,7 @@ class Tally:
             num_dropped=self._num_dropped,
             dropped=tuple(self._dropped),
             bad=() if self._quarantine is None else tuple(self._quarantine.rows),
+            passed_over=() if self._quarantine is None else tuple(self._quarantine.passed_over),
         )
 
 

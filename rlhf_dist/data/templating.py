@@ -1,30 +1,28 @@
 """Rows of a labelled data set → instruction records, by templates.
 
-Templates run in Jinja's sandbox: they can format and decide, but reach no file, no module and no method that changes what
-they are given, and cannot grow without end. A name that the row does not have is refused, not left blank.
+Templates run in a sandbox (`sandbox.py`). A name that the row does not have is refused, not left blank.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlhf_dist.algo.random import derived_seed, permutation
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.templates import Labels, Template, TemplateSettings
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.sandbox import Sandbox
+from rlhf_dist.data.sandbox import render as rendered_text
 from rlhf_dist.data.template_files import PromptsourceTemplate, Templates, load_templates
 from rlhf_dist.errors import ConfigError, DataError
-
-MAX_LENGTH = 1_000_000
-"""Characters of a rendered text, and items of a sequence that a template may make by multiplying."""
 
 _SEPARATOR = "|||"
 _HIDDEN_SEPARATOR = "\x00separator\x00"
@@ -42,27 +40,6 @@ class Rendered:
 
 Render = Callable[[Fields, int], Rendered | None]
 """A row and its number → a record; None where the template passes the row over."""
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Also bounds what multiplication and powers may make: `"a" * 10 ** 9` is a denial of service."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or any(
-            _size(a) * b > MAX_LENGTH for a, b in ((left, right), (right, left)) if _is_count(b)
-        ):
-            raise SecurityError(f"{operator} makes more than {MAX_LENGTH} characters or items, or is a power")
-        return super().call_binop(context, operator, left, right)
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (str, bytes, list, tuple)) else 0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int)
 
 
 def instruction_rows(
@@ -86,10 +63,15 @@ def instruction_rows(
     if settings.num_demonstrations:
         rows = list(rows)
     for number, row in enumerate(rows):
+        taken = 0
         for which in _drawn(settings, number, len(renders)):
+            if taken == settings.per_row:
+                break
             with quarantine.guard(policy, row.values):
+                taken += 1  # also by a template that the row is bad for: it is listed once, not for every template
                 rendered = renders[which](row, number)
                 if rendered is None:
+                    taken -= 1  # the next one that was drawn takes its place
                     continue
                 record = {"instruction": rendered.instruction, "input": rendered.input, "output": rendered.output}
                 if settings.num_demonstrations and isinstance(rows, Sequence):
@@ -97,6 +79,8 @@ def instruction_rows(
                 name = templates.templates[which].name
                 provenance = {"template": name, "templates": templates.origin, "row": row.location}
                 yield record | {"task": templates.task, "provenance": provenance}
+        if not taken:
+            quarantine.pass_over(row.location)
 
 
 def templated_rows(source: DataSource, rows: Iterable[Fields], quarantine: Quarantine | None) -> Iterator[Fields]:
@@ -108,11 +92,10 @@ def templated_rows(source: DataSource, rows: Iterable[Fields], quarantine: Quara
 
 
 def _drawn(settings: TemplateSettings, number: int, num_templates: int) -> list[int]:
-    """Which templates a row is rendered with: a function of the row's number alone."""
-    if settings.per_row is None or settings.per_row >= num_templates:
+    """The order in which a row tries the templates: a function of the row's number alone."""
+    if settings.per_row is None:
         return list(range(num_templates))
-    drawn = permutation(settings.seed, "data/templates", number, num_templates)
-    return sorted(drawn[: settings.per_row].tolist())
+    return permutation(settings.seed, "data/templates", number, num_templates).tolist()
 
 
 def _demonstration(render: Render, rows: Sequence[Fields], number: int, settings: TemplateSettings) -> str:
@@ -146,7 +129,7 @@ _STRIDE = 2_654_435_761
 def _compiled(template: Template | PromptsourceTemplate, templates: Templates, seed: int) -> Render:
     if isinstance(template, PromptsourceTemplate):
         return _compiled_promptsource(template, templates, seed)
-    environment = _environment()
+    environment = Sandbox(keep_trailing_newline=True)
     place = f"template {template.name!r} of {templates.origin}"
     parts = {
         field: _parsed(environment.from_string, place, field, text)
@@ -170,7 +153,8 @@ def _compiled(template: Template | PromptsourceTemplate, templates: Templates, s
         if not _ran(lambda: _truth(when(**values)), row, place, "when"):
             return None
         texts = {
-            field: _ran(lambda p=part: p.render(values), row, place, field).strip() for field, part in parts.items()
+            field: _ran(lambda p=part: rendered_text(p, values), row, place, field).strip()
+            for field, part in parts.items()
         }
         for field in ("instruction", "output"):
             if not texts[field]:
@@ -185,7 +169,7 @@ def _compiled(template: Template | PromptsourceTemplate, templates: Templates, s
 
 def _compiled_promptsource(template: PromptsourceTemplate, templates: Templates, seed: int) -> Render:
     place = f"template {template.name!r} of {templates.origin}"
-    environment = _environment()
+    environment = Sandbox(keep_trailing_newline=True)
     drawn = itertools.count()
     now = [0]
 
@@ -197,7 +181,7 @@ def _compiled_promptsource(template: PromptsourceTemplate, templates: Templates,
     environment.globals["zip"] = zip
     environment.filters["choice"] = choice
     environment.filters["highlight"] = lambda text: text
-    environment.filters["most_frequent"] = lambda items: max(dict.fromkeys(items), key=list(items).count)
+    environment.filters["most_frequent"] = _most_frequent
     body = _parsed(environment.from_string, place, "jinja", template.jinja)
     choices = _parsed(environment.from_string, place, "answer_choices", template.answer_choices or "")
 
@@ -206,9 +190,9 @@ def _compiled_promptsource(template: PromptsourceTemplate, templates: Templates,
         drawn, now[0] = itertools.count(), number
         values = {**templates.variables, **_hidden(row.named_values())}
         if template.answer_choices:
-            listed = _ran(lambda: choices.render(values), row, place, "answer_choices").split(_SEPARATOR)
+            listed = _ran(lambda: rendered_text(choices, values), row, place, "answer_choices").split(_SEPARATOR)
             values["answer_choices"] = [_shown(item).strip() for item in listed]
-        asked, *answers = _ran(lambda: body.render(values), row, place, "jinja").split(_SEPARATOR)
+        asked, *answers = _ran(lambda: rendered_text(body, values), row, place, "jinja").split(_SEPARATOR)
         asked, answers = _shown(asked).strip(), [_shown(answer).strip() for answer in answers]
         if not asked and not any(answers):
             return None  # that is how promptsource's templates pass a row over
@@ -271,8 +255,10 @@ def _binned(row: Fields, labels: Labels, value: Any) -> str:
     )
 
 
-def _environment() -> _Sandbox:
-    return _Sandbox(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
+    """promptsource's: all items that are as frequent as the most frequent one; None of nothing."""
+    counts = Counter(items)
+    return [item for item, count in counts.items() if count == max(counts.values())] if counts else None
 
 
 def _parsed(parse: Callable[[str], Any], place: str, field: str, text: str) -> Any:
@@ -304,8 +290,4 @@ def _ran(render: Callable[[], Any], row: Fields, place: str, field: str) -> Any:
             f"{row.location}: {place} cannot render {field} ({error}); the row has {known}: map a column with fields, give "
             "variables, or mend the row or the template"
         ) from error
-    if isinstance(result, str) and len(result) > MAX_LENGTH:
-        raise DataError(
-            f"{row.location}: {place} renders {len(result)} characters of {field}, more than {MAX_LENGTH}; mend it"
-        )
     return result

@@ -26,6 +26,7 @@ def run(config: TemplatesConfig) -> None:
                 "rows": report.num_rows,
                 "records": number,
                 "bad": len(quarantine),
+                "passed_over": len(quarantine.passed_over),
                 "templates": [
                     {"task": task, "template": name, "records": count}
                     for (task, name), count in sorted(report.num_records.items())
@@ -33,5 +34,6 @@ def run(config: TemplatesConfig) -> None:
             }
         )
     rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
-    rows += [("rows read", str(report.num_rows)), ("bad, set aside", str(len(quarantine))), ("records", str(number))]
+    rows += [("rows read", str(report.num_rows)), ("bad, set aside", str(len(quarantine)))]
+    rows += [("passed over by every template", str(len(quarantine.passed_over))), ("records", str(number))]
     print_table(str(config.out_dir), rows)

@@ -319,3 +319,51 @@ sources:
     assert main(["data", "templates", str(config)]) == 5
     assert main(["data", "template", str(config)]) == 2
     assert "did you mean templates?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("per_row", [1, 2])
+def test_a_template_that_passes_a_row_over_makes_room_for_the_next(per_row: int) -> None:
+    rows = [{"question": f"Who runs {n}?", "answer": "A man."} for n in range(100)]  # two templates want a context
+    made = list(render_rows(rows, TemplateSettings(builtin="question_answering", per_row=per_row)))
+    assert len(made) == 100 * per_row
+    assert {r["provenance"]["template"] for r in made} == {"plain", "asked"}
+
+
+def test_rows_that_no_template_wants_are_counted(tmp_path: Path) -> None:
+    quarantine = Quarantine()
+    settings = one(tmp_path, when="label_value == 1")
+    assert len(list(render_rows(ROWS, settings, quarantine=quarantine))) == 4
+    assert quarantine.passed_over == ["row 1", "row 3", "row 5", "row 7"]
+    assert not quarantine.rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 'a'.ljust(300000000) }}",
+        "{{ 'a' | center(300000000) }}",
+        "{{ '%300000000d' | format(1) }}",
+        "{{ '%300000000d' % 1 }}",
+        "{{ '%*d' % (300000000, 1) }}",
+        "{% for i in range(9999) %}{{ text * 1000 }}{% endfor %}",
+        "{{ choices | random }}",
+    ],
+)
+def test_a_template_cannot_take_all_memory_or_draw_at_random(tmp_path: Path, text: str) -> None:
+    with pytest.raises((ConfigError, DataError)):
+        list(render_rows(ROWS[:1], one(tmp_path, output=text)))
+
+
+def test_percent_formatting_of_ordinary_width_works(tmp_path: Path) -> None:
+    [record] = render_rows([{"text": "a", "label": 0}], one(tmp_path, output="{{ '%5.1f %%' % 12.345 }}|{{ 7 % 4 }}"))
+    assert record["output"] == "12.3 %|3"
+
+
+def test_promptsources_most_frequent_gives_all_of_them(tmp_path: Path) -> None:
+    jinja = 'jinja: "{{text}} ||| {{ answers | most_frequent | choice }}"'
+    old = 'jinja: "What label best describes this news article?\\n{{text}} ||| \\n{{answer_choices[label] }}"'
+    assert old in PROMPTSOURCE
+    settings = file(tmp_path, PROMPTSOURCE.replace(old, jinja))
+    rows = [{"text": f"t{n}", "answers": ["yes", "no", "yes", "no", "maybe"], "label": 0} for n in range(50)]
+    answers = Counter(r["output"] for r in render_rows(rows, settings))
+    assert set(answers) == {"yes", "no"}
