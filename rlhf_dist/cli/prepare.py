@@ -39,7 +39,7 @@ from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
 from rlhf_dist.models.score_moments import read_score_moments
-from rlhf_dist.trainers.bag_of_words import check_baseline
+from rlhf_dist.trainers.bag_of_words import BagOfWords
 from rlhf_dist.trainers.ppo import PPOData
 from rlhf_dist.trainers.supervised import num_steps
 
@@ -60,6 +60,8 @@ class Prepared:
     """Path in the configuration → what is there. A checkpoint then belongs to the contents, wherever they lie."""
     bad_rows: tuple[str, ...] = ()
     """Lines of the account of rows that were left out under `on_bad_row: skip`."""
+    baseline: BagOfWords | None = None
+    """What a reward model is held against."""
     sampler: Sampler | None = None
     """Which training records a supervised step takes."""
     shares: tuple[dict[str, Any], ...] = ()
@@ -197,12 +199,14 @@ def prepare_reward(config: RewardConfig) -> Prepared:
         data, objective["near_ties"], near_tie_facts = tell_apart(config.reward.near_ties, data)
     prepared = _prepare_supervised(config, data, config.reward, "reward", worker, tokenizer, objective)
     if config.reward.bag_of_words_baseline:
-        check_baseline()
         if data.eval is None:
             raise ConfigError(
                 "reward.bag_of_words_baseline is true but there are no held-out records to compare on; set data.eval, or "
                 "data.eval_fraction above 0"
             )
+        # Before anything is trained: it may be refused.
+        baseline = BagOfWords(data.train, decoder(tokenizer), objective.get("near_ties"), config.seed)
+        prepared = replace(prepared, baseline=baseline)
     if margin_coef > 0:
         prepared.facts["training records with margins"] = num_with_margins
     prepared.facts.update(near_tie_facts)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_dist.algo.random import permutation
 from rlhf_dist.data.datasets import PreferenceDataset, Split
 from rlhf_dist.models.score_moments import ScoreMoments
 from rlhf_dist.tracking.console import format_number, print_table
@@ -29,34 +30,43 @@ _MOST_FOR_MOMENTS = 1024
 """Training records that mean and standard deviation are measured on where none are held out."""
 
 
+def score_moments_of(data: Split[PreferenceDataset], score: Score, seed: int) -> ScoreMoments:
+    """Mean and standard deviation of the scores of the held-out responses; without any, of training records drawn by `seed`."""
+    if data.eval is not None:
+        rows, records, dataset = torch.arange(len(data.eval)), "held-out", data.eval
+    else:
+        rows, records, dataset = (
+            permutation(seed, "score moments", 0, len(data.train))[:_MOST_FOR_MOMENTS],
+            "training",
+            data.train,
+        )
+    parts = [score(dataset, part)[dataset.batch(part).present].double() for part in rows.split(EVAL_CHUNK)]
+    scores = torch.cat(parts)
+    return ScoreMoments(float(scores.mean()), float(scores.std(correction=0)), len(scores), records)
+
+
 def report_trained(
-    run_dir: Path, data: Split[PreferenceDataset], score: Score, decode: Callable[[Tensor], str] | None
-) -> tuple[dict[str, Any], ScoreMoments]:
-    """Evaluate a reward model on its held-out records; without any, only measure its scores.
+    run_dir: Path, held_out: PreferenceDataset, score: Score, baseline: BagOfWords | None
+) -> dict[str, Any]:
+    """Evaluate a reward model on its held-out records, and the baseline beside it.
 
     Args:
         run_dir: where `eval/` is written.
-        data: training and held-out records.
+        held_out: records that were not trained on.
         score: the model.
-        decode: [n] token ids → text, to fit the baseline with; None for no baseline.
+        baseline: a model of words.
 
     Returns:
-        For the summary: `evaluation` and, with a baseline, `baseline`; and the scores' moments.
+        For the summary: `evaluation` and, with a baseline, `baseline`.
     """
-    if data.eval is None:
-        some = torch.arange(min(len(data.train), _MOST_FOR_MOMENTS))
-        scores = score(data.train, some)[data.train.batch(some).present].double()
-        return {}, ScoreMoments(float(scores.mean()), float(scores.std(correction=0)), len(scores), "training")
-    reports = {"reward_model": evaluation(data.eval, score)}
-    if decode is not None:
-        reports["bag_of_words"] = evaluation(data.eval, BagOfWords(data.train, decode).score)
-    for name, report in reports.items():
-        write_report(run_dir, name, report)
+    reports = {"reward_model": evaluation(held_out, score)}
+    write_report(run_dir, "reward_model", reports["reward_model"])
+    if baseline is not None:
+        reports["bag_of_words"] = evaluation(held_out, baseline.score) | {"inverse_penalty": baseline.strength}
+        write_report(run_dir, "bag_of_words", reports["bag_of_words"])
     show(reports)
     named = {"reward_model": "evaluation", "bag_of_words": "baseline"}
-    found = reports["reward_model"]["scores"]
-    moments = ScoreMoments(found["mean"], found["std"], found["num_responses"], "held-out")
-    return {named[name]: headline(report) for name, report in reports.items()}, moments
+    return {named[name]: headline(report) for name, report in reports.items()}
 
 
 def evaluation(dataset: PreferenceDataset, score: Score) -> dict[str, Any]:

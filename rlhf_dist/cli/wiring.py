@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_dist import __version__
 from rlhf_dist.cli import stopping
 from rlhf_dist.cli.prepare import Prepared, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
-from rlhf_dist.cli.reward_report import evaluation, headline, report_trained, show, write_report
+from rlhf_dist.cli.reward_report import evaluation, headline, report_trained, score_moments_of, show, write_report
 from rlhf_dist.cluster.group import Session, WorkerGroup
 from rlhf_dist.cluster.inline import InlineSession
 from rlhf_dist.cluster.proxies import (
@@ -129,7 +129,9 @@ def identity(config: RunConfig | EvalConfig, contents: Mapping[str, str]) -> dic
     """
     free = {"run_dir", "resume", "overwrite", "checkpoint", "tracking", "ray"}
     decides = _flat(json.loads(config.model_dump_json(exclude=free)))
-    decides.pop("ppo.self_checks", None)  # a check that was wrong to stop a run must not stop its resuming
+    # What was wrong to stop a run must not stop its resuming.
+    for key in ("ppo.self_checks", "reward.bag_of_words_baseline"):
+        decides.pop(key, None)
     decides = {
         key: contents.get(value, value) if isinstance(value, str) and key.endswith("path") else value
         for key, value in decides.items()
@@ -184,10 +186,12 @@ def run_reward(config: RewardConfig, session: Session | None = None, prepared: P
         def score(dataset: PreferenceDataset, indices: Tensor) -> Tensor:
             return model.score_pairs(dataset.batch(indices)).result()
 
-        decode = prepared.decode if config.reward.bag_of_words_baseline else None
-        found, moments = report_trained(config.run_dir, prepared.data, score, decode)
+        # The model first: hours of training must not hang on a report.
+        moments = score_moments_of(prepared.data, score, config.seed)
         _save(config, run, model, {score_moments.FILE: moments.to_json()})
-        return run.finish(summary | found)
+        if prepared.data.eval is not None:
+            summary |= report_trained(config.run_dir, prepared.data.eval, score, prepared.baseline)
+        return run.finish(summary)
 
 
 def _supervised(config: Any, settings: Any, run: Run, task: Any, prepared: Prepared) -> Summary:

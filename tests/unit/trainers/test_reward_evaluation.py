@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_dist.cli.reward_report import report_trained
+from rlhf_dist.algo.near_ties import NearTieRule
+from rlhf_dist.cli.reward_report import report_trained, score_moments_of
 from rlhf_dist.config import RewardData
-from rlhf_dist.data.datasets import PreferenceDataset, load_preferences
+from rlhf_dist.data.datasets import PreferenceDataset, Split, load_preferences
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.errors import ModelError
-from rlhf_dist.models.score_moments import FILE, ScoreMoments, read_score_moments
+from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.models.score_moments import FILE, read_score_moments
 from rlhf_dist.tracking.plots import plot_reward_model
+from rlhf_dist.trainers.bag_of_words import BagOfWords
 from rlhf_dist.trainers.reward_evaluation import evaluate, score_dataset
 
 
@@ -77,36 +79,81 @@ def test_lengths_are_of_the_response_and_cut_ones_are_told_apart(tiny_lm: Path, 
     assert report["truncated"] == {"accuracy": 1.0, "num_pairs": 1}
 
 
-def test_a_baseline_of_words_learns_what_words_tell(tiny_lm: Path, tmp_path: Path) -> None:
-    words = {True: ("lovely", "moving", "fresh", "warm"), False: ("dull", "stale", "cold", "flat")}
-    rows = [
-        {"prompt": f"p{n}", "chosen": f"a {words[True][n % 4]} film", "rejected": f"a {words[False][n // 4 % 4]} film"}
-        for n in range(80)
-    ]
+def split(tiny_lm: Path, folder: Path, rows: list[dict[str, Any]], **keys: Any) -> Split[PreferenceDataset]:
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source: Any = {"path": str(folder / "all.jsonl"), "kind": "preference"}
+    return load_preferences(RewardData(train=(source,), **keys), load_tokenizer(str(tiny_lm)), 0)
+
+
+def decode(tiny_lm: Path) -> Any:
     tokenizer: Any = load_tokenizer(str(tiny_lm))
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source: Any = {"path": str(tmp_path / "all.jsonl"), "kind": "preference"}
-    data = load_preferences(RewardData(train=(source,), eval_fraction=0.25), tokenizer, 0)
-    summary, moments = report_trained(
-        tmp_path / "run",
-        data,
-        lambda found, rows: torch.zeros(found.batch(rows).lengths.shape),
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-    )
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def zeros(found: PreferenceDataset, rows: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(found.batch(rows).lengths.shape)
+
+
+WORDS = {True: ("lovely", "moving", "fresh", "warm"), False: ("dull", "stale", "cold", "flat")}
+TOLD_BY_WORDS = [
+    {"prompt": f"p{n}", "chosen": f"a {WORDS[True][n % 4]} film", "rejected": f"a {WORDS[False][n // 4 % 4]} film"}
+    for n in range(80)
+]
+
+
+def test_a_baseline_of_words_learns_what_words_tell(tiny_lm: Path, tmp_path: Path) -> None:
+    data = split(tiny_lm, tmp_path, TOLD_BY_WORDS, eval_fraction=0.25)
+    assert data.eval is not None
+    baseline = BagOfWords(data.train, decode(tiny_lm))
+    summary = report_trained(tmp_path / "run", data.eval, zeros, baseline)
     assert summary["evaluation"]["accuracy"] == 0.5
     assert summary["baseline"]["accuracy"] == 1.0
-    assert (moments.mean, moments.std, moments.records) == (0.0, 0.0, "held-out")
     written = {path.name for path in (tmp_path / "run" / "eval").iterdir()}
     assert written == {f"{name}.{end}" for name in ("reward_model", "bag_of_words") for end in ("json", "png")}
 
 
-def test_without_held_out_records_the_moments_are_of_the_training_set(tiny_lm: Path, tmp_path: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(tiny_lm))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SETS["a"]))
-    source: Any = {"path": str(tmp_path / "a.jsonl"), "kind": "preference"}
-    data = load_preferences(RewardData(train=(source,)), tokenizer, 0)
-    summary, moments = report_trained(tmp_path, data, lambda found, rows: torch.tensor([[3.0, 1.0], [2.0, 2.0]]), None)
-    assert (summary, moments) == ({}, ScoreMoments(2.0, 0.5**0.5, 4, "training"))
+def test_the_baseline_weighs_near_ties_as_the_reward_model_does(tiny_lm: Path, tmp_path: Path) -> None:
+    """Three quarters of the pairs are near-ties that say the contrary: what they weigh decides what is learnt."""
+    told = [row | {"margin": 3.0} for row in TOLD_BY_WORDS[:20]]
+    contrary = [
+        {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"], "margin": 0.1}
+        for row in TOLD_BY_WORDS[20:]
+    ]
+    train = split(tiny_lm, tmp_path, told + contrary).train
+    truth = split(tiny_lm, tmp_path, TOLD_BY_WORDS).train
+    accuracy = {}
+    for name, rule in (
+        ("equal", NearTieRule.of(1.0, "keep", 60, 20)),
+        ("less", NearTieRule(1.0, "down_weight", near_weight=0.01, clear_weight=1.0)),
+        ("soft", NearTieRule.of(0.1001, "soft_labels", 60, 20)),
+    ):
+        baseline = BagOfWords(train, decode(tiny_lm), rule)
+        accuracy[name] = evaluate(score_dataset(lambda rows, b=baseline: b.score(truth, rows), truth, 64))["accuracy"]
+    assert accuracy["equal"] < 0.1
+    assert accuracy["less"] > 0.9
+    assert accuracy["soft"] < 0.1
+
+
+def test_a_baseline_without_a_shared_word_is_refused_before_training(tiny_lm: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "calm", "rejected": "kind"}]
+    with pytest.raises(ConfigError, match="no word that two training responses share"):
+        BagOfWords(split(tiny_lm, tmp_path, rows).train, decode(tiny_lm))
+
+
+def test_moments_are_of_the_held_out_set_or_else_of_training_records(tiny_lm: Path, tmp_path: Path) -> None:
+    def lengths(found: PreferenceDataset, rows: torch.Tensor) -> torch.Tensor:
+        return found.batch(rows).lengths.float()
+
+    held = split(tiny_lm, tmp_path, TOLD_BY_WORDS, eval_fraction=0.25)
+    assert held.eval is not None
+    whole = held.eval.batch(range(len(held.eval))).lengths.double()
+    found = score_moments_of(held, lengths, 0)
+    assert (found.num_responses, found.records) == (40, "held-out")
+    assert found.mean == pytest.approx(float(whole.mean()))
+    assert found.std == pytest.approx(float(whole.std(correction=0)))
+    none = split(tiny_lm, tmp_path, TOLD_BY_WORDS)
+    moments = score_moments_of(none, lengths, 0)
+    assert (moments.num_responses, moments.records) == (160, "training")
     (tmp_path / FILE).write_text(moments.to_json())
     assert read_score_moments(str(tmp_path)) == moments
 
