@@ -89,8 +89,8 @@ class LabelConfig(CurationConfig):
     writes preference records, `rlhf-dist label report CONFIG` shows progress, agreement and position bias."""
 
     out_dir: AbsolutePath
-    """Folder of the work: `judgements.jsonl` (grows with every judgement), `config.yaml`, `tokens.json`, and what `export` and
-    `report` write. The same configuration goes on where the folder stands."""
+    """Folder of the work: `judgements.jsonl` (grows with every judgement), `config.yaml`, `tokens.json`, `bad_rows.jsonl` where
+    rows were left out, and what `export` and `report` write. The same configuration goes on where the folder stands."""
     overwrite: bool = False
     """`export`: replace an earlier export. Judgements are never overwritten."""
     sources: tuple[DataSource, ...] = Field(min_length=1)
