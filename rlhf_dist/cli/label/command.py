@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ def export(config: LabelConfig) -> None:
             f"{', '.join(sorted(known))}"
         )
     kept = [judgement for judgement in judgements if not chosen or judgement.annotator in chosen]
-    records = list(preference_records(items, kept, config.export.policy, source=config.export.source))
+    form = config.export
+    records = list(preference_records(items, kept, form.policy, source=form.source, margins=form.margins))
     counts = _counts(kept, records) | {"bad rows": len(bad)}
     if not records:
         told = ", ".join(f"{name}: {number}" for name, number in counts.items())
@@ -84,6 +86,14 @@ def export(config: LabelConfig) -> None:
         folder.write_bad_rows(bad)
         folder.write_report({"command": "label export", **counts, "policy": config.export.policy})
     print_table(f"label export: {out}", [(name, str(number)) for name, number in counts.items()])
+    with_margin = counts["records with a margin"]
+    if 0 < with_margin < len(records):
+        print(
+            f"warning: {with_margin} of {len(records)} records have a margin; the others were judged by one person, and "
+            "reward.margin_coef takes their margin for 0, less than that of a disputed pair. Set export.margins to false, or "
+            "have those pairs judged by others too.",
+            file=sys.stderr,
+        )
 
 
 def _counts(judgements: Sequence[Judgement], records: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -105,7 +115,7 @@ def report(config: LabelConfig) -> None:
     items, bad = _items(config)
     by_id = {item.id: item for item in items}
     task = LabelTask(config, items, _judgements(config, by_id))
-    found = label_report(task) | {"bad_rows": len(bad)}
+    found: dict[str, Any] = {**label_report(task), "bad_rows": len(bad)}
     _list_bad_rows(config, bad)
     write_atomically(config.out_dir / REPORT, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     print_table(
