@@ -217,7 +217,12 @@ def tallies(judgements: Iterable[Judgement]) -> list[Tally]:
 
 
 def preference_records(
-    items: Mapping[str, Item], judgements: Iterable[Judgement], policy: Policy, *, source: str = ""
+    items: Mapping[str, Item],
+    judgements: Iterable[Judgement],
+    policy: Policy,
+    *,
+    source: str = "",
+    margins: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Records of kind `preference`: prompt, chosen, rejected, provenance, and a margin where votes give one.
 
@@ -230,19 +235,20 @@ def preference_records(
         judgements: of any number of annotators.
         policy: see `Policy`.
         source: the name of the set; written as `source` where it is not "".
+        margins: whether margins are written.
     """
     for tally in tallies(judgements):
         item = items[tally.item]
         if policy == "each":
             for judgement in tally.judgements:
                 if judgement.preferred is not None:
-                    yield from _record(item, tally, judgement.preferred, (judgement,), source)
+                    yield from _record(item, tally, judgement.preferred, (judgement,), source, margins)
         elif (winner := tally.winner(policy)) is not None:
-            yield from _record(item, tally, winner, tally.judgements, source)
+            yield from _record(item, tally, winner, tally.judgements, source, margins)
 
 
 def _record(
-    item: Item, tally: Tally, winner: int, judgements: Sequence[Judgement], source: str
+    item: Item, tally: Tally, winner: int, judgements: Sequence[Judgement], source: str, margins: bool
 ) -> Iterator[dict[str, Any]]:
     loser = sum(tally.pair) - winner
     chosen, rejected = item.candidates[winner], item.candidates[loser]
@@ -255,7 +261,7 @@ def _record(
     }
     for_chosen = sum(judgement.preferred == winner for judgement in judgements)
     for_rejected = sum(judgement.preferred == loser for judgement in judgements)
-    if len(judgements) > 1:
+    if margins and len(judgements) > 1:
         record["margin"] = (for_chosen - for_rejected) / len(judgements)
     if source:
         record["source"] = source

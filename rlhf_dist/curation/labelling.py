@@ -1,7 +1,7 @@
 """Labelling by people: which pairs there are, who judges which, how they stand, and what has been judged.
 
 Everything here is the work without the page. Orders and positions are counter-based, drawn for the item's texts and the
-annotator's name: more items do not change those that are there, and a restart changes nothing.
+annotator's name: items that are appended to the sources change nothing of those that are there, nor does a restart.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def shared_out(units: Sequence[Unit], annotators: Sequence[str], overlap: int, s
     """Annotator → ids of the items that are theirs. Each item goes, with all its pairs, to `overlap` annotators.
 
     The first is one of those who have the fewest pairs so far; the others are those who met the chosen least often, among
-    the annotators who are not ahead by more than the largest item. So loads stay even, and everyone can be compared with
-    everyone. Draws decide among equals.
+    the annotators who are not ahead by more than the largest item so far. So loads stay even, and everyone can be compared
+    with everyone. Draws decide among equals. Nothing depends on later items.
 
     Raises:
         ValueError: fewer annotators than `overlap`.
@@ -100,11 +100,12 @@ def shared_out(units: Sequence[Unit], annotators: Sequence[str], overlap: int, s
     sizes: dict[str, int] = {}
     for unit in units:
         sizes[unit.item.id] = sizes.get(unit.item.id, 0) + 1
-    ahead = max(sizes.values(), default=0)
+    ahead = 0
     load = [0] * len(annotators)
     met = [[0] * len(annotators) for _ in annotators]
     given: list[set[str]] = [set() for _ in annotators]
     for item, size in sizes.items():
+        ahead = max(ahead, size)
         drawn = permutation(seed, f"label/share/{item}", 0, len(annotators)).tolist()
         left = sorted(range(len(annotators)), key=drawn.__getitem__)
         least = min(load)

@@ -17,10 +17,13 @@ from urllib.parse import urlsplit
 import pytest
 from support.runs import cli, write_config
 
+from rlhf_dist.cli import label
+
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser and is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+STATIC = Path(label.__file__).parent / "static"
 EVIL = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'> `${window.pwned=3}` {{window.pwned=4}}</script>\n x"
 Make = Callable[..., dict[str, Any]]
 
@@ -119,6 +122,29 @@ def labelling(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Pa
         "server": {"port": 0},
     }
     return write_config(tmp_path / "label.yaml", config | settings)
+
+
+def test_the_keys_of_the_page(browser: Any):
+    page = browser.new_page()
+    page.set_content("<div data-unit=first></div>")
+    page.evaluate("() => { window.sent = []; window.emitEvent = (name, args) => sent.push(args.choice); }")
+    page.add_script_tag(path=STATIC / "page.js")
+    chosen = {
+        "a": "1 a A ArrowLeft",
+        "b": "2 b B ArrowRight",
+        "tie": "3 t",
+        "both_bad": "4 x",
+        "skip": "s",
+        "undo": "u U",
+    }
+    for choice, keys in chosen.items():
+        for key in keys.split():
+            page.keyboard.press(key)
+            assert page.evaluate("sent.splice(0)") == [choice]
+    for key in ("Backspace", "Delete", "Enter", "Control+a", "Escape", "5"):  # no slip takes a judgement back
+        page.keyboard.press(key)
+        assert page.evaluate("sent.splice(0)") == [], key
+    page.close()
 
 
 def prefer_good(page: Any, by_key: bool) -> dict[str, str]:

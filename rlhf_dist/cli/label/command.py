@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +23,11 @@ from rlhf_dist.curation.label_report import (
     progress_rows,
 )
 from rlhf_dist.curation.labelling import JUDGEMENTS, LabelTask, judgements_of, open_folder
-from rlhf_dist.curation.output import check_output, written
+from rlhf_dist.curation.output import OutputFolder, check_output, written
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.errors import DataError
 from rlhf_dist.tracking.console import print_table
-from rlhf_dist.tracking.run_folder import write_atomically
+from rlhf_dist.tracking.run_folder import BAD_ROWS, write_atomically
 
 EXPORT = "export"
 REPORT = "label_report.json"
@@ -51,8 +51,9 @@ def serve(config: LabelConfig) -> None:
     from rlhf_dist.cli.label.server import check_library, serve_page
 
     check_library()
-    items = _items(config)
+    items, bad = _items(config)
     with open_folder(config, {item.id: item for item in items}) as journal:
+        _list_bad_rows(config, bad)
         serve_page(LabelTask(config, items, judgements_of(journal), journal.append), journal.path)
 
 
@@ -60,7 +61,8 @@ def export(config: LabelConfig) -> None:
     """Preference records of what was judged so far, into OUT_DIR/export; also while the page is served."""
     out = config.out_dir / EXPORT
     check_output(out, config.overwrite)
-    items = {item.id: item for item in _items(config)}
+    listed, bad = _items(config)
+    items = {item.id: item for item in listed}
     judgements = _judgements(config, items)
     chosen = config.export.annotators
     known = {judgement.annotator for judgement in judgements}
@@ -70,8 +72,9 @@ def export(config: LabelConfig) -> None:
             f"{', '.join(sorted(known))}"
         )
     kept = [judgement for judgement in judgements if not chosen or judgement.annotator in chosen]
-    records = list(preference_records(items, kept, config.export.policy, source=config.export.source))
-    counts = _counts(kept, records)
+    form = config.export
+    records = list(preference_records(items, kept, form.policy, source=form.source, margins=form.margins))
+    counts = _counts(kept, records) | {"bad rows": len(bad)}
     if not records:
         told = ", ".join(f"{name}: {number}" for name, number in counts.items())
         raise DataError(
@@ -80,8 +83,17 @@ def export(config: LabelConfig) -> None:
         )
     with written(out, config.overwrite, dump_yaml(config)) as folder:
         folder.write_records(records)
+        folder.write_bad_rows(bad)
         folder.write_report({"command": "label export", **counts, "policy": config.export.policy})
     print_table(f"label export: {out}", [(name, str(number)) for name, number in counts.items()])
+    with_margin = counts["records with a margin"]
+    if 0 < with_margin < len(records):
+        print(
+            f"warning: {with_margin} of {len(records)} records have a margin; the others were judged by one person, and "
+            "reward.margin_coef takes their margin for 0, less than that of a disputed pair. Set export.margins to false, or "
+            "have those pairs judged by others too.",
+            file=sys.stderr,
+        )
 
 
 def _counts(judgements: Sequence[Judgement], records: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -100,10 +112,11 @@ def _counts(judgements: Sequence[Judgement], records: Sequence[dict[str, Any]]) 
 
 def report(config: LabelConfig) -> None:
     """Progress, choices, seconds, position bias and agreement, on the terminal and in OUT_DIR/label_report.json."""
-    items = _items(config)
+    items, bad = _items(config)
     by_id = {item.id: item for item in items}
     task = LabelTask(config, items, _judgements(config, by_id))
-    found = label_report(task)
+    found: dict[str, Any] = {**label_report(task), "bad_rows": len(bad)}
+    _list_bad_rows(config, bad)
     write_atomically(config.out_dir / REPORT, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     print_table(
         f"label report: {found['pairs_judged']} of {found['pairs']} pairs judged", progress_rows(found), PROGRESS_HEADER
@@ -115,13 +128,19 @@ def report(config: LabelConfig) -> None:
         print_table("criteria", criteria_rows(found), CRITERIA_HEADER)
 
 
-def _items(config: LabelConfig) -> list[Item]:
+def _items(config: LabelConfig) -> tuple[list[Item], Quarantine]:
+    """The items, and the rows that are none."""
     quarantine = Quarantine()
     items = read_items(config.sources, quarantine)
     if quarantine:
-        counted = Counter(bad.reason for bad in quarantine.rows)
-        print(f"{len(quarantine)} rows are left out, the first: {next(iter(counted))}")
-    return items
+        print(f"{len(quarantine)} rows are left out ({BAD_ROWS} lists them), the first: {quarantine.rows[0].reason}")
+    return items, quarantine
+
+
+def _list_bad_rows(config: LabelConfig, quarantine: Quarantine) -> None:
+    """The account of them in OUT_DIR; none where the rows have been mended."""
+    (config.out_dir / BAD_ROWS).unlink(missing_ok=True)
+    OutputFolder(config.out_dir).write_bad_rows(quarantine)
 
 
 def _judgements(config: LabelConfig, items: dict[str, Item]) -> list[Judgement]:

@@ -2,7 +2,8 @@
 
 - The Host header must name this server: a foreign site that makes its own name point here (DNS rebinding) is refused.
 - Where a browser says where a request comes from (Origin), that must be this server too.
-- A token, in the address once and in a cookie from then on, says which role a caller has. Tokens are compared in constant time.
+- A token, in the address once and in a cookie from then on, says which role a caller has; each role has a cookie of its own, so
+  that one address does not undo the other. Tokens are compared in constant time.
 
 Nothing that the page shows may load or send anything elsewhere (Content-Security-Policy).
 """
@@ -43,7 +44,7 @@ class Gate:
 
     def __init__(self, app: App, tokens: Mapping[str, str], hosts: Iterable[str], cookie: str) -> None:
         """`tokens`: role → secret, roles `annotator` and `organiser`; `hosts`: names of this server, without ports; `cookie`:
-        name of the cookie."""
+        what the names of the cookies begin with; `_annotator` or `_organiser` follows."""
         self._app = app
         self._tokens = {role: token.encode() for role, token in tokens.items()}
         self._hosts = {host.lower().strip("[]") for host in hosts}
@@ -60,16 +61,17 @@ class Gate:
             return
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         in_address = next((value for key, value in query if key == "token"), None)
-        role = self._role(in_address)
+        role = next(iter(self._roles(dict.fromkeys(self._tokens, in_address))), None)
         if role is not None and in_address is not None and scope["type"] == "http":
-            await self._welcome(scope, send, in_address, [(key, value) for key, value in query if key != "token"])
+            await self._welcome(scope, send, role, in_address, [(key, value) for key, value in query if key != "token"])
             return
-        role = self._role(cookie_parser(headers.get("cookie", "")).get(self._cookie))
-        if role is None:
+        cookies = cookie_parser(headers.get("cookie", ""))
+        roles = self._roles({role: cookies.get(f"{self._cookie}_{role}") for role in self._tokens})
+        if not roles:
             await _refuse(
                 scope, send, 401, "This page needs the whole address that `rlhf-dist label` printed, with its token."
             )
-        elif role != "organiser" and scope["path"].startswith(ORGANISER_PATHS):
+        elif "organiser" not in roles and scope["path"].startswith(ORGANISER_PATHS):
             await _refuse(scope, send, 403, "This page is the organiser's; its address has a token of its own.")
         else:
             await self._app(scope, receive, _with_headers(send))
@@ -86,20 +88,21 @@ class Gate:
             return 403, "A page of another site asked for this; that is refused."
         return 0, ""
 
-    def _role(self, token: str | None) -> str | None:
-        found = None
-        for role, secret in self._tokens.items():
-            # All of them, whichever matches: the time says nothing.
-            if hmac.compare_digest(secret, (token or "").encode("utf-8", "replace")):
-                found = role
-        return found
+    def _roles(self, given: Mapping[str, str | None]) -> list[str]:
+        """The roles whose token is given for them."""
+        # All are compared, whichever match: the time says nothing.
+        return [
+            role
+            for role, secret in self._tokens.items()
+            if hmac.compare_digest(secret, (given[role] or "").encode("utf-8", "replace"))
+        ]
 
-    async def _welcome(self, scope: Scope, send: Send, token: str, query: list[tuple[str, str]]) -> None:
+    async def _welcome(self, scope: Scope, send: Send, role: str, token: str, query: list[tuple[str, str]]) -> None:
         """The token moves from the address, which histories and screenshots keep, into a cookie."""
         path = quote("/" + scope["path"].lstrip("/"))  # never //other.host
         target = f"{path}?{urlencode(query)}" if query else path
         # Lax, not Strict: a link in a mail must work; what other sites' pages send stays without the cookie.
-        cookie = f"{self._cookie}={token}; Path=/; HttpOnly; SameSite=Lax"
+        cookie = f"{self._cookie}_{role}={token}; Path=/; HttpOnly; SameSite=Lax"
         start = {
             "type": "http.response.start",
             "status": 303,

@@ -27,7 +27,7 @@ HELP = (
     ("3  T", "a tie: neither is better"),
     ("4  X", "both are bad"),
     ("S", "skip: you cannot judge this pair"),
-    ("U  Backspace", "undo: take back your last judgement and see its pair again"),
+    ("U", "undo: take back your last judgement and see its pair again"),
     ("C", "write a comment; Esc leaves it"),
     ("?", "this help"),
 )

@@ -78,6 +78,10 @@ class LabelExport(Schema):
     """What several judgements of one pair become: `majority` takes the response that more than half of the votes prefer (a tie
     and "both bad" are votes); `plurality` the one that more votes prefer than the other; `unanimous` the one that all votes
     prefer; `each` makes a record of every vote. Pairs without a winner are left out and counted."""
+    margins: bool = True
+    """Write the share of votes for the chosen response less that for the other as `margin`, where several judged a pair. What
+    one person judged has none, which training with `reward.margin_coef` takes for 0; set false where only some pairs have
+    several votes."""
     annotators: Names = ()
     """Use the judgements of these annotators only; of all when empty."""
     source: str = ""
@@ -89,8 +93,8 @@ class LabelConfig(CurationConfig):
     writes preference records, `rlhf-dist label report CONFIG` shows progress, agreement and position bias."""
 
     out_dir: AbsolutePath
-    """Folder of the work: `judgements.jsonl` (grows with every judgement), `config.yaml`, `tokens.json`, and what `export` and
-    `report` write. The same configuration goes on where the folder stands."""
+    """Folder of the work: `judgements.jsonl` (grows with every judgement), `config.yaml`, `tokens.json`, `bad_rows.jsonl` where
+    rows were left out, and what `export` and `report` write. The same configuration goes on where the folder stands."""
     overwrite: bool = False
     """`export`: replace an earlier export. Judgements are never overwritten."""
     sources: tuple[DataSource, ...] = Field(min_length=1)

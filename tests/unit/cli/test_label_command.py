@@ -39,7 +39,9 @@ def test_export_and_report(tmp_path: Path, arguments: list[str], capsys: pytest.
     said = [judgement(0, "a"), judgement(1, "b"), judgement(2, "tie"), judgement(3, "skip"), judgement(0, "a", "bob")]
     write(tmp_path / "out" / "judgements.jsonl", said)
     assert main(["label", "export", *arguments, "--export.source", "pilot"]) == 0
-    assert "pairs that nobody prefers a response of | 1" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "pairs that nobody prefers a response of | 1" in printed.out
+    assert "1 of 2 records have a margin" in printed.err
     export = tmp_path / "out" / "export"
     records = [json.loads(line) for line in (export / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(r["prompt"], r["chosen"], r["rejected"]) for r in records] == [("p0", "x0", "y0"), ("p1", "y1", "x1")]
@@ -48,9 +50,45 @@ def test_export_and_report(tmp_path: Path, arguments: list[str], capsys: pytest.
     assert main(["label", "export", *arguments]) == 5
     assert main(["label", "export", *arguments, "--overwrite", "true", "--export.annotators", "[bob]"]) == 0
     assert len((export / "records.jsonl").read_text().splitlines()) == 1
+    capsys.readouterr()
+    assert main(["label", "export", *arguments, "--overwrite", "true", "--export.margins", "false"]) == 0
+    assert "margin" not in (export / "records.jsonl").read_text()
+    assert capsys.readouterr().err == ""
     assert main(["label", "report", *arguments]) == 0
     assert "3 of 4 pairs judged" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "label_report.json").read_text())["judgements"] == 5
+
+
+def test_rows_that_are_left_out_are_listed_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    source = write(tmp_path / "c.jsonl", [*ROWS, {"prompt": "alone", "candidates": ["x"]}, {"prompt": "none"}])
+    sources = f"[{{path: {source}, kind: candidates, on_bad_row: skip}}]"
+    out = tmp_path / "out"
+    arguments = ["--out_dir", str(out), "--sources", sources]
+
+    def listed(folder: Path) -> list[Any]:
+        return [json.loads(line)["row"]["prompt"] for line in (folder / "bad_rows.jsonl").read_text().splitlines()]
+
+    monkeypatch.setattr(server, "serve_page", lambda task, path: None)  # as if it was served and ended
+    assert main(["label", *arguments]) == 0
+    assert "2 rows are left out" in capsys.readouterr().out
+    assert listed(out) == ["alone", "none"]
+    assert main(["label", *arguments]) == 0  # the folder is known again
+    (out / "bad_rows.jsonl").unlink()
+
+    write(out / "judgements.jsonl", [judgement(0, "a")])
+    assert main(["label", "report", *arguments]) == 0
+    assert listed(out) == ["alone", "none"]
+    assert json.loads((out / "label_report.json").read_text())["bad_rows"] == 2
+    assert main(["label", "export", *arguments]) == 0
+    assert listed(out / "export") == ["alone", "none"]
+    assert json.loads((out / "export" / "report.json").read_text())["bad rows"] == 2
+
+    write(source, ROWS)  # mended
+    assert main(["label", "report", *arguments]) == 0
+    assert not (out / "bad_rows.jsonl").exists()
+    assert json.loads((out / "label_report.json").read_text())["bad_rows"] == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from rlhf_dist.cli.label.gate import Gate
 
 TOKENS = {"annotator": "t" * 32, "organiser": "o" * 32}
-COOKIE = {"cookie": f"label={TOKENS['annotator']}"}
+COOKIE = {"cookie": f"label_annotator={TOKENS['annotator']}"}
 
 
 def ask(
@@ -48,7 +48,7 @@ def test_the_token_moves_from_the_address_into_a_cookie():
     status, headers, reached = ask("/label", query=f"name=A+b&token={TOKENS['annotator']}")
     assert (status, reached) == (303, [])
     assert headers["location"] == "/label?name=A+b"
-    assert headers["set-cookie"] == f"label={TOKENS['annotator']}; Path=/; HttpOnly; SameSite=Lax"
+    assert headers["set-cookie"] == f"label_annotator={TOKENS['annotator']}; Path=/; HttpOnly; SameSite=Lax"
     status, headers, reached = ask("/label", COOKIE)
     assert (status, reached) == (200, ["http"])
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
@@ -65,11 +65,12 @@ def test_a_redirect_stays_here():
     "headers",
     [
         {},
-        {"cookie": "label=" + "x" * 32},
-        {"cookie": "label="},
+        {"cookie": "label_annotator=" + "x" * 32},
+        {"cookie": "label_annotator="},
         {"cookie": f"other={TOKENS['annotator']}"},
-        {"cookie": f"label={TOKENS['annotator'][:-1]}"},
-        {"cookie": "label=é"},
+        {"cookie": f"label_organiser={TOKENS['annotator']}"},
+        {"cookie": f"label_annotator={TOKENS['annotator'][:-1]}"},
+        {"cookie": "label_annotator=é"},
     ],
 )
 def test_without_the_token_nothing_is_reached(kind: str, headers: dict[str, str]):
@@ -79,7 +80,7 @@ def test_without_the_token_nothing_is_reached(kind: str, headers: dict[str, str]
 
 
 def test_a_cookie_of_another_server_on_this_machine_is_in_nobodys_way():
-    cookies = f'session={{"a": [1, 2]}}; label={TOKENS["annotator"]}; b="c"'
+    cookies = f'session={{"a": [1, 2]}}; label_annotator={TOKENS["annotator"]}; b="c"'
     assert ask(headers={"cookie": cookies})[0] == 200
 
 
@@ -107,7 +108,14 @@ def test_pages_of_other_origins_are_refused(origin: str):
 
 def test_the_report_is_the_organisers():
     assert ask("/report", COOKIE)[0] == 403
-    organiser = {"cookie": f"label={TOKENS['organiser']}"}
+    organiser = {"cookie": f"label_organiser={TOKENS['organiser']}"}
     assert ask("/report", organiser)[2] == ["http"]
     assert ask("/label", organiser)[2] == ["http"]
     assert ask("/report", query=f"token={TOKENS['organiser']}")[1]["location"] == "/report"
+
+
+def test_an_organiser_who_opens_the_annotators_address_too_stays_organiser():
+    cookies = [ask(query=f"token={TOKENS[role]}")[1]["set-cookie"].partition(";")[0] for role in TOKENS]
+    assert len({cookie.partition("=")[0] for cookie in cookies}) == 2  # a browser keeps both
+    for both in (cookies, cookies[::-1]):
+        assert ask("/report", {"cookie": "; ".join(both)})[0] == 200

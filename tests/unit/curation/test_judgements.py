@@ -135,6 +135,8 @@ def test_one_vote_gives_no_margin_and_ties_count_in_one():
     assert "margin" not in records(votes("a"))[0]
     assert records(votes("b", "b", "tie", "skip"))[0]["margin"] == pytest.approx(2 / 3)
 
+    assert "margin" not in records(votes("b", "b"), margins=False)[0]
+
 
 def test_each_vote_can_be_a_record():
     found = records(votes("a", "b", "tie", "a"), "each")

@@ -102,6 +102,15 @@ def test_work_is_shared_out_evenly_with_the_overlap(tmp_path: Path):
         shared_out(units, names, 5, 0)
 
 
+def test_shares_do_not_change_when_items_are_appended_also_larger_ones():
+    names = ["ann", "bob", "cat", "dan"]
+    items = [item(n, 2 + n % 3) for n in range(40)] + [item(40, 12)]
+    before = {i.id for i in items[:30]}
+    few = shared_out(units_of(items[:30], "all", 0), names, 2, 0)
+    many = shared_out(units_of(items, "all", 0), names, 2, 0)
+    assert {name: ids & before for name, ids in many.items()} == few
+
+
 # Judging.
 
 

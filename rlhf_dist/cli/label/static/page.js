@@ -2,7 +2,7 @@
 (() => {
   const KEYS = {
     1: "a", a: "a", ArrowLeft: "a", 2: "b", b: "b", ArrowRight: "b",
-    3: "tie", t: "tie", 4: "both_bad", x: "both_bad", s: "skip", u: "undo", Backspace: "undo",
+    3: "tie", t: "tie", 4: "both_bad", x: "both_bad", s: "skip", u: "undo",
   };
   document.addEventListener("keydown", (event) => {
     if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
