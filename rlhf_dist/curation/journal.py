@@ -55,6 +55,11 @@ class Journal:
         os.fsync(self._file.fileno())
         self.entries.append(dict(entry))
 
+    def clear(self) -> None:
+        """Take every entry out."""
+        self._file.truncate(0)
+        self.entries.clear()
+
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()

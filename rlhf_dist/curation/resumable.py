@@ -71,6 +71,8 @@ def _without(value: Any, keys: set[str]) -> Any:
 def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
     """Begin work, or go on with it. When the block ends without an error the journal is removed.
 
+    A journal without a piece is bound to no identity: what failed before its first piece can be mended and given again.
+
     Args:
         out_dir: the folder of the result; the journal is beside it.
         identity: all that the pieces depend on, as JSON values. Settings that only say when to stop do not belong in it.
@@ -81,7 +83,8 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
     """
     folder = work_folder(out_dir)
     with Journal(folder / JOURNAL) as journal:
-        if not journal.entries:
+        if len(journal.entries) < 2:
+            journal.clear()
             journal.append({"work": dict(identity)})
         known = journal.entries[0].get("work", {})
         different = list(_differences(known, identity))
@@ -90,7 +93,13 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
                 f"{folder} holds half-done work of another configuration: {'; '.join(different[:5])}. Give that configuration "
                 "to go on, choose another out_dir, or remove the folder to begin anew."
             )
-        yield Work(journal)
+        work = Work(journal)
+        try:
+            yield work
+        except BaseException:
+            if not work.done:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -109,4 +118,4 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
 
 def _short(value: Any) -> str:
     shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return shown if len(shown) <= 60 else f"{shown[:20]}...{shown[-37:]}"

@@ -41,10 +41,13 @@ def run(config: JudgeConfig) -> None:
     prompt = PromptTemplate(config.prompt_path, PROMPT) if config.judge else None
     if prompt is not None:  # one that cannot be rendered is refused before a model is loaded
         judge_prompt(prompt, *state.next_shown(1)[0], config.guidelines)
-    fingerprints = {
-        "items": hashlib.sha256(json.dumps([item.id for item in items]).encode()).hexdigest(),
-        "prompt": prompt.sha256 if prompt else _code_of(str(config.function)),
+    fingerprints: dict[str, Any] = {
+        "items": hashlib.sha256(json.dumps([item.id for item in items]).encode()).hexdigest()
     }
+    if prompt is not None:
+        fingerprints["prompt"] = prompt.sha256
+    else:
+        fingerprints["function"] = {"place": config.function, "sha256": _code_of(str(config.function))}
     with resumable(config.out_dir, identity_of(config, without=("source_name",), **fingerprints)) as work:
         _judge(config, state, prompt, work)
         by_id = {item.id: item for item in items}

@@ -216,6 +216,27 @@ def test_a_function_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(rows_of(settings.out_dir / "records.jsonl")) == 7
 
 
+def test_another_function_does_not_go_on_where_one_stopped(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    source = tmp_path / "many.jsonl"
+    rows = [{"prompt": "longer" if n < 70 else "other", "candidates": ["x", f"y {n}"]} for n in range(80)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def settings(name: str) -> JudgeConfig:
+        many = [{"path": str(source), "kind": "candidates"}]
+        return config(tmp_path, sources=many, function=f"{tmp_path / 'f.py'}:{name}")
+
+    with pytest.raises(ConfigError, match="has no function 'lnger'"):
+        command.run(settings("lnger"))
+    with pytest.raises(DataError, match=r"many.jsonl:71: .*AssertionError"):  # in the second piece
+        command.run(settings("longer"))
+    with pytest.raises(ConfigError, match=r"work of another configuration: function\.place was '.*longer' and is"):
+        command.run(settings("first"))
+    (tmp_path / "f.py").write_text(FUNCTIONS.replace('"three"', '"three", "other"'))
+    with pytest.raises(ConfigError, match=r"configuration: function\.sha256 was '[\w.]+' and is '[\w.]+'\. Give"):
+        command.run(settings("longer"))
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [

@@ -398,6 +398,27 @@ def test_half_done_work_of_another_configuration_is_not_taken_over(
         command.run(changed_seeds)
 
 
+def test_a_start_that_failed_binds_to_nothing(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedGenerator, tmp_path: Path
+) -> None:
+    """A wrong model name leaves nothing behind, and what a kill left before the first piece is begun anew."""
+
+    def no_model(*_: Any) -> None:
+        raise ModelError("no model 'worng'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "load_generator", no_model)
+        with pytest.raises(ModelError, match="worng"):
+            command.run(config(tmp_path, generator={"model": "worng"}))
+    settings = config(tmp_path)
+    assert not work_folder(settings.out_dir).exists()
+    work_folder(settings.out_dir).mkdir()
+    (work_folder(settings.out_dir) / "journal.jsonl").write_text('{"work": {"generator": {"model": "worng"}}}\n')
+    command.run(settings)
+    identity, *_ = rows_of(settings.out_dir / "completions.jsonl")
+    assert identity["work"]["generator"]["model"] == "scripted"
+
+
 def test_when_to_stop_and_how_to_connect_may_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     endpoint = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": None}
     half_done(monkeypatch, config(tmp_path, generator={"engine": "openai", "endpoint": endpoint}))
