@@ -8,21 +8,17 @@ judgements as people's are (`judgements.py`), under the judge's name.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rlhf_dist.config.curation.generator import Sampling
 from rlhf_dist.curation.candidates import Item, Messages
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
-from rlhf_dist.curation.judgements import CHOICES, Judgement
+from rlhf_dist.curation.judgements import Judgement
 from rlhf_dist.curation.labelling import Unit
 from rlhf_dist.curation.prompts import PromptTemplate
-from rlhf_dist.errors import ConfigError, DataError
 
 PROMPT = "judge.jinja"
 UNREADABLE = "unreadable"
@@ -84,44 +80,6 @@ class ModelJudge:
         return [read_answer(completion) for completion in completions]
 
 
-class FunctionJudge:
-    """A Python function of (prompt, a, b)."""
-
-    def __init__(self, place: str) -> None:
-        """Load `module:function` or `file.py:function`.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        self.place = place
-        self.function = _loaded(place)
-
-    def judge(self, shown: Sequence[tuple[Item, int, int]]) -> list[Answer]:
-        """Call it for each.
-
-        Raises:
-            DataError: it raises or returns what is no choice; names the item.
-        """
-        return [self._answer(item, a, b) for item, a, b in shown]
-
-    def _answer(self, item: Item, a: int, b: int) -> Answer:
-        arguments = [_plain(messages) for messages in (item.prompt, item.candidates[a], item.candidates[b])]
-        try:
-            value = self.function(*arguments)
-        except Exception as error:
-            raise DataError(
-                f"{item.location}: {self.place} raised {type(error).__name__}: {error}; mend the function"
-            ) from error
-        if isinstance(value, str) and value in CHOICES:
-            return Answer(value, value)
-        number = None if isinstance(value, (bool, str)) else _number(value)
-        if number is None:
-            raise DataError(
-                f"{item.location}: {self.place} returned {value!r}; return one of {', '.join(CHOICES)}, or a finite number"
-            )
-        return Answer("a" if number > 0 else "b" if number < 0 else "tie", repr(number))
-
-
 @dataclass
 class JudgeReport:
     """What became of the pairs."""
@@ -160,6 +118,8 @@ class Judging:
         """Two a pair, one an order: what position bias is measured on."""
         self.num_asked = 0
         """Pairs that were asked about."""
+        self.failures: list[tuple[Unit, str]] = []
+        """Pairs without both answers, and why."""
 
     @property
     def finished(self) -> bool:
@@ -184,6 +144,8 @@ class Judging:
         for wrong in (FAILED, UNREADABLE):
             if wrong in answers:
                 setattr(self.report, wrong, getattr(self.report, wrong) + 1)
+                if wrong == FAILED:
+                    self.failures.append((unit, (first if first.choice == FAILED else second).text))
                 return
         i, j = unit.pair
         orders = [
@@ -239,42 +201,8 @@ def _key(item: Item, a: int, b: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _plain(messages: Messages) -> str | list[dict[str, str]]:
-    return messages[0]["content"] if len(messages) == 1 else [dict(message) for message in messages]
-
-
 def _shown(messages: Messages, role: str) -> str:
     """A text; with the roles' names where it is more than one message, or one of another role."""
     if len(messages) == 1 and messages[0]["role"] == role:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if abs(number) < float("inf") else None  # nor is NaN less
-
-
-def _loaded(place: str) -> Callable[..., Any]:
-    where, _, name = place.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"judge_{Path(where).stem}", Path(where).absolute())
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except Exception as error:  # whatever the user's module raises
-        raise ConfigError(
-            f"function {place!r}: {where} cannot be imported ({type(error).__name__}: {error}); mend it, or write "
-            "module:function or file.py:function"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"function {place!r}: {where} has no function {name!r}; name one that it has")
-    return function

@@ -18,8 +18,8 @@ from rlhf_dist.curation.journal import Journal
 from rlhf_dist.errors import ConfigError
 
 JOURNAL = "journal.jsonl"
-_NOT_IDENTITY = {"out_dir", "overwrite", "timeout_s", "max_retries", "api_key_env", "base_url"}
-"""Keys, of any section, that change where and how work is done but not what comes of it."""
+_NOT_IDENTITY = {"out_dir", "overwrite", "timeout_s", "max_retries", "api_key_env", "base_url", "on_bad_row"}
+"""Keys, of any section, that change where and how work is done but not what comes of it. (What was read has a fingerprint.)"""
 
 
 def work_folder(out_dir: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,11 +211,47 @@ def test_a_function(tmp_path: Path) -> None:
         run("raises")
 
 
-def test_a_function_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "judge_functions_of_a_test.py").write_text(FUNCTIONS)
-    monkeypatch.syspath_prepend(tmp_path)
-    command.run(settings := config(tmp_path, function="judge_functions_of_a_test:longer"))
+def test_a_module_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that directory is not on the path, as in a console script; its content is part of the work's identity."""
+    file = tmp_path / "judge_functions_of_a_test.py"
+    file.write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", path := [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    before = list(path)
+    command.run(settings := config(tmp_path, function=f"{file.stem}:longer"))
+    assert sys.path == before
     assert len(rows_of(settings.out_dir / "records.jsonl")) == 7
+    written = rows_of(settings.out_dir / "answers.jsonl")[0]["work"]["function"]
+    assert written == {"place": f"{file.stem}:longer", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def test_a_file_is_meant_from_where_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = config(tmp_path, function="f.py:longer")
+    assert settings.function == f"{tmp_path / 'f.py'}:longer"
+    assert settings.name == "f.py:longer"
+
+
+def test_a_pair_that_a_function_fails_on_is_set_aside_under_skip(tmp_path: Path) -> None:
+    """A run that it stopped goes on once `on_bad_row` is skip."""
+    place = "judge_of_a_test.py:only_numbers"
+    (tmp_path / "judge_of_a_test.py").write_text("def only_numbers(prompt, a, b):\n    return int(a) - int(b)\n")
+    source = tmp_path / "numbers.jsonl"
+    rows = [{"prompt": f"p{n}", "candidates": ["1", "2" if n != 70 else "two"]} for n in range(80)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def settings(policy: str) -> JudgeConfig:
+        numbers = [{"path": str(source), "kind": "candidates", "on_bad_row": policy}]
+        return config(tmp_path, sources=numbers, function=str(tmp_path / place))
+
+    with pytest.raises(DataError, match=r"numbers.jsonl:71: .*only_numbers raised ValueError: .*on_bad_row"):
+        command.run(settings("error"))
+    command.run(skipping := settings("skip"))
+    report = json.loads((skipping.out_dir / "report.json").read_text())
+    assert report.items() >= {"pairs": 80, "failed": 1, "bad": 1, "records": 79}.items()
+    [bad] = rows_of(skipping.out_dir / "bad_rows.jsonl")
+    assert "numbers.jsonl:71: " in bad["reason"]
+    assert bad["row"] == {"prompt": "p70", "a": "1", "b": "two"}
 
 
 def test_another_function_does_not_go_on_where_one_stopped(tmp_path: Path) -> None:
