@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
+from rlhf_dist.algo.random import derived_seed
 from rlhf_dist.config.curation.generator import Sampling
 from rlhf_dist.curation.candidates import Item, Messages
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
@@ -51,13 +52,14 @@ class ModelJudge:
     """A language model that is shown both responses."""
 
     def __init__(
-        self, generator: Generator, name: str, sampling: Sampling, prompt: PromptTemplate, guidelines: str
+        self, generator: Generator, name: str, sampling: Sampling, prompt: PromptTemplate, guidelines: str, seed: int
     ) -> None:
         self.generator = generator
         self.name = name
         self.sampling = sampling
         self.prompt = prompt
         self.guidelines = guidelines
+        self.seed = seed
         self._answered = False
 
     def judge(self, shown: Sequence[tuple[Item, int, int]]) -> list[Answer]:
@@ -68,7 +70,7 @@ class ModelJudge:
         """
         requests = [
             Request(
-                ({"role": "user", "content": judge_prompt(self.prompt, item, a, b, self.guidelines)},),
+                ({"role": "user", "content": judge_prompt(self.prompt, item, a, b, self.guidelines, self.seed)},),
                 self.sampling,
                 _key(item, a, b),
             )
@@ -95,7 +97,7 @@ class JudgeReport:
     inconsistent: int = 0
     """The answers differ; written as ties."""
     unreadable: int = 0
-    """Pairs with an answer that holds no verdict; no judgement is written."""
+    """Pairs with an answer that holds no verdict, or was cut off; no judgement is written."""
     failed: int = 0
     """Pairs without both answers; no judgement is written."""
 
@@ -166,20 +168,27 @@ def run_pieces(state: Judging, judge: Judge, num_pairs: int) -> Iterator[list[An
         state.absorb(answers)
 
 
-def judge_prompt(prompt: PromptTemplate, item: Item, a: int, b: int, guidelines: str) -> str:
+def judge_prompt(prompt: PromptTemplate, item: Item, a: int, b: int, guidelines: str, seed: int) -> str:
     """What a model is asked about one order of a pair."""
+    # By the id, a hash of the texts themselves: no text can foresee the mark of its own fence.
+    mark = f"{derived_seed(seed, f'judge/mark/{item.id}', 0) & 0xFFFFFFFF:08x}"
     texts = (
         _shown(item.prompt, "user"),
         _shown(item.candidates[a], "assistant"),
         _shown(item.candidates[b], "assistant"),
     )
-    return prompt.render(dict(zip(("prompt", "a", "b"), texts, strict=True)) | {"guidelines": guidelines})
+    return prompt.render(dict(zip(("prompt", "a", "b"), texts, strict=True)) | {"guidelines": guidelines, "mark": mark})
 
 
 def read_answer(completion: Completion) -> Answer:
-    """The last verdict in a text, which may reason about others before; a bare letter is one too."""
+    """The last verdict in a text, which may reason about others before; a bare letter is one too.
+
+    What was cut off at the longest length holds none: its last word was not said.
+    """
     if completion.finish_reason == "error":
         return Answer(FAILED, completion.error)
+    if completion.finish_reason == "length":
+        return Answer(UNREADABLE, completion.text)
     found = _VERDICT.findall(completion.text)
     word = found[-1] if found else completion.text.strip().strip(".*[]\"'")
     return Answer(_CHOICES.get(word.lower(), UNREADABLE), completion.text)

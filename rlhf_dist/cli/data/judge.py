@@ -45,7 +45,7 @@ def run(config: JudgeConfig) -> None:
     if isinstance(asked, FunctionJudge):
         fingerprints["function"] = {"place": asked.place, "sha256": asked.sha256}
     else:
-        judge_prompt(asked, *state.next_shown(1)[0], config.guidelines)  # refused before a model is loaded
+        judge_prompt(asked, *state.next_shown(1)[0], config.guidelines, config.seed)  # refused before a model is loaded
         fingerprints["prompt"] = asked.sha256
     with resumable(config.out_dir, identity_of(config, without=("source_name",), **fingerprints)) as work:
         _judge(config, state, asked, work)
@@ -64,8 +64,8 @@ def run(config: JudgeConfig) -> None:
     _show(config, report)
     if not number:
         raise DataError(
-            f"no pair of {len(units)} became a preference; {config.out_dir} says why ({ANSWERS}). Try a more able judge or "
-            "another prompt."
+            f"no pair of {len(units)} became a preference; {config.out_dir} says why ({ANSWERS}). Try a more able judge, "
+            "another prompt or, where answers were cut off, a larger max_response_tokens."
         )
 
 
@@ -94,7 +94,7 @@ def _judge_of(
     assert config.judge is not None, "the schema asks for one"
     generator = load_generator(config.judge, config.seed)
     stack.callback(generator.close)
-    judge = ModelJudge(generator, config.name, config.judge.sampling, asked, config.guidelines)
+    judge = ModelJudge(generator, config.name, config.judge.sampling, asked, config.guidelines, config.seed)
     return judge, max(1, config.judge.batch_size // 2)
 
 
