@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_dist.curation.journal import Journal
+from rlhf_dist.curation.journal import Journal, read_journal
 from rlhf_dist.errors import ConfigError
 
 JOURNAL = "journal.jsonl"
@@ -68,7 +68,7 @@ def _without(value: Any, keys: set[str]) -> Any:
 
 
 @contextlib.contextmanager
-def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
+def resumable(out_dir: Path, identity: Mapping[str, Any], earlier: Path | None = None) -> Iterator[Work]:
     """Begin work, or go on with it. When the block ends without an error the journal is removed.
 
     A journal without a piece is bound to no identity: what failed before its first piece can be mended and given again.
@@ -76,6 +76,8 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
     Args:
         out_dir: the folder of the result; the journal is beside it.
         identity: all that the pieces depend on, as JSON values. Settings that only say when to stop do not belong in it.
+        earlier: what `Work.save_to` kept of finished work. Work that has no pieces yet begins with those of it, if its
+            identity is the same.
 
     Raises:
         ConfigError: there is half-done work of another identity; it names the keys that differ.
@@ -85,7 +87,7 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
     with Journal(folder / JOURNAL) as journal:
         if len(journal.entries) < 2:
             journal.clear()
-            journal.append({"work": dict(identity)})
+            journal.append({"work": dict(identity)}, *_pieces(earlier, identity))
         known = journal.entries[0].get("work", {})
         different = list(_differences(known, identity))
         if different:
@@ -101,6 +103,11 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pieces(earlier: Path | None, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    known, *pieces = list(read_journal(earlier)) if earlier else [{}]
+    return [] if any(_differences(known.get("work", {}), identity)) else pieces
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:

@@ -443,6 +443,32 @@ def test_an_earlier_result_stays(scripted: ScriptedGenerator, tmp_path: Path) ->
     assert len(rows_of(tmp_path / "out" / "records.jsonl")) == 6
 
 
+def test_a_finished_result_goes_on_when_its_caps_are_raised(
+    scripted: ScriptedGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(**settings: Any) -> list[int]:
+        scripted.asked.clear()
+        command.run(config(tmp_path, **settings))
+        return [request.key for request in scripted.asked]
+
+    assert asked(num_records=1000, max_requests=6) == list(range(6))
+    assert "--overwrite true" in capsys.readouterr().out
+    more = {"num_records": 1000, "max_requests": 12}
+    assert asked(**more, overwrite=True) == list(range(6, 12))
+    assert "going on after 6 requests" in capsys.readouterr().out
+    assert asked(**more, out_dir=tmp_path / "whole") == list(range(12))
+    for name in ("records.jsonl", "rejected.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # What was not taken when enough was kept is taken now.
+    assert asked(num_records=3, max_requests=12, out_dir=tmp_path / "few") == list(range(4))
+    assert asked(**more, out_dir=tmp_path / "few", overwrite=True) == list(range(4, 12))
+    assert (tmp_path / "few" / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
+    # The same command, another configuration and lowered caps begin anew.
+    assert asked(**more, overwrite=True) == list(range(12))
+    assert asked(num_records=1000, max_requests=13, seed=1, overwrite=True) == list(range(13))
+    assert asked(num_records=1000, max_requests=5, seed=1, overwrite=True) == list(range(5))
+
+
 @pytest.mark.slow
 def test_with_a_real_model_and_the_real_seeds(shared_data: Path, tmp_path: Path) -> None:
     """SmolLM2-135M keeps little, and the account of what it wrote holds against its completions."""
