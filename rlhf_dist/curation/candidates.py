@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import BadRowPolicy
 from rlhf_dist.data.dialogues import preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
@@ -37,6 +38,8 @@ class Item:
     """What made each candidate; "" where it is not said."""
     location: str
     """File and line."""
+    on_bad_row: BadRowPolicy = "error"
+    """Of its source."""
 
 
 def item_id(prompt: str | Sequence[Message], candidates: Iterable[str | Sequence[Message]]) -> str:
@@ -81,7 +84,7 @@ def read_items(sources: Iterable[DataSource], quarantine: Quarantine | None = No
                     raise DataError(
                         f"{row.location}: has the prompt and the candidates of {items[item.id].location}; remove one of them"
                     )
-                items[item.id] = item
+                items[item.id] = replace(item, on_bad_row=source.on_bad_row)
         if len(items) == before:
             raise DataError(
                 f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "

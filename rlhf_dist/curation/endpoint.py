@@ -20,7 +20,8 @@ class EndpointGenerator:
     """A model behind an OpenAI-compatible endpoint.
 
     Chats go to `chat/completions`, texts to `completions`. The client repeats what the server was too busy for, with
-    growing pauses and as the server's Retry-After says. `seed` is sent with every request; servers honour it as they can.
+    growing pauses and as the server's Retry-After says. `seed` is sent with every request, if the configuration does not
+    leave it out; servers honour it as they can.
     """
 
     def __init__(self, settings: GeneratorConfig, seed: int) -> None:
@@ -89,13 +90,13 @@ class EndpointGenerator:
 
     def _answer(self, request: Request) -> Completion:
         sampling = request.sampling
-        body: dict[str, Any] = {
-            "model": self.settings.model,
+        drawn = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": request_seed(self.seed, request.key),
-            "extra_body": dict(self.endpoint.extra_body),
         }
+        body: dict[str, Any] = {key: value for key, value in drawn.items() if key not in self.endpoint.omit}
+        body |= {"model": self.settings.model, "extra_body": dict(self.endpoint.extra_body)}
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if isinstance(request.prompt, str):

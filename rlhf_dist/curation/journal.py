@@ -47,13 +47,18 @@ class Journal:
             self._file.close()
             raise
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry; it is on disk when this returns."""
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode("utf-8") + b"\n")
+    def append(self, *entries: Mapping[str, Any]) -> None:
+        """Add entries; they are on disk when this returns."""
+        lines = [json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries]
+        self._file.write("".join(lines).encode("utf-8"))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.entries.append(dict(entry))
+        self.entries += map(dict, entries)
+
+    def clear(self) -> None:
+        """Take every entry out."""
+        self._file.truncate(0)
+        self.entries.clear()
 
     def close(self) -> None:
         """Let go of the file."""

@@ -8,21 +8,18 @@ judgements as people's are (`judgements.py`), under the judge's name.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from rlhf_dist.algo.random import derived_seed
 from rlhf_dist.config.curation.generator import Sampling
 from rlhf_dist.curation.candidates import Item, Messages
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
-from rlhf_dist.curation.judgements import CHOICES, Judgement
+from rlhf_dist.curation.judgements import Judgement
 from rlhf_dist.curation.labelling import Unit
 from rlhf_dist.curation.prompts import PromptTemplate
-from rlhf_dist.errors import ConfigError, DataError
 
 PROMPT = "judge.jinja"
 UNREADABLE = "unreadable"
@@ -55,13 +52,14 @@ class ModelJudge:
     """A language model that is shown both responses."""
 
     def __init__(
-        self, generator: Generator, name: str, sampling: Sampling, prompt: PromptTemplate, guidelines: str
+        self, generator: Generator, name: str, sampling: Sampling, prompt: PromptTemplate, guidelines: str, seed: int
     ) -> None:
         self.generator = generator
         self.name = name
         self.sampling = sampling
         self.prompt = prompt
         self.guidelines = guidelines
+        self.seed = seed
         self._answered = False
 
     def judge(self, shown: Sequence[tuple[Item, int, int]]) -> list[Answer]:
@@ -72,7 +70,7 @@ class ModelJudge:
         """
         requests = [
             Request(
-                ({"role": "user", "content": judge_prompt(self.prompt, item, a, b, self.guidelines)},),
+                ({"role": "user", "content": judge_prompt(self.prompt, item, a, b, self.guidelines, self.seed)},),
                 self.sampling,
                 _key(item, a, b),
             )
@@ -82,44 +80,6 @@ class ModelJudge:
         check_some_answered(completions, self.name, self._answered)
         self._answered = True
         return [read_answer(completion) for completion in completions]
-
-
-class FunctionJudge:
-    """A Python function of (prompt, a, b)."""
-
-    def __init__(self, place: str) -> None:
-        """Load `module:function` or `file.py:function`.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        self.place = place
-        self.function = _loaded(place)
-
-    def judge(self, shown: Sequence[tuple[Item, int, int]]) -> list[Answer]:
-        """Call it for each.
-
-        Raises:
-            DataError: it raises or returns what is no choice; names the item.
-        """
-        return [self._answer(item, a, b) for item, a, b in shown]
-
-    def _answer(self, item: Item, a: int, b: int) -> Answer:
-        arguments = [_plain(messages) for messages in (item.prompt, item.candidates[a], item.candidates[b])]
-        try:
-            value = self.function(*arguments)
-        except Exception as error:
-            raise DataError(
-                f"{item.location}: {self.place} raised {type(error).__name__}: {error}; mend the function"
-            ) from error
-        if isinstance(value, str) and value in CHOICES:
-            return Answer(value, value)
-        number = None if isinstance(value, (bool, str)) else _number(value)
-        if number is None:
-            raise DataError(
-                f"{item.location}: {self.place} returned {value!r}; return one of {', '.join(CHOICES)}, or a finite number"
-            )
-        return Answer("a" if number > 0 else "b" if number < 0 else "tie", repr(number))
 
 
 @dataclass
@@ -137,7 +97,7 @@ class JudgeReport:
     inconsistent: int = 0
     """The answers differ; written as ties."""
     unreadable: int = 0
-    """Pairs with an answer that holds no verdict; no judgement is written."""
+    """Pairs with an answer that holds no verdict, or was cut off; no judgement is written."""
     failed: int = 0
     """Pairs without both answers; no judgement is written."""
 
@@ -160,6 +120,8 @@ class Judging:
         """Two a pair, one an order: what position bias is measured on."""
         self.num_asked = 0
         """Pairs that were asked about."""
+        self.failures: list[tuple[Unit, str]] = []
+        """Pairs without both answers, and why."""
 
     @property
     def finished(self) -> bool:
@@ -184,6 +146,8 @@ class Judging:
         for wrong in (FAILED, UNREADABLE):
             if wrong in answers:
                 setattr(self.report, wrong, getattr(self.report, wrong) + 1)
+                if wrong == FAILED:
+                    self.failures.append((unit, (first if first.choice == FAILED else second).text))
                 return
         i, j = unit.pair
         orders = [
@@ -204,20 +168,27 @@ def run_pieces(state: Judging, judge: Judge, num_pairs: int) -> Iterator[list[An
         state.absorb(answers)
 
 
-def judge_prompt(prompt: PromptTemplate, item: Item, a: int, b: int, guidelines: str) -> str:
+def judge_prompt(prompt: PromptTemplate, item: Item, a: int, b: int, guidelines: str, seed: int) -> str:
     """What a model is asked about one order of a pair."""
+    # By the id, a hash of the texts themselves: no text can foresee the mark of its own fence.
+    mark = f"{derived_seed(seed, f'judge/mark/{item.id}', 0) & 0xFFFFFFFF:08x}"
     texts = (
         _shown(item.prompt, "user"),
         _shown(item.candidates[a], "assistant"),
         _shown(item.candidates[b], "assistant"),
     )
-    return prompt.render(dict(zip(("prompt", "a", "b"), texts, strict=True)) | {"guidelines": guidelines})
+    return prompt.render(dict(zip(("prompt", "a", "b"), texts, strict=True)) | {"guidelines": guidelines, "mark": mark})
 
 
 def read_answer(completion: Completion) -> Answer:
-    """The last verdict in a text, which may reason about others before; a bare letter is one too."""
+    """The last verdict in a text, which may reason about others before; a bare letter is one too.
+
+    What was cut off at the longest length holds none: its last word was not said.
+    """
     if completion.finish_reason == "error":
         return Answer(FAILED, completion.error)
+    if completion.finish_reason == "length":
+        return Answer(UNREADABLE, completion.text)
     found = _VERDICT.findall(completion.text)
     word = found[-1] if found else completion.text.strip().strip(".*[]\"'")
     return Answer(_CHOICES.get(word.lower(), UNREADABLE), completion.text)
@@ -239,42 +210,8 @@ def _key(item: Item, a: int, b: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _plain(messages: Messages) -> str | list[dict[str, str]]:
-    return messages[0]["content"] if len(messages) == 1 else [dict(message) for message in messages]
-
-
 def _shown(messages: Messages, role: str) -> str:
     """A text; with the roles' names where it is more than one message, or one of another role."""
     if len(messages) == 1 and messages[0]["role"] == role:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if abs(number) < float("inf") else None  # nor is NaN less
-
-
-def _loaded(place: str) -> Callable[..., Any]:
-    where, _, name = place.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"judge_{Path(where).stem}", Path(where).absolute())
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except Exception as error:  # whatever the user's module raises
-        raise ConfigError(
-            f"function {place!r}: {where} cannot be imported ({type(error).__name__}: {error}); mend it, or write "
-            "module:function or file.py:function"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"function {place!r}: {where} has no function {name!r}; name one that it has")
-    return function

@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_dist.curation.journal import Journal
+from rlhf_dist.curation.journal import Journal, read_journal
 from rlhf_dist.errors import ConfigError
 
 JOURNAL = "journal.jsonl"
-_NOT_IDENTITY = {"out_dir", "overwrite", "timeout_s", "max_retries", "api_key_env", "base_url"}
-"""Keys, of any section, that change where and how work is done but not what comes of it."""
+_NOT_IDENTITY = {"out_dir", "overwrite", "timeout_s", "max_retries", "api_key_env", "base_url", "on_bad_row"}
+"""Keys, of any section, that change where and how work is done but not what comes of it. (What was read has a fingerprint.)"""
 
 
 def work_folder(out_dir: Path) -> Path:
@@ -68,12 +68,16 @@ def _without(value: Any, keys: set[str]) -> Any:
 
 
 @contextlib.contextmanager
-def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
+def resumable(out_dir: Path, identity: Mapping[str, Any], earlier: Path | None = None) -> Iterator[Work]:
     """Begin work, or go on with it. When the block ends without an error the journal is removed.
+
+    A journal without a piece is bound to no identity: what failed before its first piece can be mended and given again.
 
     Args:
         out_dir: the folder of the result; the journal is beside it.
         identity: all that the pieces depend on, as JSON values. Settings that only say when to stop do not belong in it.
+        earlier: what `Work.save_to` kept of finished work. Work that has no pieces yet begins with those of it, if its
+            identity is the same.
 
     Raises:
         ConfigError: there is half-done work of another identity; it names the keys that differ.
@@ -81,8 +85,9 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
     """
     folder = work_folder(out_dir)
     with Journal(folder / JOURNAL) as journal:
-        if not journal.entries:
-            journal.append({"work": dict(identity)})
+        if len(journal.entries) < 2:
+            journal.clear()
+            journal.append({"work": dict(identity)}, *_pieces(earlier, identity))
         known = journal.entries[0].get("work", {})
         different = list(_differences(known, identity))
         if different:
@@ -90,8 +95,19 @@ def resumable(out_dir: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
                 f"{folder} holds half-done work of another configuration: {'; '.join(different[:5])}. Give that configuration "
                 "to go on, choose another out_dir, or remove the folder to begin anew."
             )
-        yield Work(journal)
+        work = Work(journal)
+        try:
+            yield work
+        except BaseException:
+            if not work.done:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pieces(earlier: Path | None, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    known, *pieces = list(read_journal(earlier)) if earlier else [{}]
+    return [] if any(_differences(known.get("work", {}), identity)) else pieces
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
@@ -109,4 +125,4 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
 
 def _short(value: Any) -> str:
     shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return shown if len(shown) <= 60 else f"{shown[:20]}...{shown[-37:]}"

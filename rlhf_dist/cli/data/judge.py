@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from rlhf_dist.config.curation.judge import JudgeConfig
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.curation.agreement import as_json, position_bias
 from rlhf_dist.curation.candidates import read_items
+from rlhf_dist.curation.function_judge import FunctionJudge, plain
 from rlhf_dist.curation.generators import load_generator
 from rlhf_dist.curation.judgements import preference_records
-from rlhf_dist.curation.judging import PROMPT, Answer, FunctionJudge, Judging, ModelJudge, judge_prompt, run_pieces
+from rlhf_dist.curation.judging import PROMPT, Answer, Judge, Judging, ModelJudge, judge_prompt, run_pieces
 from rlhf_dist.curation.labelling import units_of
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.curation.prompts import PromptTemplate
@@ -38,15 +38,19 @@ def run(config: JudgeConfig) -> None:
     if not units:
         raise DataError("the sources hold no two different responses to one prompt, so there is nothing to judge")
     state = Judging(units, config.name)
-    prompt = PromptTemplate(config.prompt_path, PROMPT) if config.judge else None
-    if prompt is not None:  # one that cannot be rendered is refused before a model is loaded
-        judge_prompt(prompt, *state.next_shown(1)[0], config.guidelines)
-    fingerprints = {
-        "items": hashlib.sha256(json.dumps([item.id for item in items]).encode()).hexdigest(),
-        "prompt": prompt.sha256 if prompt else _code_of(str(config.function)),
+    asked = PromptTemplate(config.prompt_path, PROMPT) if config.judge else FunctionJudge(str(config.function))
+    fingerprints: dict[str, Any] = {
+        "items": hashlib.sha256(json.dumps([item.id for item in items]).encode()).hexdigest()
     }
+    if isinstance(asked, FunctionJudge):
+        fingerprints["function"] = {"place": asked.place, "sha256": asked.sha256}
+    else:
+        judge_prompt(asked, *state.next_shown(1)[0], config.guidelines, config.seed)  # refused before a model is loaded
+        fingerprints["prompt"] = asked.sha256
     with resumable(config.out_dir, identity_of(config, without=("source_name",), **fingerprints)) as work:
-        _judge(config, state, prompt, work)
+        _judge(config, state, asked, work)
+        if config.function:
+            _set_aside(state, quarantine)
         by_id = {item.id: item for item in items}
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
             folder.write_records((judgement.entry() for judgement in state.judgements), JUDGEMENTS)
@@ -60,12 +64,12 @@ def run(config: JudgeConfig) -> None:
     _show(config, report)
     if not number:
         raise DataError(
-            f"no pair of {len(units)} became a preference; {config.out_dir} says why ({ANSWERS}). Try a more able judge or "
-            "another prompt."
+            f"no pair of {len(units)} became a preference; {config.out_dir} says why ({ANSWERS}). Try a more able judge, "
+            "another prompt or, where answers were cut off, a larger max_response_tokens."
         )
 
 
-def _judge(config: JudgeConfig, state: Judging, prompt: PromptTemplate | None, work: Work) -> None:
+def _judge(config: JudgeConfig, state: Judging, asked: PromptTemplate | FunctionJudge, work: Work) -> None:
     for entry in work.done:
         state.absorb([Answer(*answer) for answer in entry["answers"]])
     if state.finished:
@@ -74,27 +78,32 @@ def _judge(config: JudgeConfig, state: Judging, prompt: PromptTemplate | None, w
         progress = stack.enter_context(RunProgress("judge", len(state.units), state.num_asked))
         if work.num_found:
             progress.message(f"going on after {state.num_asked} pairs")
-        judge, size = _judge_of(config, prompt, stack)
+        judge, size = _judge_of(config, asked, stack)
         for answers in run_pieces(state, judge, size):
             work.add({"answers": [list(answer) for answer in answers]})
             progress.advance(len(answers) // 2)
             progress.message(f"{state.num_asked + len(answers) // 2} of {len(state.units)} pairs judged")
 
 
-def _judge_of(config: JudgeConfig, prompt: PromptTemplate | None, stack: contextlib.ExitStack) -> tuple[Any, int]:
+def _judge_of(
+    config: JudgeConfig, asked: PromptTemplate | FunctionJudge, stack: contextlib.ExitStack
+) -> tuple[Judge, int]:
     """The judge, and how many pairs it gets at a time."""
-    if config.judge is None or prompt is None:
-        return FunctionJudge(str(config.function)), _PIECE
+    if isinstance(asked, FunctionJudge):
+        return asked, _PIECE
+    assert config.judge is not None, "the schema asks for one"
     generator = load_generator(config.judge, config.seed)
     stack.callback(generator.close)
-    judge = ModelJudge(generator, config.name, config.judge.sampling, prompt, config.guidelines)
+    judge = ModelJudge(generator, config.name, config.judge.sampling, asked, config.guidelines, config.seed)
     return judge, max(1, config.judge.batch_size // 2)
 
 
-def _code_of(function: str) -> str:
-    """Of a function in a file: another content is another judge."""
-    path = Path(function.rpartition(":")[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" and path.is_file() else ""
+def _set_aside(state: Judging, quarantine: Quarantine) -> None:
+    """Pairs that the function could not judge, as the policy of their source says."""
+    for unit, why in state.failures:
+        item = unit.item
+        a, b = (plain(item.candidates[i]) for i in unit.pair)
+        quarantine.add(item.on_bad_row, DataError(why), {"prompt": plain(item.prompt), "a": a, "b": b})
 
 
 def _show(config: JudgeConfig, report: dict[str, Any]) -> None:

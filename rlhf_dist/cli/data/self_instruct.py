@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rlhf_dist.config.curation.self_instruct import SelfInstructConfig
 from rlhf_dist.config.load import dump_yaml
+from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.curation.generators import load_generator
-from rlhf_dist.curation.output import OutputFolder, check_output, written
+from rlhf_dist.curation.output import CONFIG, OutputFolder, check_output, written
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, read_seeds, restore, run_rounds
@@ -20,6 +22,7 @@ from rlhf_dist.tracking.console import RunProgress, print_table
 
 COMPLETIONS = "completions.jsonl"
 REJECTED = "rejected.jsonl"
+_CAPS = ("num_records", "max_requests")
 
 
 def run(config: SelfInstructConfig) -> None:
@@ -30,10 +33,8 @@ def run(config: SelfInstructConfig) -> None:
     prompt = PromptTemplate(config.prompt_path, PROMPT)
     state = SelfInstruct(config, seeds, prompt)
     state.next_requests()  # a prompt that cannot be rendered is refused before a model is loaded
-    identity = identity_of(
-        config, without=("num_records", "max_requests"), seeds=_fingerprint(seeds), prompt=prompt.sha256
-    )
-    with resumable(config.out_dir, identity) as work:
+    identity = identity_of(config, without=_CAPS, seeds=_fingerprint(seeds), prompt=prompt.sha256)
+    with resumable(config.out_dir, identity, _earlier(config)) as work:
         _generate(config, state, work)
         nearest = state.nearest()
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
@@ -44,6 +45,19 @@ def run(config: SelfInstructConfig) -> None:
             f"no record was kept of {state.report.parsed} tasks in {state.report.requests} completions; {config.out_dir} says "
             f"why ({REJECTED}, {COMPLETIONS}). Try a more able model, another prompt, or other filters."
         )
+
+
+def _earlier(config: SelfInstructConfig) -> Path | None:
+    """The completions of a finished result, where only more is wanted of it."""
+    settings, completions = config.out_dir / CONFIG, config.out_dir / COMPLETIONS
+    if not (settings.is_file() and completions.is_file()):
+        return None
+    known, _ = read_mapping(settings)
+    before = [known.get(cap) for cap in _CAPS]
+    if not all(isinstance(cap, int) for cap in before):  # another command's
+        return None
+    changes = [getattr(config, name) - cap for name, cap in zip(_CAPS, before, strict=True)]
+    return completions if min(changes) >= 0 < max(changes) else None
 
 
 def _generate(config: SelfInstructConfig, state: SelfInstruct, work: Work) -> None:
@@ -108,7 +122,10 @@ def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, An
         rows.append(("bad seeds, set aside", len(quarantine)))
     print_table(str(config.out_dir), [(name, str(value)) for name, value in rows])
     if report.kept < config.num_records:
-        print(f"Stopped at max_requests {config.max_requests}: {report.kept} of {config.num_records} records.")
+        print(
+            f"Stopped at max_requests {config.max_requests}: {report.kept} of {config.num_records} records. "
+            "Raise it and pass --overwrite true to go on from there."
+        )
 
 
 def _fingerprint(seeds: list[Any]) -> str:

@@ -45,7 +45,9 @@ class Endpoint(Schema):
     max_retries: Count = 5
     """How often a request is repeated that the server was too busy for or that got no answer, with growing pauses."""
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """How the server calls the longest completion."""
+    """How the server calls the longest completion of a chat; reasoning models know `max_completion_tokens` alone."""
+    omit: tuple[Literal["temperature", "top_p", "seed"], ...] = ()
+    """What is not sent, for servers that refuse it; they then take their own value."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further keys of every request, such as a server's own sampling settings."""
 
@@ -104,6 +106,12 @@ class GeneratorConfig(Schema):
             raise ValueError(
                 f"engine is {self.engine}, which asks no endpoint; set engine to openai, or remove endpoint"
             )
+        for name in self.endpoint.omit if self.endpoint else ():
+            value, usual = getattr(self.sampling, name, None), getattr(Sampling(), name, None)
+            if value != usual:
+                raise ValueError(
+                    f"sampling.{name} is {value}, but endpoint.omit leaves it out; remove it there, or do not set it"
+                )
         if self.engine != "vllm" and self.vllm_options:
             raise ValueError(f"engine is {self.engine}, which has no vllm_options; set engine to vllm, or remove them")
         return self

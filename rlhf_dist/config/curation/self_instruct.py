@@ -113,7 +113,8 @@ class TaskFormat(Schema):
 class SelfInstructConfig(CurationConfig):
     """Instruction records that a language model makes up after the example of seed tasks.
 
-    What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the same command goes on from there.
+    What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the same command goes on from there. So does, from a result
+    in `out_dir`, the command with `overwrite` and a larger `num_records` or `max_requests`, when nothing else has changed.
     """
 
     seeds: tuple[DataSource, ...] = Field(min_length=1)

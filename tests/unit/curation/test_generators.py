@@ -231,6 +231,17 @@ def test_answers_come_in_the_order_of_the_requests() -> None:
     assert by_text["2"].items() >= sampling.items()
 
 
+def test_what_a_server_does_not_know_is_left_out() -> None:
+    with protocol_server(lambda *_: chat_answer("fine")) as (url, seen):
+        remote(url).generate([chat("x")])
+        remote(url, omit=["seed", "temperature", "top_p"]).generate([chat("x")])
+        remote(url, omit=["seed"], max_tokens_key="max_completion_tokens").generate([chat("x", temperature=0.5)])
+    whole, bare, some = (set(request) - {"path", "authorization"} for request in seen)
+    assert whole == {"model", "messages", "max_tokens", "temperature", "top_p", "seed"}
+    assert bare == {"model", "messages", "max_tokens"}
+    assert some == {"model", "messages", "max_completion_tokens", "temperature", "top_p"}
+
+
 def test_a_busy_server_is_asked_again() -> None:
     states = iter([429, 500])
 
@@ -306,6 +317,14 @@ def test_the_key_comes_from_the_environment_and_is_named_in_no_error(monkeypatch
         ({"engine": "openai", "endpoint": {"base_url": "localhost:8000"}}, "is no HTTP address"),
         ({"engine": "openai", "endpoint": {"base_url": "http://me:s3cret@a/v1"}}, "a user, a password"),
         ({"engine": "openai", "endpoint": {"base_url": "http://a/v1", "api_key_env": "sk-s3cret"}}, "not the key"),
+        (
+            {
+                "engine": "openai",
+                "endpoint": {"base_url": "http://a/v1", "omit": ["top_p"]},
+                "sampling": {"top_p": 0.9},
+            },
+            "sampling.top_p is 0.9, but endpoint.omit",
+        ),
         ({"vllm_options": {"a": 1}}, "has no vllm_options"),
         ({"sampling": {"stop": [""]}}, "stop holds an empty text"),
     ],

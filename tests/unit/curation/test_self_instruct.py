@@ -398,6 +398,27 @@ def test_half_done_work_of_another_configuration_is_not_taken_over(
         command.run(changed_seeds)
 
 
+def test_a_start_that_failed_binds_to_nothing(
+    monkeypatch: pytest.MonkeyPatch, scripted: ScriptedGenerator, tmp_path: Path
+) -> None:
+    """A wrong model name leaves nothing behind, and what a kill left before the first piece is begun anew."""
+
+    def no_model(*_: Any) -> None:
+        raise ModelError("no model 'worng'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "load_generator", no_model)
+        with pytest.raises(ModelError, match="worng"):
+            command.run(config(tmp_path, generator={"model": "worng"}))
+    settings = config(tmp_path)
+    assert not work_folder(settings.out_dir).exists()
+    work_folder(settings.out_dir).mkdir()
+    (work_folder(settings.out_dir) / "journal.jsonl").write_text('{"work": {"generator": {"model": "worng"}}}\n')
+    command.run(settings)
+    identity, *_ = rows_of(settings.out_dir / "completions.jsonl")
+    assert identity["work"]["generator"]["model"] == "scripted"
+
+
 def test_when_to_stop_and_how_to_connect_may_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     endpoint = {"base_url": "http://127.0.0.1:1/v1", "api_key_env": None}
     half_done(monkeypatch, config(tmp_path, generator={"engine": "openai", "endpoint": endpoint}))
@@ -420,6 +441,32 @@ def test_an_earlier_result_stays(scripted: ScriptedGenerator, tmp_path: Path) ->
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
     command.run(config(tmp_path, num_records=6, overwrite=True))
     assert len(rows_of(tmp_path / "out" / "records.jsonl")) == 6
+
+
+def test_a_finished_result_goes_on_when_its_caps_are_raised(
+    scripted: ScriptedGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(**settings: Any) -> list[int]:
+        scripted.asked.clear()
+        command.run(config(tmp_path, **settings))
+        return [request.key for request in scripted.asked]
+
+    assert asked(num_records=1000, max_requests=6) == list(range(6))
+    assert "--overwrite true" in capsys.readouterr().out
+    more = {"num_records": 1000, "max_requests": 12}
+    assert asked(**more, overwrite=True) == list(range(6, 12))
+    assert "going on after 6 requests" in capsys.readouterr().out
+    assert asked(**more, out_dir=tmp_path / "whole") == list(range(12))
+    for name in ("records.jsonl", "rejected.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # What was not taken when enough was kept is taken now.
+    assert asked(num_records=3, max_requests=12, out_dir=tmp_path / "few") == list(range(4))
+    assert asked(**more, out_dir=tmp_path / "few", overwrite=True) == list(range(4, 12))
+    assert (tmp_path / "few" / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
+    # The same command, another configuration and lowered caps begin anew.
+    assert asked(**more, overwrite=True) == list(range(12))
+    assert asked(num_records=1000, max_requests=13, seed=1, overwrite=True) == list(range(13))
+    assert asked(num_records=1000, max_requests=5, seed=1, overwrite=True) == list(range(5))
 
 
 @pytest.mark.slow
