@@ -47,7 +47,7 @@ run_on_slurm() {
     say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $command on ${nodes[*]}"
     start_ray
     wait_for_nodes
-    describe_resuming "$command" "$config"
+    describe_resuming "$command" "$config" "$@"
     run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}" \
         "${continued[@]}"
     finish "$driver_status"
@@ -72,17 +72,32 @@ seed_of_array_task() {
     seed_arguments=(--seed "$SLURM_ARRAY_TASK_ID")
 }
 
-# A job continues the run that is in its folder, unless the file or an argument (the last one counts) says otherwise. When it was
-# requeued, it does so in any case: that run is its own.
+# describe_resuming COMMAND CONFIG ARGUMENTS...: a job continues the run that is in its folder, unless the file or an argument (the
+# last one counts) says otherwise, or that a run there is to be removed. When it was requeued, it does so in any case: that run is
+# its own.
 describe_resuming() {
     local command="$1" config="$2"
+    shift 2
     resume=() continued=()
     case "$command" in
         sft | reward | ppo) ;;
         *) return 0 ;; # a pipeline goes on by itself, an evaluation is always run whole
     esac
-    grep -qE '^resume[[:space:]]*:' "$config" || resume=(--resume auto)
+    grep -qE '^resume[[:space:]]*:' "$config" || overwrites "$config" "$@" || resume=(--resume auto)
     ((${SLURM_RESTART_COUNT:-0} == 0)) || continued=(--resume auto --overwrite false)
+}
+
+# overwrites CONFIG ARGUMENTS...: whether `overwrite` is true.
+overwrites() {
+    local said previous="" argument
+    said="$(sed -nE 's/^overwrite[[:space:]]*:[[:space:]]*([^[:space:]]*).*/\1/p' "$1")"
+    for argument in "${@:2}"; do
+        [[ "$previous" != --overwrite ]] || said="$argument"
+        [[ "$argument" != --overwrite=* ]] || said="${argument#*=}"
+        previous="$argument"
+    done
+    said="${said//[\'\"]/}"
+    [[ "${said,,}" =~ ^(true|t|yes|y|on|1)$ ]]
 }
 
 run_dir_in_arguments() {

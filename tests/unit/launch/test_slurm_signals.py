@@ -106,7 +106,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
     } | getattr(request, "param", {})
     with (tmp_path / "log").open("wb") as log:
         shell = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", f"source {SLURM}/run.sh; run_on_slurm ppo c.yaml"],
+            ["bash", "-euo", "pipefail", "-c", f"source {SLURM}/run.sh; run_on_slurm ppo c.yaml ${{ARGUMENTS:-}}"],
             env=variables,
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
@@ -220,6 +220,22 @@ def test_the_driver_goes_on_where_an_earlier_job_ended(job: Job):
 @pytest.mark.parametrize("job", [{"FILE": "resume: 'no' # never\n"}], indirect=True)
 def test_what_the_file_says_of_resuming_stands(job: Job):
     assert _driver(job) == ["ppo", "c.yaml", "--ray.address", "10.0.0.1:6379"]
+
+
+@pytest.mark.parametrize(
+    ("job", "resumed"),
+    [
+        ({"FILE": "overwrite: true # again\n"}, False),
+        ({"FILE": 'overwrite: "True"\n'}, False),
+        ({"FILE": "overwrite: false\n"}, True),
+        ({"FILE": "overwrite: true\n", "ARGUMENTS": "--overwrite false"}, True),
+        ({"ARGUMENTS": "--overwrite true"}, False),
+        ({"ARGUMENTS": "--overwrite=true"}, False),
+    ],
+    indirect=["job"],
+)
+def test_a_run_that_removes_the_old_one_is_not_told_to_continue_it(job: Job, resumed: bool):
+    assert ("--resume" in _driver(job)) == resumed
 
 
 @pytest.mark.parametrize(
