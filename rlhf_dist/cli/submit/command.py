@@ -14,7 +14,7 @@ from rlhf_dist.cli.submit import ray_job
 from rlhf_dist.errors import ConfigError
 
 RESUMED = ("sft", "reward", "ppo")
-"""Commands that a job starts with `--resume auto`, unless they are told otherwise, or to overwrite; a pipeline goes on by itself."""
+"""Commands that a job starts with `--resume auto`, unless told otherwise, or to overwrite; a pipeline goes on by itself."""
 
 
 def run(arguments: Sequence[str]) -> int:
