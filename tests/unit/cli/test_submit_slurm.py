@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,16 @@ def test_a_dry_run_prints_and_submits_nothing(sft: str, sbatch: Path, capsys: py
     assert "#SBATCH --gpus-per-node=8\n" in printed
     assert printed.endswith("run_on_slurm sft sft.yaml --sft.num_steps 7\n")
     assert not (sbatch.parents[1] / "input").exists()
+
+
+def test_where_roles_lie_is_known_without_torch(sft: str):
+    code = (
+        "import sys; from rlhf_dist.cli.main import main\n"
+        "print(main(sys.argv[1:]), [m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, "submit", "--slurm", "--dry-run", "--gpus-per-node", "8", "ppo", "ppo.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_what_a_dry_run_prints_is_what_sbatch_gets(sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]):
