@@ -25,23 +25,32 @@ said() {
     sed -nE "s/^$1[[:space:]]*:[[:space:]]*(.*)\$/\\1/p" "$config"
 }
 
+# told KEY ARGUMENTS...: what an argument (the last one counts), or else the file, says of it.
+told() {
+    local value previous="" argument
+    value="$(said "$1")"
+    for argument in "${@:2}"; do
+        [[ "$previous" != "--$1" ]] || value="$argument"
+        [[ "$argument" != "--$1="* ]] || value="${argument#*=}"
+        previous="$argument"
+    done
+    printf '%s' "$value"
+}
+
 resume=()
 case "$command" in
     sft | reward | ppo) # submitted again, a run goes on where the last job ended, unless the file or an argument says otherwise
-        [[ -n "$(said resume)" ]] || resume=(--resume auto)
+        overwrite="$(told overwrite "$@")"
+        shopt -s nocasematch
+        [[ -n "$(said resume)" || "$overwrite" =~ ^[\'\"]?(true|t|yes|y|on|1)[\'\"]?([[:space:]]|$) ]] || resume=(--resume auto)
+        shopt -u nocasematch
         ;;
     eval | pipeline) ;; # one is always run whole, the other always goes on
     *) fail "the command is '$command'; a job is one of sft, reward, ppo, eval, pipeline" ;;
 esac
 
 # The job starts in a copy of this directory that goes with it: results do not belong there.
-run_dir="$(said run_dir)"
-previous=""
-for argument in "$@"; do # the last one counts
-    [[ "$previous" != --run_dir ]] || run_dir="$argument"
-    [[ "$argument" != --run_dir=* ]] || run_dir="${argument#*=}"
-    previous="$argument"
-done
+run_dir="$(told run_dir "$@")"
 [[ "$run_dir" =~ ^[\'\"]?/ ]] || fail "run_dir is '$run_dir', which is not absolute: the results would be written into Ray's" \
     "copy of this directory, and vanish with it; give --run_dir /PATH on storage that the nodes share"
 [[ -n "${RAY_API_SERVER_ADDRESS:-}" ]] ||

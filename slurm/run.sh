@@ -11,9 +11,12 @@ readonly PREEMPTED=75
 # A driver that USR1 met before it could listen: it has nothing to save.
 readonly ENDED_BY_USR1=$((128 + 10))
 readonly ENDED_BY_TERM=$((128 + 15))
+# Up to this one, the driver was done, or refused the run with a message.
+readonly LAST_REFUSAL=6
 
 preempted=0          # 1: USR1 came
 interrupted=0        # 1: a trapped signal came during `wait`
+continued=()         # what the driver is told when it continues this job's own run
 driver=""            # process id of the driver's srun, while it runs
 nodes=()             # Slurm's names of the nodes, the head first
 declare -A het_group # node → its component of a heterogeneous job
@@ -47,7 +50,7 @@ run_on_slurm() {
     say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $command on ${nodes[*]}"
     start_ray
     wait_for_nodes
-    describe_resuming "$command" "$config"
+    describe_resuming "$command" "$config" "$@"
     run_driver rlhf-dist "$command" "$config" --ray.address "$head_address" "${resume[@]}" "$@" "${seed_arguments[@]}" \
         "${continued[@]}"
     finish "$driver_status"
@@ -72,17 +75,32 @@ seed_of_array_task() {
     seed_arguments=(--seed "$SLURM_ARRAY_TASK_ID")
 }
 
-# A job continues the run that is in its folder, unless the file or an argument (the last one counts) says otherwise. When it was
-# requeued, it does so in any case: that run is its own.
+# describe_resuming COMMAND CONFIG ARGUMENTS...: a job continues the run that is in its folder, unless the file or an argument (the
+# last one counts) says otherwise, or that a run there is to be removed. When it was requeued after its driver had run, it does
+# so in any case: that run is its own.
 describe_resuming() {
     local command="$1" config="$2"
-    resume=() continued=()
+    shift 2
+    resume=()
     case "$command" in
         sft | reward | ppo) ;;
         *) return 0 ;; # a pipeline goes on by itself, an evaluation is always run whole
     esac
-    grep -qE '^resume[[:space:]]*:' "$config" || resume=(--resume auto)
-    ((${SLURM_RESTART_COUNT:-0} == 0)) || continued=(--resume auto --overwrite false)
+    grep -qE '^resume[[:space:]]*:' "$config" || overwrites "$config" "$@" || resume=(--resume auto)
+    [[ ! -e "$job_dir.ran" ]] || continued=(--resume auto --overwrite false)
+}
+
+# overwrites CONFIG ARGUMENTS...: whether `overwrite` is true.
+overwrites() {
+    local said previous="" argument
+    said="$(sed -nE 's/^overwrite[[:space:]]*:[[:space:]]*([^[:space:]]*).*/\1/p' "$1")"
+    for argument in "${@:2}"; do
+        [[ "$previous" != --overwrite ]] || said="$argument"
+        [[ "$argument" != --overwrite=* ]] || said="${argument#*=}"
+        previous="$argument"
+    done
+    said="${said//[\'\"]/}"
+    [[ "${said,,}" =~ ^(true|t|yes|y|on|1)$ ]]
 }
 
 run_dir_in_arguments() {
@@ -102,6 +120,8 @@ make_job_dir() {
     # Clusters that share a home directory count their jobs each for itself.
     job_dir="${RLHF_DIST_STATE_DIR:-$HOME/.rlhf_dist/jobs}/${SLURM_CLUSTER_NAME:+$SLURM_CLUSTER_NAME-}$SLURM_JOB_ID"
     rm -rf "$job_dir" # left behind by an earlier start of this job that was killed
+    # Beside it, since it outlives the starts of this job: that a driver ran. An earlier job of this number may have left one.
+    ((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$job_dir.ran"
     (
         umask 077 # here only: what the run writes is the user's to share
         mkdir -p "$job_dir"
@@ -192,6 +212,7 @@ wait_for_nodes() {
 run_driver() {
     stop_if_preempted
     say "$*"
+    : >"$job_dir.ran"
     step "${nodes[0]}" "$@" </dev/null &
     driver=$!
     driver_status=0
@@ -214,13 +235,18 @@ stop_if_preempted() {
 
 finish() {
     local status="$1"
-    ((status != ENDED_BY_USR1 || !preempted)) || status="$PREEMPTED"
+    if ((status == ENDED_BY_USR1 && preempted)); then
+        status="$PREEMPTED"
+        ((${#continued[@]})) || rm -f "$job_dir.ran" # this first driver had begun nothing
+    fi
     ((status != ENDED_BY_TERM || !preempted)) || terminated # what is on its way here as well met the driver first
     if ((status == PREEMPTED)); then
         trap - EXIT
         take_down
         requeue
     fi
+    # What was lost with a node or killed, Slurm may start again; what is done, or was refused, it does not.
+    ((status > LAST_REFUSAL)) || rm -f "$job_dir.ran"
     exit "$status"
 }
 

@@ -21,7 +21,7 @@ from tenacity import (
     wait_exponential,
 )
 
-from rlhf_dist.errors import SubmissionError
+from rlhf_dist.errors import ConfigError, SubmissionError
 
 EXCLUDED = (
     ".git/",
@@ -90,6 +90,19 @@ class Ended:
     """SUCCEEDED, FAILED or STOPPED."""
     exit_code: int
     message: str
+
+
+def check_address(address: str) -> None:
+    """Refuse what is no dashboard's address: Ray would take it for another kind of address, and look for a cluster for long.
+
+    Raises:
+        ConfigError: it is not http:// or https://.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"the address of the Ray cluster is {address!r}, but must be its dashboard's, with http:// or https://, such as "
+            "http://HEAD:8265; correct --ray"
+        )
 
 
 class JobClient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.config import (
     EvalConfig,
@@ -17,7 +17,9 @@ from rlhf_dist.config import (
     SFTConfig,
     TrainedModel,
 )
-from rlhf_dist.planning.architecture import Architecture, architecture
+
+if TYPE_CHECKING:
+    from rlhf_dist.planning.architecture import Architecture
 
 Command = Literal["sft", "reward", "ppo", "eval"]
 AnyConfig = SFTConfig | RewardConfig | PPOConfig | EvalConfig
@@ -82,6 +84,9 @@ class Role:
     @property
     def architecture(self) -> Architecture:
         """Sizes of its model, with what is trained of it. Errors as `architecture`."""
+        # With torch: not for those who only ask where roles lie.
+        from rlhf_dist.planning.architecture import architecture
+
         if self.trained is None:
             return architecture(self.model_path, self.scalar)
         return architecture(self.model_path, self.scalar, self.trained.freeze, self.trained.lora)

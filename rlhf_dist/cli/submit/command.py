@@ -14,7 +14,7 @@ from rlhf_dist.cli.submit import ray_job
 from rlhf_dist.errors import ConfigError
 
 RESUMED = ("sft", "reward", "ppo")
-"""Commands that a job starts with `--resume auto`, unless they are told otherwise; a pipeline goes on by itself."""
+"""Commands that a job starts with `--resume auto`, unless told otherwise, or to overwrite; a pipeline goes on by itself."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -174,7 +174,7 @@ def _checked(command: str, arguments: Sequence[str], array: str | None) -> tuple
         return config
 
     config = checked()
-    if command in RESUMED and "resume" not in config.model_fields_set:
+    if command in RESUMED and "resume" not in config.model_fields_set and not config.overwrite:
         config = checked("--resume", "auto")
     if config.cluster != "ray":
         raise ConfigError(

@@ -47,9 +47,14 @@ def run(options: Namespace, command: str, config: Any, arguments: Sequence[str])
         command: of `rlhf-dist`.
         config: as checked here.
         arguments: configuration file and overrides, as given.
-    """
-    from rlhf_dist.cluster.jobs import EXCLUDED, Job, JobClient
 
+    Raises:
+        ConfigError: an option, or the configuration, is nothing to submit.
+        SubmissionError: the cluster does not take the job.
+    """
+    from rlhf_dist.cluster.jobs import EXCLUDED, Job, JobClient, check_address
+
+    check_address(options.ray)
     job = Job(
         arguments=[command, *job_arguments(config, arguments, options.working_dir)],
         working_dir=options.working_dir.resolve(),

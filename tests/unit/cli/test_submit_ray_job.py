@@ -95,6 +95,18 @@ def test_dry_run_shows_the_job_and_reaches_for_nothing(project: Path, capsys: py
     assert "'*.safetensors'" in shown
 
 
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", ""])
+@pytest.mark.parametrize("dry", [True, False])
+def test_an_address_that_is_no_dashboards_is_refused_at_once(
+    project: Path, address: str, dry: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("rlhf_dist.cluster.jobs.JobClient", lambda *_: pytest.fail("Ray was asked"))
+    assert main(["submit", "--ray", address, *(["--dry-run"] if dry else []), "sft", "sft.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert f"is {address!r}, but must be its dashboard's, with http:// or https://" in shown.err
+    assert not shown.out
+
+
 def test_a_variable_needs_a_value(project: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", "A", "sft", "sft.yaml"]) == 2
     assert "--env A: a variable is written NAME=VALUE" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,16 @@ def test_a_dry_run_prints_and_submits_nothing(sft: str, sbatch: Path, capsys: py
     assert not (sbatch.parents[1] / "input").exists()
 
 
+def test_where_roles_lie_is_known_without_torch(sft: str):
+    code = (
+        "import sys; from rlhf_dist.cli.main import main\n"
+        "print(main(sys.argv[1:]), [m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, "submit", "--slurm", "--dry-run", "--gpus-per-node", "8", "ppo", "ppo.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
 def test_what_a_dry_run_prints_is_what_sbatch_gets(sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["submit", "--slurm", "--dry-run", "sft", sft]) == 0
     printed = capsys.readouterr().out
@@ -161,7 +172,7 @@ def test_slurms_own_words_reach_the_user(sft: str, sbatch: Path, capsys: pytest.
         ("--slurm sft", "needs a configuration file behind sft"),
         ("--slurm sft --sft.num_steps 3", "needs a configuration file behind sft"),
         ("--slurm sft CONFIG --sft.num_stepz 3", "did you mean --sft.num_steps?"),
-        ("--slurm sft CONFIG --overwrite true", "overwrite is true and resume is auto"),
+        ("--slurm sft CONFIG --overwrite true --resume auto", "overwrite is true and resume is auto"),
         ("--slurm sft CONFIG --cluster inline", "cluster is 'inline'"),
         ("--slurm --nodes 0 sft CONFIG", "0 is less than 1"),
         ("--slurm --nodes two sft CONFIG", "invalid whole number value: 'two'"),
@@ -274,3 +285,8 @@ def test_what_is_not_said_is_asked_for_as_the_roles_need_it(
 def test_a_run_whose_file_says_not_to_resume_may_overwrite(resume: str, exit_code: int, sft: str):
     Path(sft).write_text(f"{SFT}resume: '{resume}'\noverwrite: true\n", encoding="utf-8")
     assert main(["submit", "--slurm", "--dry-run", "sft", sft]) == exit_code
+
+
+def test_to_overwrite_is_enough(sft: str):
+    Path(sft).write_text(f"{SFT}overwrite: true\n", encoding="utf-8")
+    assert main(["submit", "--slurm", "--dry-run", "sft", sft]) == 0

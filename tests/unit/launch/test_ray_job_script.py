@@ -80,6 +80,27 @@ def test_what_the_file_says_of_resuming_stands(environment: dict[str, str], tmp_
 
 
 @pytest.mark.parametrize(
+    ("said", "arguments", "resumed"),
+    [
+        ("overwrite: true  # again", (), False),
+        ("overwrite: 'True'", (), False),
+        ("overwrite: false", (), True),
+        ("overwrite: true", ("--overwrite", "false"), True),
+        ("", ("--overwrite", "true"), False),
+        ("", ("--overwrite=true",), False),
+    ],
+)
+def test_a_run_that_removes_the_old_one_is_not_told_to_continue_it(
+    environment: dict[str, str], tmp_path: Path, said: str, arguments: tuple[str, ...], resumed: bool
+):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"run_dir: /r\n{said}\n")
+    done = submit(environment, "sft", str(config), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert ("--resume" in done.stdout) == resumed
+
+
+@pytest.mark.parametrize(
     ("arguments", "unset", "says"),
     [
         ((), None, "usage"),

@@ -50,6 +50,8 @@ class Job:
 
     shell: subprocess.Popen[bytes]
     folder: Path
+    driver: str
+    """What its driver does."""
 
     @property
     def calls(self) -> list[str]:
@@ -93,6 +95,9 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
         path.chmod(0o755)
     (tmp_path / "c.yaml").write_text("run_dir: r-{seed}\n" + getattr(request, "param", {}).get("FILE", ""))
     (tmp_path / "state").write_text("JobState=RUNNING Reason=None")
+    if "RAN" in getattr(request, "param", {}):  # left by an earlier start
+        (tmp_path / ".rlhf_dist" / "jobs").mkdir(parents=True)
+        (tmp_path / ".rlhf_dist" / "jobs" / "big-12.ran").touch()
     variables = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
@@ -106,7 +111,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
     } | getattr(request, "param", {})
     with (tmp_path / "log").open("wb") as log:
         shell = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", f"source {SLURM}/run.sh; run_on_slurm ppo c.yaml"],
+            ["bash", "-euo", "pipefail", "-c", f"source {SLURM}/run.sh; run_on_slurm ppo c.yaml ${{ARGUMENTS:-}}"],
             env=variables,
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
@@ -114,7 +119,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
             stderr=log,
             start_new_session=True,
         )
-    yield Job(shell, tmp_path)
+    yield Job(shell, tmp_path, variables["DRIVER"])
     if shell.poll() is None:
         os.killpg(shell.pid, signal.SIGKILL)
         shell.wait()
@@ -223,8 +228,66 @@ def test_what_the_file_says_of_resuming_stands(job: Job):
 
 
 @pytest.mark.parametrize(
-    "job", [{"FILE": "resume: 'no'\noverwrite: true\n", "SLURM_RESTART_COUNT": "1"}], indirect=True
+    ("job", "resumed"),
+    [
+        ({"FILE": "overwrite: true # again\n"}, False),
+        ({"FILE": 'overwrite: "True"\n'}, False),
+        ({"FILE": "overwrite: false\n"}, True),
+        ({"FILE": "overwrite: true\n", "ARGUMENTS": "--overwrite false"}, True),
+        ({"ARGUMENTS": "--overwrite true"}, False),
+        ({"ARGUMENTS": "--overwrite=true"}, False),
+    ],
+    indirect=["job"],
+)
+def test_a_run_that_removes_the_old_one_is_not_told_to_continue_it(job: Job, resumed: bool):
+    assert ("--resume" in _driver(job)) == resumed
+
+
+@pytest.mark.parametrize(
+    "job", [{"FILE": "resume: 'no'\noverwrite: true\n", "SLURM_RESTART_COUNT": "1", "RAN": "yes"}], indirect=True
 )
 def test_a_job_that_was_requeued_continues_its_own_run_in_any_case(job: Job):
     """Another run it would not continue, or would have removed; this one it began itself."""
     assert _driver(job)[-4:] == ["--resume", "auto", "--overwrite", "false"]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"FILE": "resume: 'no'\n", "SLURM_RESTART_COUNT": "1"},
+        {"FILE": "resume: 'no'\n", "RAN": "yes"},
+    ],
+    ids=["requeued before its driver ran", "another job of the same number"],
+    indirect=True,
+)
+def test_a_job_whose_driver_never_ran_continues_nothing_that_it_did_not_begin(job: Job):
+    assert _driver(job) == ["ppo", "c.yaml", "--ray.address", "10.0.0.1:6379"]
+
+
+@pytest.mark.parametrize(
+    ("job", "kept"),
+    [
+        ({"DRIVER": "exit 0"}, False),
+        ({"DRIVER": "exit 5"}, False),  # refused: what is in run_dir is another run's
+        ({"DRIVER": "exit 7"}, True),  # a node was lost: Slurm starts the job again
+        ({"DRIVER": "trap 'exit 75' USR1; call driver; sleep 60 & wait $!"}, True),
+        ({"DRIVER": "call driver; exec sleep 60"}, False),  # it did not listen yet
+        ({"DRIVER": "call driver; exec sleep 60", "SLURM_RESTART_COUNT": "1", "RAN": "yes"}, True),
+    ],
+    ids=["done", "refused", "lost", "checkpointed", "warned too early", "warned too early, when it had run before"],
+    indirect=["job"],
+)
+def test_that_a_driver_ran_is_known_until_the_job_is_over(job: Job, kept: bool):
+    if "sleep" in job.driver:
+        job.wait_for("driver")
+        job.send(signal.SIGUSR1)
+    job.end()
+    assert (job.folder / ".rlhf_dist" / "jobs" / "big-12.ran").exists() == kept, job.log
+
+
+@pytest.mark.parametrize("job", [{"HEAD_S": "4"}], indirect=True)
+def test_a_job_that_is_warned_before_its_driver_runs_says_of_none(job: Job):
+    job.wait_for("python -m rlhf_dist.cluster.slurm_node head")
+    job.send(signal.SIGUSR1)
+    assert job.end() == 75, job.log
+    assert not (job.folder / ".rlhf_dist" / "jobs" / "big-12.ran").exists()
