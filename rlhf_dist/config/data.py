@@ -100,8 +100,8 @@ class TrainingData(DataSettings):
     """What the supervised trainers' data sections share."""
 
     eval_fraction: Fraction = 0.0
-    """Share of the records of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed. Of
-    preferences whole prompts are held out, so that none is on both sides."""
+    """Share of the records of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed. No
+    prompt, plain text, or row that templates made records of is on both sides."""
 
 
 class SFTData(TrainingData):
@@ -136,6 +136,18 @@ class SFTData(TrainingData):
             raise ValueError(
                 "eval_pretraining is set, but pretraining names no text; set pretraining, or move the text to eval"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _demonstrations_are_not_split(self) -> SFTData:
+        for source in () if self.eval or self.eval_fraction == 0 else self.train:
+            if source.templates is not None and source.templates.num_demonstrations > 0:
+                raise ValueError(
+                    f"eval_fraction is {self.eval_fraction:g}, but {source.path} has templates.num_demonstrations "
+                    f"{source.templates.num_demonstrations}, which would show held-out rows, with their answers, before "
+                    "records that are trained on; name held-out sets in eval (a pipeline divides a set by parts), or set "
+                    "one of the two to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ from rlhf_dist.data.records import (
     read_preferences,
     read_prompts,
     read_sequences,
+    turns_of,
 )
 from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.data.store import DataReport, Ragged, Tally
@@ -330,7 +331,7 @@ def _prompt_of(preference: Preference) -> Hashable:
     """What a split keeps on one side: records of one prompt. Plain texts have none, and each record stands alone."""
     if not preference.prompt:
         return preference.location
-    return tuple((message["role"], message["content"].strip()) for message in preference.prompt)
+    return turns_of(preference.prompt)
 
 
 def encode_sequences(

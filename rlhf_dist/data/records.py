@@ -23,7 +23,7 @@ What is trained on may have a `task`: the kind of task that a record is an examp
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
@@ -60,6 +60,14 @@ class Conversation:
     location: str
     task: str = ""
     """What kind of task it is an example of; "" where nobody asked, or the record does not say."""
+    row: str = ""
+    """Place of the labelled row that a template made the record of; "" where none did."""
+
+    @property
+    def subject(self) -> Hashable:
+        """What a split keeps on one side: the records of one labelled row, or of one prompt."""
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return self.row or turns_of(self.messages[: turns[-1]] if turns else self.messages)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,11 @@ class Text:
     location: str
     task: str = ""
     """As in `Conversation`."""
+
+    @property
+    def subject(self) -> Hashable:
+        """What a split keeps on one side: the same text."""
+        return self.text.strip()
 
 
 @dataclass(frozen=True)
@@ -136,10 +149,22 @@ def read_sequences(
             return Text(row.text("text"), row.location, task)
         if source.kind == "instruction":
             response = {"role": "assistant", "content": row.text("output")}
-            return Conversation((_instruction(row), response), row.location, task)
+            return Conversation((_instruction(row), response), row.location, task, _labelled_row(row))
         return Conversation(chat_messages(row, "messages"), row.location, task)
 
     return _read(source, quarantine, record)
+
+
+def turns_of(messages: Sequence[Message]) -> Hashable:
+    """A dialogue as what it is told by: roles and texts, without the white space around them."""
+    return tuple((message["role"], message["content"].strip()) for message in messages)
+
+
+def _labelled_row(row: Fields) -> str:
+    """As in `Conversation`, also of records that `data templates` has written to a file."""
+    made = row.values.get("provenance")
+    place = made.get("row") if isinstance(made, Mapping) and "template" in made else None
+    return place if isinstance(place, str) else ""
 
 
 def _read(source: DataSource, quarantine: Quarantine | None, record: Callable[[Fields], R]) -> list[R]:
