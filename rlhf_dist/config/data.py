@@ -46,8 +46,8 @@ class DataSource(Schema):
     """Column separator of a .csv/.tsv/.txt file; by the file's ending when null (comma, or tab for .tsv and .txt)."""
     on_bad_row: BadRowPolicy = "error"
     """What a row does that cannot be read or used (broken JSON, a missing, empty or non-string field, a chosen equal to its
-    rejected, ...): `error` stops before anything is started, `skip` leaves the row out, counts it, and lists it with its place
-    and the reason."""
+    rejected, a prompt that leaves no room for a response, ...): `error` stops before anything is started, `skip` leaves the row
+    out, counts it, and lists it with its place and the reason."""
     limit: PositiveInt | None = None
     """Use the first `limit` records only."""
     min_margin: NonNegative = 0.5
@@ -90,8 +90,8 @@ class DataSettings(Schema):
     """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
     on_too_long: Literal["error", "skip", "truncate"] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
-    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started. What was cut or left
-    out is counted."""
+    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
+    `on_bad_row` says. What was cut or left out is counted."""
     template_path: AbsolutePath | None = None
     """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
 

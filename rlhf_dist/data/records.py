@@ -29,6 +29,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from rlhf_dist.config import DataSource, RecordKind
+from rlhf_dist.config.data import BadRowPolicy
 from rlhf_dist.data.dialogues import chat_messages, is_ranking, preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
@@ -62,6 +63,8 @@ class Conversation:
     """What kind of task it is an example of; "" where nobody asked, or the record does not say."""
     row: str = ""
     """Place of the labelled row that a template made the record of; "" where none did."""
+    on_bad_row: BadRowPolicy = "error"
+    """Of its source, for a record that turns out unusable only when it is encoded."""
 
     @property
     def subject(self) -> Hashable:
@@ -77,6 +80,8 @@ class Text:
     text: str
     location: str
     task: str = ""
+    """As in `Conversation`."""
+    on_bad_row: BadRowPolicy = "error"
     """As in `Conversation`."""
 
     @property
@@ -100,6 +105,8 @@ class Preference:
     """Of each response, rising from 0; equal ranks are a tie. Default: no ties."""
     num_repeated: int = 0
     """Responses of the record that are not here, since a better one has the same text."""
+    on_bad_row: BadRowPolicy = "error"
+    """As in `Conversation`."""
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -122,6 +129,8 @@ class Prompt:
 
     messages: tuple[Message, ...]
     location: str
+    on_bad_row: BadRowPolicy = "error"
+    """As in `Conversation`."""
 
 
 def read_sequences(
@@ -140,17 +149,18 @@ def read_sequences(
         ConfigError: a kind or field name that cannot be meant.
     """
     _check_kind(source, ("instruction", "messages", "text"), "supervised training")
+    policy = source.on_bad_row
 
     def record(row: Fields) -> Conversation | Text:
         task = row.optional_text("task").strip() if with_tasks else ""
         if with_tasks is None and isinstance(found := row.get("task"), str):
             task = found.strip()
         if source.kind == "text":
-            return Text(row.text("text"), row.location, task)
+            return Text(row.text("text"), row.location, task, policy)
         if source.kind == "instruction":
             response = {"role": "assistant", "content": row.text("output")}
-            return Conversation((_instruction(row), response), row.location, task, _labelled_row(row))
-        return Conversation(chat_messages(row, "messages"), row.location, task)
+            return Conversation((_instruction(row), response), row.location, task, _labelled_row(row), policy)
+        return Conversation(chat_messages(row, "messages"), row.location, task, on_bad_row=policy)
 
     return _read(source, quarantine, record)
 
@@ -207,8 +217,9 @@ def read_preferences(
     def record(row: Fields) -> Preference:
         prompt, responses = preference_messages(row)
         if is_ranking(row):
-            return _ranking(row, prompt, responses)
-        return Preference(prompt, responses, row.location, _margin(row) if use_margins else None)
+            return replace(_ranking(row, prompt, responses), on_bad_row=source.on_bad_row)
+        margin = _margin(row) if use_margins else None
+        return Preference(prompt, responses, row.location, margin, on_bad_row=source.on_bad_row)
 
     return _read(source, quarantine, record)
 
@@ -269,7 +280,7 @@ def read_prompts(source: DataSource, quarantine: Quarantine | None = None) -> li
     `quarantine` and errors as in `read_sequences`.
     """
     _check_kind(source, ("prompt", "instruction", "messages", "preference"), "prompts")
-    return _read(source, quarantine, lambda row: Prompt(_prompt(source, row), row.location))
+    return _read(source, quarantine, lambda row: Prompt(_prompt(source, row), row.location, source.on_bad_row))
 
 
 def _prompt(source: DataSource, row: Fields) -> tuple[Message, ...]:
@@ -312,6 +323,7 @@ def _rated_pairs(source: DataSource, seed: int, quarantine: Quarantine | None) -
                     responses=tuple(({"role": "assistant", "content": text},) for text in (better, worse)),
                     location=f"{here} over {there}",
                     ratings=(high, low),
+                    on_bad_row=source.on_bad_row,
                 )
             )
     if not pairs:
