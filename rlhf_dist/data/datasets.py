@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
 from rlhf_dist.config import DataSettings, DataSource, RewardData, TrainingData
 from rlhf_dist.config.data import source_names
+from rlhf_dist.data.duplicates import contradictions, duplicates
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
 from rlhf_dist.data.near_ties import NearTieCounts
@@ -277,7 +278,7 @@ def load_prompts(
     are never cut. `keep_records` and errors as in `load_sequences`."""
     bad = Quarantine()
     prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
-    rows, texts, records, tally = [], [], [], Tally(bad)
+    rows, texts, used, tally = [], [], [], Tally(bad)
     for prompt in prompts:
         with _guarded(prompt, bad):
             ids = encode_prompt(tokenizer, prompt.messages)
@@ -294,10 +295,9 @@ def load_prompts(
             tally.num_tokens += len(ids)
             rows.append(ids)
             texts.append(_readable(prompt.messages))
-            if keep_records:
-                records.append(prompt)
+            used.append(prompt)
     _refuse_empty(rows, tally, f"max_prompt_tokens {max_prompt_tokens}")
-    return PromptDataset(rows, texts, tally.report(), records)
+    return PromptDataset(rows, texts, tally.report(duplicates(used)), used if keep_records else ())
 
 
 def split_records(
@@ -346,6 +346,7 @@ def encode_sequences(
     `load_sequences`."""
     rows: list[Encoded] = []
     of_row: list[str] = []
+    used: list[Conversation | Text] = []
     kept_records: list[Conversation | Text] = []
     tally = Tally(bad)
     for number, record in enumerate(records):
@@ -360,9 +361,10 @@ def encode_sequences(
             tally.num_tokens += sum(len(ids) for ids, _ in kept)
             rows += kept
             of_row += [groups[number] if groups else ""] * len(kept)
+            used += [record] if kept else []
             kept_records += [record] * len(kept) if keep_records else []
     _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return SequenceDataset(rows, tally.report(), of_row, kept_records)
+    return SequenceDataset(rows, tally.report(duplicates(used)), of_row, kept_records)
 
 
 def _encode_preferences(
@@ -391,7 +393,8 @@ def _encode_preferences(
             used.append(left)
             sources.append(source)
     _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return PreferenceDataset(records, used, tally.report(), sources, keep_records)
+    report = tally.report(duplicates(used), contradictions(used))
+    return PreferenceDataset(records, used, report, sources, keep_records)
 
 
 def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:
