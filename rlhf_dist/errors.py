@@ -27,6 +27,10 @@ class DataError(RlhfDistError):
     exit_code = 3
 
 
+class TooLongError(DataError):
+    """A record longer than `max_length_tokens` under `on_too_long: error`; `on_bad_row: skip` does not set it aside."""
+
+
 class ModelError(RlhfDistError):
     """A model or tokenizer directory that cannot be used."""
 

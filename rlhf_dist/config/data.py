@@ -46,8 +46,8 @@ class DataSource(Schema):
     """Column separator of a .csv/.tsv/.txt file; by the file's ending when null (comma, or tab for .tsv and .txt)."""
     on_bad_row: BadRowPolicy = "error"
     """What a row does that cannot be read or used (broken JSON, a missing, empty or non-string field, a chosen equal to its
-    rejected, ...): `error` stops before anything is started, `skip` leaves the row out, counts it, and lists it with its place
-    and the reason."""
+    rejected, a prompt that leaves no room for a response, ...): `error` stops before anything is started, `skip` leaves the row
+    out, counts it, and lists it with its place and the reason."""
     limit: PositiveInt | None = None
     """Use the first `limit` records only."""
     min_margin: NonNegative = 0.5
@@ -90,8 +90,8 @@ class DataSettings(Schema):
     """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
     on_too_long: Literal["error", "skip", "truncate"] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
-    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started. What was cut or left
-    out is counted."""
+    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
+    `on_bad_row` says. What was cut or left out is counted."""
     template_path: AbsolutePath | None = None
     """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
 
@@ -100,8 +100,8 @@ class TrainingData(DataSettings):
     """What the supervised trainers' data sections share."""
 
     eval_fraction: Fraction = 0.0
-    """Share of the records of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed. Of
-    preferences whole prompts are held out, so that none is on both sides."""
+    """Share of the records of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed. No
+    prompt, plain text, or row that templates made records of is on both sides."""
 
 
 class SFTData(TrainingData):
@@ -136,6 +136,18 @@ class SFTData(TrainingData):
             raise ValueError(
                 "eval_pretraining is set, but pretraining names no text; set pretraining, or move the text to eval"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _demonstrations_are_not_split(self) -> SFTData:
+        for source in () if self.eval or self.eval_fraction == 0 else self.train:
+            if source.templates is not None and source.templates.num_demonstrations > 0:
+                raise ValueError(
+                    f"eval_fraction is {self.eval_fraction:g}, but {source.path} has templates.num_demonstrations "
+                    f"{source.templates.num_demonstrations}, which would show held-out rows, with their answers, before "
+                    "records that are trained on; name held-out sets in eval (a pipeline divides a set by parts), or set "
+                    "one of the two to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
 from rlhf_dist.config import DataSettings, DataSource, RewardData, TrainingData
 from rlhf_dist.config.data import source_names
+from rlhf_dist.data.duplicates import contradictions, duplicates
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
 from rlhf_dist.data.near_ties import NearTieCounts
@@ -28,10 +29,11 @@ from rlhf_dist.data.records import (
     read_preferences,
     read_prompts,
     read_sequences,
+    turns_of,
 )
 from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.data.store import DataReport, Ragged, Tally
-from rlhf_dist.errors import DataError
+from rlhf_dist.errors import DataError, TooLongError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -276,27 +278,26 @@ def load_prompts(
     are never cut. `keep_records` and errors as in `load_sequences`."""
     bad = Quarantine()
     prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
-    rows, texts, records, tally = [], [], [], Tally(bad)
+    rows, texts, used, tally = [], [], [], Tally(bad)
     for prompt in prompts:
-        tally.num_records += 1
-        with _at(prompt.location):
+        with _guarded(prompt, bad):
             ids = encode_prompt(tokenizer, prompt.messages)
-            if len(ids) > max_prompt_tokens:
-                if on_too_long == "skip":
-                    tally.skip(prompt.location)
-                    continue
-                raise DataError(
+            if len(ids) > max_prompt_tokens and on_too_long != "skip":
+                raise (TooLongError if on_too_long == "error" else DataError)(
                     f"the prompt has {len(ids)} tokens, more than the {max_prompt_tokens} that data.max_length_tokens "
                     "leaves beside rollout.max_response_tokens; raise the first, lower the second, shorten the prompt, "
                     "or set on_too_long to skip"
                 )
-        tally.num_tokens += len(ids)
-        rows.append(ids)
-        texts.append(_readable(prompt.messages))
-        if keep_records:
-            records.append(prompt)
+            tally.num_records += 1
+            if len(ids) > max_prompt_tokens:
+                tally.skip(prompt.location)
+                continue
+            tally.num_tokens += len(ids)
+            rows.append(ids)
+            texts.append(_readable(prompt.messages))
+            used.append(prompt)
     _refuse_empty(rows, tally, f"max_prompt_tokens {max_prompt_tokens}")
-    return PromptDataset(rows, texts, tally.report(), records)
+    return PromptDataset(rows, texts, tally.report(duplicates(used)), used if keep_records else ())
 
 
 def split_records(
@@ -330,7 +331,7 @@ def _prompt_of(preference: Preference) -> Hashable:
     """What a split keeps on one side: records of one prompt. Plain texts have none, and each record stands alone."""
     if not preference.prompt:
         return preference.location
-    return tuple((message["role"], message["content"].strip()) for message in preference.prompt)
+    return turns_of(preference.prompt)
 
 
 def encode_sequences(
@@ -345,23 +346,25 @@ def encode_sequences(
     `load_sequences`."""
     rows: list[Encoded] = []
     of_row: list[str] = []
+    used: list[Conversation | Text] = []
     kept_records: list[Conversation | Text] = []
     tally = Tally(bad)
     for number, record in enumerate(records):
-        tally.num_records += 1
-        with _at(record.location):
+        with _guarded(record, bad):
             if isinstance(record, Text):
                 kept = fit_text(encode_text(tokenizer, record.text), settings)
             else:
                 kept = fit(encode_conversation(tokenizer, record.messages), settings, tally)
-        if not kept:
-            tally.skip(record.location)
-        tally.num_tokens += sum(len(ids) for ids, _ in kept)
-        rows += kept
-        of_row += [groups[number] if groups else ""] * len(kept)
-        kept_records += [record] * len(kept) if keep_records else []
+            tally.num_records += 1
+            if not kept:
+                tally.skip(record.location)
+            tally.num_tokens += sum(len(ids) for ids, _ in kept)
+            rows += kept
+            of_row += [groups[number] if groups else ""] * len(kept)
+            used += [record] if kept else []
+            kept_records += [record] * len(kept) if keep_records else []
     _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return SequenceDataset(rows, tally.report(), of_row, kept_records)
+    return SequenceDataset(rows, tally.report(duplicates(used)), of_row, kept_records)
 
 
 def _encode_preferences(
@@ -376,39 +379,42 @@ def _encode_preferences(
     sources: list[str] = []
     tally = Tally(bad)
     for preference, source in preferences:
-        tally.num_records += 1
-        with _at(preference.location):
+        with _guarded(preference, bad):
             record = fit_responses(tokenizer, preference, settings)
-        left = preference.of(record.kept)
-        if not any(left.ranks):
-            tally.skip(preference.location)
-            continue
-        tally.drop(preference.num_repeated + len(preference.responses) - len(record.kept), preference.location)
-        tally.num_truncated += any(record.cut)
-        tally.num_tokens += sum(map(len, record.sequences))
-        records.append(record)
-        used.append(left)
-        sources.append(source)
+            tally.num_records += 1
+            left = preference.of(record.kept)
+            if not any(left.ranks):
+                tally.skip(preference.location)
+                continue
+            tally.drop(preference.num_repeated + len(preference.responses) - len(record.kept), preference.location)
+            tally.num_truncated += any(record.cut)
+            tally.num_tokens += sum(map(len, record.sequences))
+            records.append(record)
+            used.append(left)
+            sources.append(source)
     _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return PreferenceDataset(records, used, tally.report(), sources, keep_records)
+    report = tally.report(duplicates(used), contradictions(used))
+    return PreferenceDataset(records, used, report, sources, keep_records)
 
 
 def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:
     if not rows:
         report = tally.report()
+        bad = f"; {len(report.bad)} bad, the first since {report.bad[0].reason}" if report.bad else ""
         raise DataError(
             f"none of {report.num_records} records is left ({report.num_skipped} skipped under {limit}, first "
-            f"{', '.join(report.skipped[:3]) or 'none'}); a set needs at least one: raise the limit, or give other data"
+            f"{', '.join(report.skipped[:3]) or 'none'}{bad}); a set needs at least one: raise the limit, or give other data"
         )
 
 
 @contextmanager
-def _at(location: str) -> Iterator[None]:
-    """Put the place of a record before what is wrong with it."""
+def _guarded(record: Conversation | Text | Preference | Prompt, bad: Quarantine) -> Iterator[None]:
+    """The block encodes a record; what is wrong with it gets its place, and goes where its source's `on_bad_row` says."""
     try:
         yield
     except DataError as err:
-        raise DataError(f"{location}: {err}") from err
+        policy = "error" if isinstance(err, TooLongError) else record.on_bad_row
+        bad.add(policy, DataError(f"{record.location}: {err}"), asdict(record))
 
 
 def _readable(messages: tuple[Message, ...]) -> str:

@@ -10,7 +10,7 @@ from rlhf_dist.config import DataSettings
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_text
 from rlhf_dist.data.records import Preference
 from rlhf_dist.data.store import Tally
-from rlhf_dist.errors import DataError
+from rlhf_dist.errors import DataError, TooLongError
 
 Encoded = tuple[list[int], list[bool]]
 """Ids and targets of a sequence."""
@@ -100,8 +100,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: tuple[Message, ...], res
     return all_targets(encode_text(tokenizer, response[-1]["content"]))
 
 
-def _too_long(num_tokens: int, limit: int) -> DataError:
-    return DataError(
+def _too_long(num_tokens: int, limit: int) -> TooLongError:
+    return TooLongError(
         f"the record has {num_tokens} tokens, more than max_length_tokens {limit}; raise it, shorten the record, or "
         "set on_too_long to truncate or skip"
     )

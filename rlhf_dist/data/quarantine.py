@@ -19,7 +19,7 @@ class BadRow:
     reason: str
     """Place, value, constraint and remedy: the text of the error that `on_bad_row: error` would have ended with."""
     row: Any = None
-    """What was read: columns, or the raw line where it could not be parsed."""
+    """What was read: columns, the raw line where it could not be parsed, or the record where it could not be encoded."""
 
 
 @dataclass

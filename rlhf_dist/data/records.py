@@ -23,12 +23,13 @@ What is trained on may have a `task`: the kind of task that a record is an examp
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
 from rlhf_dist.config import DataSource, RecordKind
+from rlhf_dist.config.data import BadRowPolicy
 from rlhf_dist.data.dialogues import chat_messages, is_ranking, preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
@@ -60,6 +61,16 @@ class Conversation:
     location: str
     task: str = ""
     """What kind of task it is an example of; "" where nobody asked, or the record does not say."""
+    row: str = ""
+    """Place of the labelled row that a template made the record of; "" where none did."""
+    on_bad_row: BadRowPolicy = "error"
+    """Of its source, for a record that turns out unusable only when it is encoded."""
+
+    @property
+    def subject(self) -> Hashable:
+        """What a split keeps on one side: the records of one labelled row, or of one prompt."""
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return self.row or turns_of(self.messages[: turns[-1]] if turns else self.messages)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,13 @@ class Text:
     location: str
     task: str = ""
     """As in `Conversation`."""
+    on_bad_row: BadRowPolicy = "error"
+    """As in `Conversation`."""
+
+    @property
+    def subject(self) -> Hashable:
+        """What a split keeps on one side: the same text."""
+        return self.text.strip()
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,8 @@ class Preference:
     """Of each response, rising from 0; equal ranks are a tie. Default: no ties."""
     num_repeated: int = 0
     """Responses of the record that are not here, since a better one has the same text."""
+    on_bad_row: BadRowPolicy = "error"
+    """As in `Conversation`."""
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -109,6 +129,8 @@ class Prompt:
 
     messages: tuple[Message, ...]
     location: str
+    on_bad_row: BadRowPolicy = "error"
+    """As in `Conversation`."""
 
 
 def read_sequences(
@@ -127,19 +149,32 @@ def read_sequences(
         ConfigError: a kind or field name that cannot be meant.
     """
     _check_kind(source, ("instruction", "messages", "text"), "supervised training")
+    policy = source.on_bad_row
 
     def record(row: Fields) -> Conversation | Text:
         task = row.optional_text("task").strip() if with_tasks else ""
         if with_tasks is None and isinstance(found := row.get("task"), str):
             task = found.strip()
         if source.kind == "text":
-            return Text(row.text("text"), row.location, task)
+            return Text(row.text("text"), row.location, task, policy)
         if source.kind == "instruction":
             response = {"role": "assistant", "content": row.text("output")}
-            return Conversation((_instruction(row), response), row.location, task)
-        return Conversation(chat_messages(row, "messages"), row.location, task)
+            return Conversation((_instruction(row), response), row.location, task, _labelled_row(row), policy)
+        return Conversation(chat_messages(row, "messages"), row.location, task, on_bad_row=policy)
 
     return _read(source, quarantine, record)
+
+
+def turns_of(messages: Sequence[Message]) -> Hashable:
+    """A dialogue as what it is told by: roles and texts, without the white space around them."""
+    return tuple((message["role"], message["content"].strip()) for message in messages)
+
+
+def _labelled_row(row: Fields) -> str:
+    """As in `Conversation`, also of records that `data templates` has written to a file."""
+    made = row.values.get("provenance")
+    place = made.get("row") if isinstance(made, Mapping) and "template" in made else None
+    return place if isinstance(place, str) else ""
 
 
 def _read(source: DataSource, quarantine: Quarantine | None, record: Callable[[Fields], R]) -> list[R]:
@@ -182,8 +217,9 @@ def read_preferences(
     def record(row: Fields) -> Preference:
         prompt, responses = preference_messages(row)
         if is_ranking(row):
-            return _ranking(row, prompt, responses)
-        return Preference(prompt, responses, row.location, _margin(row) if use_margins else None)
+            return replace(_ranking(row, prompt, responses), on_bad_row=source.on_bad_row)
+        margin = _margin(row) if use_margins else None
+        return Preference(prompt, responses, row.location, margin, on_bad_row=source.on_bad_row)
 
     return _read(source, quarantine, record)
 
@@ -244,7 +280,7 @@ def read_prompts(source: DataSource, quarantine: Quarantine | None = None) -> li
     `quarantine` and errors as in `read_sequences`.
     """
     _check_kind(source, ("prompt", "instruction", "messages", "preference"), "prompts")
-    return _read(source, quarantine, lambda row: Prompt(_prompt(source, row), row.location))
+    return _read(source, quarantine, lambda row: Prompt(_prompt(source, row), row.location, source.on_bad_row))
 
 
 def _prompt(source: DataSource, row: Fields) -> tuple[Message, ...]:
@@ -287,6 +323,7 @@ def _rated_pairs(source: DataSource, seed: int, quarantine: Quarantine | None) -
                     responses=tuple(({"role": "assistant", "content": text},) for text in (better, worse)),
                     location=f"{here} over {there}",
                     ratings=(high, low),
+                    on_bad_row=source.on_bad_row,
                 )
             )
     if not pairs:

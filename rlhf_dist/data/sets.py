@@ -19,7 +19,7 @@ from rlhf_dist.config import DataSet, DataSource
 from rlhf_dist.data.dialogues import chat_messages, preference_messages
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_fields
+from rlhf_dist.data.records import read_fields, turns_of
 from rlhf_dist.errors import DataError
 
 
@@ -126,9 +126,9 @@ def subject(source: DataSource, row: Fields) -> Hashable:
     if source.kind == "messages":
         messages = chat_messages(row, "messages")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return _turns(messages[: turns[-1]] if turns else messages)
+        return turns_of(messages[: turns[-1]] if turns else messages)
     if source.kind == "preference":
-        return _turns(preference_messages(row)[0])
+        return turns_of(preference_messages(row)[0])
     if source.kind == "ratings":
         row.number("rating")
         return row.optional_text("prompt").strip() or row.text("response").strip()
@@ -136,12 +136,8 @@ def subject(source: DataSource, row: Fields) -> Hashable:
         row.items("candidates")
     field = "prompt" if source.kind == "candidates" else source.kind
     if field == "prompt" and not isinstance(row.required("prompt"), str):
-        return _turns(row.messages("prompt"))
+        return turns_of(row.messages("prompt"))
     return row.text(field).strip()
-
-
-def _turns(messages: Sequence[Mapping[str, str]]) -> Hashable:
-    return tuple((message["role"], message["content"].strip()) for message in messages)
 
 
 def _write(wanted: DataSet, part: str, rows: Sequence[tuple[int, str]], folder: Path) -> dict[str, int]:

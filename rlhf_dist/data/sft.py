@@ -52,7 +52,8 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_
     """Everything an SFT run reads. `keep_records`: the data sets hold their records, too, for somebody who wants to look at
     them; these then have their task also where nothing is held out by it.
 
-    Held out are the records of `hold_out_tasks`, and beside them `eval`, or `eval_fraction` of what is left of `train`.
+    Held out are the records of `hold_out_tasks`, and beside them `eval`, or `eval_fraction` of what is left of `train`: all
+    records of a prompt, text or labelled row, or none.
 
     Raises:
         DataError: a file or record that cannot be used (with its place), or nothing left to train or evaluate on.
@@ -64,7 +65,7 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_
     everything = list(_read(data.train, bad, reads_tasks))
     given = list(_read(data.eval, bad_held_out, reads_tasks))
     train, of_tasks = _without_tasks(everything, given, data.hold_out_tasks)
-    train, held_out = split_records(data, train, given, seed)
+    train, held_out = split_records(data, train, given, seed, lambda named: named.record.subject)
     held_out = None if held_out is None and not of_tasks else [*(held_out or []), *of_tasks]
     unseen = set(data.hold_out_tasks)
     eval_groups = [
@@ -127,7 +128,7 @@ def _load_pretraining(
     train = [record for source in data.pretraining for record in read_sequences(source, bad)]
     held_out = [record for source in data.eval_pretraining for record in read_sequences(source, bad_held_out)]
     try:
-        train, held_out = split_records(data, train, held_out, seed)
+        train, held_out = split_records(data, train, held_out, seed, lambda record: record.subject)
     except DataError as error:
         raise DataError(f"data.pretraining: {error} (data.eval_pretraining names held-out text)") from error
     return Split(

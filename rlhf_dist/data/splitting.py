@@ -39,8 +39,8 @@ def hold_out(
         groups.setdefault(i if together is None else together(record), []).append(i)
     if len(groups) == 1:
         raise DataError(
-            f"data.eval_fraction {fraction} cannot split {len(records)} records of one prompt, which would be on both sides; "
-            "give records of other prompts, name held-out sets in data.eval, or set eval_fraction to 0"
+            f"data.eval_fraction {fraction} cannot split {len(records)} records of one prompt, text or labelled row, "
+            "which would be on both sides; give records of others, name held-out sets in data.eval, or set eval_fraction to 0"
         )
     order = permutation(seed, "data/eval_split", 0, len(groups)).tolist()
     members = list(groups.values())

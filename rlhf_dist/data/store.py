@@ -40,8 +40,17 @@ class DataReport:
     passed_over: tuple[str, ...] = ()
     """Places of rows that no template wanted; not counted as records."""
 
+    num_duplicates: int = 0
+    """Records used that an earlier one equals."""
+    duplicates: tuple[str, ...] = ()
+    """Places of those records and of the earlier ones, the first `MAX_LISTED`."""
+    num_contradictions: int = 0
+    """Pairs and rankings used of which two responses stand in the opposite order in an earlier one, of the same prompt."""
+    contradictions: tuple[str, ...] = ()
+    """Places of those records and of the earlier ones, the first `MAX_LISTED`."""
+
     def losses(self) -> dict[str, str]:
-        """What was left out or cut, each with its number and the first places; empty where nothing was."""
+        """What was left out or cut, or stands twice, each with its number and the first places; empty where nothing was."""
         found = {}
         if self.bad:
             found["bad rows left out"] = f"{len(self.bad)} ({self.bad[0].reason}; ...)"
@@ -53,6 +62,10 @@ class DataReport:
             found["responses left out of rankings"] = f"{self.num_dropped} ({', '.join(self.dropped[:3])}, ...)"
         if self.num_truncated:
             found["response cut"] = f"{self.num_truncated} of {self.num_records}"
+        if self.num_duplicates:
+            found["duplicates"] = f"{self.num_duplicates} ({', '.join(self.duplicates[:3])}, ...)"
+        if self.num_contradictions:
+            found["pairs in opposite orders"] = f"{self.num_contradictions} ({', '.join(self.contradictions[:3])}, ...)"
         return found
 
 
@@ -80,8 +93,8 @@ class Tally:
         if num_responses and len(self._dropped) < MAX_LISTED:
             self._dropped.append(location)
 
-    def report(self) -> DataReport:
-        """The counts so far."""
+    def report(self, duplicates: Sequence[str] = (), contradictions: Sequence[str] = ()) -> DataReport:
+        """The counts so far, and places of what stands twice or contradicts."""
         return DataReport(
             num_records=self.num_records,
             num_used=self.num_records - self._num_skipped,
@@ -93,6 +106,10 @@ class Tally:
             dropped=tuple(self._dropped),
             bad=() if self._quarantine is None else tuple(self._quarantine.rows),
             passed_over=() if self._quarantine is None else tuple(self._quarantine.passed_over),
+            num_duplicates=len(duplicates),
+            duplicates=tuple(duplicates[:MAX_LISTED]),
+            num_contradictions=len(contradictions),
+            contradictions=tuple(contradictions[:MAX_LISTED]),
         )
 
 

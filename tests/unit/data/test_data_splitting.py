@@ -1,16 +1,21 @@
-"""Held-out records: whole prompts of preferences, near the share asked for, drawn by the seed."""
+"""Held-out records: whole prompts, texts and labelled rows, near the share asked for, drawn by the seed."""
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from rlhf_dist.algo.random import permutation
-from rlhf_dist.config import RewardData
-from rlhf_dist.data import load_preferences
+from rlhf_dist.config import RewardData, SFTData
+from rlhf_dist.config.templates import TemplateSettings
+from rlhf_dist.curation.templates import TemplateReport, render_sources
+from rlhf_dist.data import load_preferences, load_sft
+from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.errors import DataError
 
@@ -50,6 +55,58 @@ def test_no_prompt_is_on_both_sides(source, tokenizer, kind, rows, sizes):
     assert not train & held_out
     again, other = load_preferences(data, tokenizer, 0).eval, load_preferences(data, tokenizer, 1).eval
     assert prompts(again, tokenizer) == held_out != prompts(other, tokenizer)
+
+
+TWICE = [{"instruction": f"say {i % 10} {' ' * (i // 20)}", "output": f"so {i}"} for i in range(40)]
+TEXTS = [{"text": f"text {i % 10}"} for i in range(40)]
+CHATS = [
+    {"messages": [{"role": role, "content": text} for role, text in (("user", f"say {i % 10}"), ("assistant", f"{i}"))]}
+    for i in range(40)
+]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("instruction", TWICE), ("text", TEXTS), ("messages", CHATS)])
+def test_no_prompt_or_text_of_sft_is_on_both_sides(source, tokenizer, kind, rows):
+    split = load_sft(SFTData(train=(source(kind, rows),), eval_fraction=0.3), tokenizer, 0, keep_records=True)
+    assert split.eval is not None
+    assert (len(split.train), len(split.eval)) == (28, 12)
+
+    def asked(part):
+        return {record.text if kind == "text" else record.messages[0]["content"].split()[1] for record in part.records}
+
+    assert (len(asked(split.train)), len(asked(split.eval))) == (7, 3)
+    assert not asked(split.train) & asked(split.eval)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_no_labelled_row_is_on_both_sides(source, write, tokenizer, written):
+    labels = {"column": "label", "names": {"0": "bad", "1": "good"}}
+    templates = TemplateSettings.model_validate({"builtin": "classification", "per_row": None, "labels": labels})
+    wanted = source("instruction", [{"text": f"film {i}.", "label": i % 2} for i in range(20)], templates=templates)
+    if written:  # by `data templates`, for a later run to read
+        records = list(render_sources([wanted], Quarantine(), TemplateReport()))
+        wanted = wanted.model_copy(update={"path": write("made.jsonl", records), "templates": None})
+    split = load_sft(SFTData(train=(wanted,), eval_fraction=0.25), tokenizer, 0, keep_records=True)
+    assert split.eval is not None
+
+    def rows(part):
+        texts = [" ".join(message["content"] for message in record.messages) for record in part.records]
+        return {found[0] for text in texts if (found := re.findall(r"film \d+", text))}
+
+    assert (len(rows(split.train)), len(rows(split.eval))) == (15, 5)
+    assert not rows(split.train) & rows(split.eval)
+
+
+def test_demonstrations_are_not_taken_from_what_is_held_out():
+    templates = {"builtin": "classification", "num_demonstrations": 2}
+    train = [{"path": "a.jsonl", "kind": "instruction", "templates": templates}]
+    with pytest.raises(
+        ValidationError, match=r"0\.1, but .*a\.jsonl has templates\.num_demonstrations 2.*name held-out"
+    ):
+        SFTData.model_validate({"train": train, "eval_fraction": 0.1})
+    held_out = [{"path": "b.jsonl", "kind": "instruction"}]
+    assert SFTData.model_validate({"train": train, "eval_fraction": 0.1, "eval": held_out}).eval
+    assert SFTData.model_validate({"train": train}).eval_fraction == 0
 
 
 def test_pairs_without_a_prompt_are_split_one_by_one(source, tokenizer):

@@ -1,0 +1,84 @@
+"""Records that stand twice, and pairs that contradict each other: counted, with places, and shown at the start."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_dist.cli.prepare import describe_data
+from rlhf_dist.config import DataSettings, DataSource
+from rlhf_dist.data import load_pairs, load_prompts, load_sequences
+
+
+def lines(places) -> list[list[str]]:
+    """Line numbers of `PLACE as PLACE`."""
+    return [
+        [place.rpartition(":")[2] for place in both.split(" as " if " as " in both else " against ")] for both in places
+    ]
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "expected"),
+    [
+        (
+            "instruction",
+            [{"instruction": i, "output": o} for i, o in (("a", "b"), ("a", "c"), ("a", "b"), ("b", "a"), ("a", "b"))],
+            [["3", "1"], ["5", "1"]],
+        ),
+        ("messages", [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}, {"messages": CHAT}], [["3", "1"]]),
+        ("text", [{"text": "a"}, {"text": "b"}, {"text": "b"}], [["3", "2"]]),
+        ("text", [{"text": "a"}, {"text": "A"}, {"text": "a b"}], []),
+    ],
+)
+def test_records_that_stand_twice_are_counted_and_trained_on(source, tokenizer, kind, rows, expected):
+    data = load_sequences([source(kind, rows)], DataSettings(), tokenizer)
+    assert (len(data), data.report.num_duplicates) == (len(rows), len(expected))
+    assert lines(data.report.duplicates) == expected
+    assert ("training records: duplicates" in describe_data(training_records=data)) == bool(expected)
+
+
+def test_duplicates_across_files_and_of_prompts(source, write, tokenizer):
+    first = source("prompt", [{"prompt": "a"}, {"prompt": "b"}])
+    second = DataSource(path=write("second.jsonl", [{"prompt": "b"}]), kind="prompt")
+    data = load_prompts([first, second], tokenizer, 100)
+    assert data.report.duplicates == (f"{second.path}:1 as {first.path}:2",)
+    facts = describe_data(prompts=data)
+    assert facts["prompts: duplicates"] == f"1 ({second.path}:1 as {first.path}:2, ...)"
+
+
+def test_a_file_given_twice_and_a_text_in_chunks(source, tokenizer):
+    text = source("text", [{"text": "một hai ba bốn năm sáu bảy tám chín mười " * 5}])
+    settings = DataSettings(max_length_tokens=16)
+    once, twice = (load_sequences([text] * times, settings, tokenizer) for times in (1, 2))
+    assert len(once) > 2
+    assert (once.report.num_duplicates, twice.report.num_duplicates) == (0, 1)
+
+
+def test_pairs_that_stand_twice_and_pairs_that_contradict(source, tokenizer):
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "b", "rejected": "a"},  # against the first
+        {"prompt": "q", "chosen": "b", "rejected": "a"},  # of another prompt
+        {"prompt": "p", "chosen": "a", "rejected": "b"},  # twice, and against the second
+        {"prompt": "p", "chosen": "a", "rejected": "c"},
+        {"prompt": "q", "responses": ["c", "a", "b"]},  # a over b, against the third
+        {"prompt": "q", "responses": ["d", "b", "a"], "ratings": [2, 1, 1]},  # a tie contradicts nothing
+    ]
+    report = load_pairs([source("preference", rows)], DataSettings(), tokenizer, 0).report
+    assert (report.num_duplicates, lines(report.duplicates)) == (1, [["4", "1"]])
+    assert report.num_contradictions == 3
+    assert lines(report.contradictions) == [["2", "1"], ["4", "2"], ["6", "3"]]
+    assert set(report.losses()) == {"duplicates", "pairs in opposite orders"}
+
+
+def test_a_ranking_with_other_ranks_is_no_duplicate(source, tokenizer):
+    rows = [{"prompt": "p", "responses": ["a", "b", "c"], "ratings": ratings} for ratings in ([3, 2, 1], [3, 2, 2])]
+    report = load_pairs([source("preference", rows)], DataSettings(), tokenizer, 0).report
+    assert (report.num_duplicates, report.num_contradictions) == (0, 0)
+
+
+def test_many_are_counted_and_the_first_are_listed(source, tokenizer):
+    report = load_sequences([source("text", [{"text": "a"}] * 50)], DataSettings(), tokenizer).report
+    assert (report.num_duplicates, len(report.duplicates)) == (49, 20)
