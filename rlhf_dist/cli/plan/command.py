@@ -180,16 +180,19 @@ def suggested(
     """What would make it fit, and other placements; each was planned again, and fits."""
     shown = []
     if changes:
-        rows = [
-            (" ".join(one.overrides), _fullest(one.plan), tables.duration(one.plan.timeline.total)) for one in changes
-        ]
+        rows = [_row(one) for one in changes]
         shown.append(tables.Table("It would fit with", ("overrides", "fullest GPU, GB", "iteration, s"), rows))
     if placements:
-        best = placements[:_MOST_PLACEMENTS]
-        rows = [(" ".join(one.overrides), _fullest(one.plan), tables.duration(one.plan.timeline.total)) for one in best]
+        rows = [_row(one) for one in placements[:_MOST_PLACEMENTS]]
         title = f"Placements that fit on {plan.cluster.num_nodes} × {plan.cluster.gpus_per_node} GPUs"
         shown.append(tables.Table(title, ("overrides", "fullest GPU, GB", "iteration, s"), rows))
     return shown
+
+
+def _row(one: suggest.Suggestion) -> tuple[str, str, str]:
+    # The fastest placement may be the one that the configuration has.
+    words = " ".join(one.overrides) or "as it is"
+    return words, _fullest(one.plan), tables.duration(one.plan.timeline.total)
 
 
 def _fullest(plan: Plan) -> str:
