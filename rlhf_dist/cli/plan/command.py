@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.pipeline.stages import stage_config
+from rlhf_dist.cli.pipeline.stage_config import stage_config
 from rlhf_dist.cli.plan.machines import cluster_of, measured_cluster
 from rlhf_dist.config import PipelineConfig
 from rlhf_dist.config.load import load_config
