@@ -18,6 +18,7 @@ from rlhf_dist.config.base import (
     PositiveInt,
     Schema,
 )
+from rlhf_dist.config.secret_names import is_secret
 from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -51,6 +52,15 @@ class RayConfig(Schema):
     """Patterns (`*`, `?`) of variables that rank processes on a cluster take over from the driver's environment, before they
     import torch or transformers. They go from process to process and are written nowhere. What a process reads at its very
     start, such as LD_LIBRARY_PATH, belongs into `env_vars`."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> RayConfig:
+        if names := [name for name in self.env_vars if is_secret(name)]:
+            raise ValueError(
+                f"env_vars sets {', '.join(names)}, by the name a secret, which would stand in clear in config.yaml and in "
+                "Ray's logs on the nodes; set it in the driver's environment, and name it in pass_env"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_interface(self) -> RayConfig:

@@ -62,7 +62,12 @@ def _new_values(config: AnyConfig, change: Change) -> Change:
             value = value[section] if isinstance(value, dict) else None
         return value
 
-    return {key: value for key, value in change.items() if value_of(key) != value}
+    def is_said(key: str, value: object) -> bool:
+        # A configuration has its paths absolute.
+        is_path = key.endswith(".ds_config_path") and value is not None
+        return value_of(key) == (str(Path(str(value)).absolute()) if is_path else value)
+
+    return {key: value for key, value in change.items() if not is_said(key, value)}
 
 
 def changed(config: AnyConfig, change: Change) -> AnyConfig:

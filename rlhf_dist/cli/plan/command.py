@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cli.pipeline.stages import stage_config
+from rlhf_dist.cli.pipeline.stage_config import stage_config
 from rlhf_dist.cli.plan.machines import cluster_of, measured_cluster
 from rlhf_dist.config import PipelineConfig
 from rlhf_dist.config.load import load_config
@@ -18,6 +18,7 @@ from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.errors import ConfigError, PlacementError
 from rlhf_dist.planning import calibration, suggest, tables
 from rlhf_dist.planning.hardware import Cluster
+from rlhf_dist.planning.memory import CONTEXT_BYTES
 from rlhf_dist.planning.plan import Plan, parse_counts, plan_run, scaled
 from rlhf_dist.planning.roles import AnyConfig
 from rlhf_dist.planning.timeline import Rates
@@ -180,16 +181,19 @@ def suggested(
     """What would make it fit, and other placements; each was planned again, and fits."""
     shown = []
     if changes:
-        rows = [
-            (" ".join(one.overrides), _fullest(one.plan), tables.duration(one.plan.timeline.total)) for one in changes
-        ]
+        rows = [_row(one) for one in changes]
         shown.append(tables.Table("It would fit with", ("overrides", "fullest GPU, GB", "iteration, s"), rows))
     if placements:
-        best = placements[:_MOST_PLACEMENTS]
-        rows = [(" ".join(one.overrides), _fullest(one.plan), tables.duration(one.plan.timeline.total)) for one in best]
+        rows = [_row(one) for one in placements[:_MOST_PLACEMENTS]]
         title = f"Placements that fit on {plan.cluster.num_nodes} × {plan.cluster.gpus_per_node} GPUs"
         shown.append(tables.Table(title, ("overrides", "fullest GPU, GB", "iteration, s"), rows))
     return shown
+
+
+def _row(one: suggest.Suggestion) -> tuple[str, str, str]:
+    # The fastest placement may be the one that the configuration has.
+    words = " ".join(one.overrides) or "as it is"
+    return words, _fullest(one.plan), tables.duration(one.plan.timeline.total)
 
 
 def _fullest(plan: Plan) -> str:
@@ -201,9 +205,17 @@ def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
 
 
 def _no_remedy(plan: Plan, number: int) -> str:
-    needed = ["more or larger GPUs"] if len(plan.problems) > plan.lacks_host_memory else []
+    gpus = "larger GPUs" if _whole_copies_do_not_fit(plan) else "more or larger GPUs"
+    needed = [gpus] if len(plan.problems) > plan.lacks_host_memory else []
     needed += ["nodes with more host memory"] if plan.lacks_host_memory else []
     return f"None of the {number} other configurations that were planned fits; use {' and '.join(needed)}"
+
+
+def _whole_copies_do_not_fit(plan: Plan) -> bool:
+    """Whether a role that no number of GPUs divides (a rollout engine, or a role hosted inline) is too large for one."""
+    whole = [one for one in plan.memory.values() if one.role.rollout is not None or one.role.inline]
+    least = [min(items["parameters"].gpu for items in one.phases.values()) + CONTEXT_BYTES for one in whole]
+    return not plan.cluster.on_cpu and max(least, default=0) > plan.cluster.gpu_memory_bytes
 
 
 def show(shown: Sequence[tables.Table], form: str) -> None:

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cli.arguments import INTERRUPTED
+from rlhf_dist.config.secret_names import is_secret
 from rlhf_dist.errors import ConfigError
-
-_SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
-"""Words of variables' names."""
-_PLACES = {"PATH", "FILE", "DIR"}
-"""Last words of variables that say where a secret lies."""
 
 
 def add_arguments(group: _ArgumentGroup) -> None:
@@ -118,8 +114,7 @@ def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ConfigError(f"--env {text}: a variable is written NAME=VALUE")
-    words = name.upper().split("_")
-    if _SECRET & set(words) and words[-1] not in _PLACES:
+    if is_secret(name):
         raise ConfigError(
             f"--env {name}: by its name it is a secret, and a job's variables stand in clear in Ray's API and in its logs on "
             "the nodes; put it into the environment that Ray is started in on the nodes, or into a file that they see (as `hf "

@@ -16,7 +16,7 @@ from rlhf_dist.planning.roles import work_of
 
 _SBATCH = {
     "nodes": ("--nodes", "-N"),
-    "GPU": ("--gpus", "-G", "--gres=", "--tres-per"),
+    "GPU": ("--gpus", "-G", "--gres=", "--gres ", "--tres-per"),
     "CPU": ("--cpus-per", "-c", "--mincpus", "--tres-per", "--exclusive"),
 }
 """Resource → how options of sbatch begin that ask for it. What they come to, the site knows: it is then not counted here."""

@@ -48,6 +48,16 @@ def test_a_run_that_nothing_makes_fit_says_how_much_was_tried(capsys: pytest.Cap
     assert data["sufficient_changes"] == data["placements"] == []
     number = int(re.search(r"None of the (\d+) other configurations that were planned fits", err)[1])  # pyright: ignore
     assert number > 100
+    assert "planned fits; use larger GPUs." in err  # more of them would each have to hold that copy, too
+
+
+def test_a_placement_that_is_there_already_is_called_so(capsys: pytest.CaptureFixture[str]):
+    line = ["plan", RECIPE, "--gpus", "8", "--gpu-memory", "80GB", "--suggest", "--format"]
+    assert main([*line, "json"]) == 0
+    best = json.loads(capsys.readouterr().out)["placements"][0]["overrides"]
+    assert main([*line, "markdown", *best]) == 0
+    table = capsys.readouterr().out.partition("**Placements that fit on 1 × 8 GPUs**")[2]
+    assert table.splitlines()[4].startswith("| as it is |")
 
 
 def test_overrides_and_options_may_be_mixed(capsys: pytest.CaptureFixture[str]):

@@ -12,6 +12,14 @@ from rlhf_dist.cli.submit.ray_job import job_arguments
 from rlhf_dist.errors import ConfigError
 
 SFT = "run_dir: runs/a\nmodel: {model_path: m}\ndata: {train: [{path: x.jsonl, kind: text}]}\n"
+HARMLESS = [
+    "TOKENIZERS_PARALLELISM",
+    "HF_TOKEN_PATH",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "KEYBOARD",
+    "MAX_TOKENS",
+]
 EVAL = "run_dir: runs/a\npolicy: {model_path: m}\ndata: {instructions: [{path: x.jsonl, kind: text}]}\n"
 
 
@@ -112,7 +120,19 @@ def test_a_variable_needs_a_value(project: Path, capsys: pytest.CaptureFixture[s
     assert "--env A: a variable is written NAME=VALUE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "my_token"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "OPENAI_APIKEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+        "DB_PASSWD",
+        "SITE_CREDENTIALS",
+        "my_token",
+    ],
+)
 def test_a_secret_does_not_go_with_the_job(project: Path, name: str, capsys: pytest.CaptureFixture[str]):
     """Ray keeps the job's environment where others read it: its API and, on every node, its logs."""
     assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", f"{name}=s3cr3t", "sft", "sft.yaml"]) == 2
@@ -122,7 +142,19 @@ def test_a_secret_does_not_go_with_the_job(project: Path, name: str, capsys: pyt
     assert "s3cr3t" not in shown.err + shown.out
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "KEYBOARD", "MAX_TOKENS"])
+@pytest.mark.parametrize("name", HARMLESS)
 def test_not_every_name_with_such_a_word_is_a_secret(project: Path, name: str, capsys: pytest.CaptureFixture[str]):
     assert main(["submit", "--ray", "http://h:1", "--dry-run", "--env", f"{name}=b", "sft", "sft.yaml"]) == 0
     assert f"{name}: b" in capsys.readouterr().out
+
+
+def test_nor_in_the_configurations_variables(project: Path, capsys: pytest.CaptureFixture[str]):
+    """They would stand in clear in config.yaml as well."""
+    (project / "sft.yaml").write_text(f"{SFT}ray: {{env_vars: {{HF_TOKEN: s3cr3t, A: b}}}}\n")
+    assert main(["sft", "sft.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert "line 4: ray: env_vars sets HF_TOKEN, by the name a secret" in shown.err
+    assert "name it in pass_env" in shown.err
+    assert "s3cr3t" not in shown.err + shown.out
+    (project / "sft.yaml").write_text(f"{SFT}ray: {{env_vars: {{{', '.join(f'{name}: b' for name in HARMLESS)}}}}}\n")
+    assert set(load("sft", "test", ["sft.yaml"]).ray.env_vars) == set(HARMLESS)

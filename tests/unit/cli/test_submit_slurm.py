@@ -281,6 +281,16 @@ def test_what_is_not_said_is_asked_for_as_the_roles_need_it(
         assert told == (number is not None and option not in line)
 
 
+@pytest.mark.parametrize("option", ["--gres=gpu:8", "--gres gpu:8", "--gpus 8", "-G 8"])
+def test_gpus_in_sbatchs_own_words_are_recognised(option: str, sft: str):
+    assert main(["submit", "--slurm", "--dry-run", f"--sbatch-arg={option}", "ppo", "ppo.yaml"]) == 0
+
+
+def test_how_gpus_are_bound_says_not_how_many(sft: str):
+    line = ["submit", "--slurm", "--dry-run", "--sbatch-arg=--gres-flags=enforce-binding", "ppo", "ppo.yaml"]
+    assert main(line) == 2
+
+
 @pytest.mark.parametrize(("resume", "exit_code"), [("no", 0), ("auto", 2)])
 def test_a_run_whose_file_says_not_to_resume_may_overwrite(resume: str, exit_code: int, sft: str):
     Path(sft).write_text(f"{SFT}resume: '{resume}'\noverwrite: true\n", encoding="utf-8")
