@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,12 @@ NODES = {name: 1 for name in COMMANDS if name.startswith("llama")}
 NODES |= {"llama_8b_ppo_64gpu": 8, "llama_70b_sft": 4, "llama_70b_reward": 4, "llama_70b_ppo": 8}
 MAKING_DATA = {"self_instruct", "label"}
 """Recipes that train nothing; tested below and with their commands."""
-RECORDS = {
-    "sft": {"messages": [{"role": "user", "content": "calm"}, {"role": "assistant", "content": "kind"}]},
-    "reward": {"prompt": "calm", "chosen": "kind", "rejected": "crime"},
-    "ppo": {"prompt": "calm"},
+RECORDS: dict[str, Callable[[int], dict[str, object]]] = {
+    "sft": lambda i: {"messages": [{"role": "user", "content": f"calm {i}"}, {"role": "assistant", "content": "kind"}]},
+    "reward": lambda i: {"prompt": f"calm {i}", "chosen": "kind", "rejected": "crime"},
+    "ppo": lambda i: {"prompt": f"calm {i}"},
 }
+"""A record of its own for each number: a split keeps records of one prompt together."""
 KINDS = {"sft": "messages", "reward": "preference", "ppo": "prompt"}
 
 
@@ -188,7 +190,7 @@ def test_it_can_be_run_with_a_tiny_model(name: str, models: dict[str, str], tmp_
     """All that is checked before a start, with stand-ins for models and data."""
     command = COMMANDS[name]
     records = tmp_path / "records.jsonl"
-    rows = [RECORDS[command] | ({"prompt": f"calm {i}"} if command == "reward" else {}) for i in range(200)]
+    rows = [RECORDS[command](i) for i in range(200)]
     records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = f"[{{path: {records}, kind: {KINDS[command]}}}]"
     overrides = ["--run_dir", str(tmp_path / "run"), "--data.prompts" if command == "ppo" else "--data.train", source]
