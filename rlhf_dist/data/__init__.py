@@ -5,12 +5,9 @@ from rlhf_dist.data.datasets import (
     PromptDataset,
     SequenceDataset,
     Split,
-    load_pairs,
-    load_preferences,
-    load_prompts,
-    load_sequences,
 )
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text, stop_token_ids
+from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences
 from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.data.sft import SFTSets, load_sft
 from rlhf_dist.data.store import DataReport

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config import DataSource, SFTData, source_names
-from rlhf_dist.data.datasets import SequenceDataset, Split, encode_sequences, split_records
+from rlhf_dist.data.datasets import SequenceDataset, Split
+from rlhf_dist.data.loading import encode_sequences, split_records
 from rlhf_dist.data.mixing import MixtureSampler, compose
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Conversation, Text, read_sequences

@@ -136,11 +136,6 @@ class ModelStates:
     buffers: Held = Held()
     """Kept by DeepSpeed for reducing and offloading."""
 
-    @property
-    def resting(self) -> Held:
-        """Between optimiser steps."""
-        return self.parameters + self.persistent + self.gradients_kept + self.optimizer + self.buffers
-
 
 def frozen_states(model: Architecture, sharding: Sharding) -> ModelStates:
     """Of a model that only runs forward."""

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf_dist.cli.prepare import check_micro_batches, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
+from rlhf_dist.cli.checks import check_micro_batches
+from rlhf_dist.cli.prepare import prepare_eval, prepare_ppo, prepare_reward, prepare_sft
 from rlhf_dist.config import EvalConfig, FrozenModel, PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.errors import ConfigError, ModelError
 

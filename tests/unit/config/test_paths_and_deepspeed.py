@@ -120,7 +120,7 @@ def test_what_only_switches_a_refused_setting_off_is_accepted(tmp_path: Path) ->
 
 
 def test_a_partition_that_does_not_divide_the_ranks_stops_the_run_before_it_starts(tmp_path: Path) -> None:
-    from rlhf_dist.cli.prepare import check_ds_config
+    from rlhf_dist.cli.checks import check_ds_config
     from rlhf_dist.config import TrainedModel
 
     path = tmp_path / "ds.json"

@@ -18,7 +18,7 @@ from rlhf_dist.config.curation.inspect import InspectSettings
 from rlhf_dist.curation.inspection import SetReport, bad_row_kinds, inspect_set, length_numbers, overlap_numbers
 from rlhf_dist.curation.views import View
 from rlhf_dist.data import load_sft, load_tokenizer
-from rlhf_dist.data.datasets import load_preferences, load_prompts
+from rlhf_dist.data.loading import load_preferences, load_prompts
 from rlhf_dist.data.quarantine import BadRow
 
 LONG = "Explain in two sentences why the sea is salt and the lakes that feed it are not, for a child of nine years."

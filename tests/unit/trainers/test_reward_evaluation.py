@@ -12,7 +12,8 @@ import torch
 from rlhf_dist.algo.near_ties import NearTieRule
 from rlhf_dist.cli.reward_report import report_trained, score_moments_of
 from rlhf_dist.config import RewardData
-from rlhf_dist.data.datasets import PreferenceDataset, Split, load_preferences
+from rlhf_dist.data.datasets import PreferenceDataset, Split
+from rlhf_dist.data.loading import load_preferences
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.models.score_moments import FILE, read_score_moments
