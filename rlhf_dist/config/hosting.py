@@ -147,7 +147,8 @@ class TrainedModel(ModelHost):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards over this role's ranks: 1 optimiser states, 2 and gradients, 3 and parameters."""
     ds_config_path: AbsolutePath | None = None
-    """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`."""
+    """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`; the
+    precision is `precision`, which the file may only repeat."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     optimizer: OptimizerConfig = OptimizerConfig()
