@@ -11,6 +11,7 @@ from rlhf_dist.config.data import (
     source_names,
 )
 from rlhf_dist.config.evaluate import EvalConfig, EvalData
+from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.config.hosting import (
     CheckpointConfig,
     FrozenModel,
@@ -28,7 +29,6 @@ from rlhf_dist.config.hosting import (
 from rlhf_dist.config.pipeline import DataSet, DataStage, PipelineConfig
 from rlhf_dist.config.ppo import PPOConfig, PPOSettings, RolloutConfig
 from rlhf_dist.config.supervised import RewardConfig, RewardSettings, SFTConfig, SFTSettings, SupervisedSettings
-from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 __all__ = [
     "CheckpointConfig",

@@ -18,8 +18,8 @@ from rlhf_dist.config.base import (
     PositiveInt,
     Schema,
 )
+from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.config.secret_names import is_secret
-from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]

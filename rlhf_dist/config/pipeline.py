@@ -11,8 +11,8 @@ from rlhf_dist.config.base import AbsolutePath, Count, ModelPath, Schema
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.evaluate import EvalStage
 from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, Hosting, TrackingConfig, TrainedModel
+from rlhf_dist.config.interpolation import STAGES, with_defaults
 from rlhf_dist.config.ppo import PPOStage
-from rlhf_dist.config.references import STAGES, with_natural_sources
 from rlhf_dist.config.supervised import RewardStage, SFTStage
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -154,11 +154,11 @@ class PipelineConfig(Hosting):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _with_references(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
-        """References are checked beside the schema, so that all problems are reported together."""
+    def _with_interpolations(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """Interpolations are checked beside the schema, so that all problems are reported together."""
         if not isinstance(given, dict):
             return check(given)
-        filled, problems = with_natural_sources(given)
+        filled, problems = with_defaults(given)
         try:
             config = check(filled)
         except ValidationError as error:

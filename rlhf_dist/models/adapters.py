@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_dist.algo.random import uniforms
-from rlhf_dist.config.trainable import LoRAConfig
+from rlhf_dist.config.freeze import LoRAConfig
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.models.trainable import head_of
 

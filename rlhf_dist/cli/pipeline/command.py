@@ -40,8 +40,8 @@ from rlhf_dist.cli.pipeline.stages import (
 )
 from rlhf_dist.cluster.group import Session
 from rlhf_dist.config import PipelineConfig
+from rlhf_dist.config.interpolation import Interpolation
 from rlhf_dist.config.load import dump_yaml
-from rlhf_dist.config.references import Reference
 from rlhf_dist.errors import Preempted, RunFolderError
 from rlhf_dist.tracking.console import format_number, print_table
 from rlhf_dist.tracking.lineage import ContentHashes, read_lineage, write_lineage
@@ -191,7 +191,7 @@ class _Runner:
         write_lineage(folder, lineage)
         self._hashes.save()
 
-    def _locate(self, found: Reference) -> list[Path]:
+    def _locate(self, found: Interpolation) -> list[Path]:
         stage = next(stage for stage in self._stages if stage.name == found.stage)
         if found.stage == "data":
             return filled(files_of(found, stage.config, stage.folder / "sets"))

@@ -19,7 +19,7 @@ from rlhf_dist.cli.pipeline.stages import Stage, State, files_of, raise_together
 from rlhf_dist.cli.prepare import Prepared, prepare_eval, prepare_ppo, prepare_reward, prepare_sft
 from rlhf_dist.cluster.group import Session
 from rlhf_dist.config import PipelineConfig
-from rlhf_dist.config.references import Reference
+from rlhf_dist.config.interpolation import Interpolation
 from rlhf_dist.data.sets import write_set
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.errors import RlhfDistError
@@ -121,7 +121,7 @@ class Preflight:
         stage = self._stages.get(name)
         return stage.folder if stage is not None else self._pipeline.run_dir
 
-    def _locate(self, found: Reference) -> list[Path]:
+    def _locate(self, found: Interpolation) -> list[Path]:
         ended = self._states[found.stage].word in ("done", "written")
         if not ended and found.stage not in self._configs:
             raise _NotCheckedError

@@ -1,4 +1,4 @@
-"""What each stage's configuration comes to: the pipeline's where the stage says nothing, and paths in place of references."""
+"""What each stage's configuration comes to: the pipeline's defaults filled in, and paths in place of interpolations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.config import EvalConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_dist.config.references import Reference, reference
+from rlhf_dist.config.interpolation import Interpolation, parse_interpolation
 
 CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "eval": EvalConfig}
 
-Locate = Callable[[Reference], Sequence[Path]]
+Locate = Callable[[Interpolation], Sequence[Path]]
 """Where what a reference names is: a model's folder, or the files of a set."""
 
 
@@ -40,12 +40,12 @@ def _located(tree: Any, locate: Locate) -> Any:
     if not isinstance(tree, dict):
         return tree
     out = {key: _located(value, locate) for key, value in tree.items()}
-    found = reference(out.get("model_path"))
+    found = parse_interpolation(out.get("model_path"))
     return out if found is None else out | {"model_path": str(locate(found)[0])}
 
 
 def _sources(item: Any, locate: Locate) -> list[Any]:
-    found = reference(item.get("path")) if isinstance(item, dict) else None
+    found = parse_interpolation(item.get("path")) if isinstance(item, dict) else None
     if found is None:
         return [_located(item, locate)]
     # A set of several files is one source, called as the set is.

@@ -12,8 +12,8 @@ from typing import Any
 from rlhf_dist.cli.pipeline.stage_config import stage_config
 from rlhf_dist.cli.plan.machines import cluster_of, measured_cluster
 from rlhf_dist.config import PipelineConfig
+from rlhf_dist.config.interpolation import STAGES, Interpolation
 from rlhf_dist.config.load import load_config
-from rlhf_dist.config.references import STAGES, Reference
 from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.errors import ConfigError, PlacementError
 from rlhf_dist.planning import calibration, suggest, tables
@@ -55,7 +55,7 @@ def planning_configs(pipeline: PipelineConfig) -> dict[str, Any]:
     paper they are the same."""
     configs: dict[str, Any] = {}
 
-    def locate(found: Reference) -> list[Path]:
+    def locate(found: Interpolation) -> list[Path]:
         if found.stage == "data":
             return [Path(str(found))]  # data is not read
         config = configs[found.stage]

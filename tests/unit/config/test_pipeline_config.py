@@ -1,4 +1,4 @@
-"""A pipeline's configuration: stages of the ordinary schemas, and references between them."""
+"""A pipeline's configuration: stages of the ordinary schemas, and interpolation between them."""
 
 from __future__ import annotations
 
@@ -168,22 +168,20 @@ def test_all_problems_are_reported_together(tmp_path: Path):
         (["--ppo.policy.model_path", "${sft.modl}"], "sft makes no 'modl'; write ${sft.model}"),
         (["--eval.policy.model_path", "${ppo.model_ema}"], "set ppo.ppo.ema_decay, or write ${ppo.model}"),
         (["--ppo.policy.model_path", "${data.reviews.a}"], "only a model_path takes a model and only the path of a source"),
-        (["--sft.model.model_path", "x/${sft.model}"], "which is no reference; write ${STAGE.model} for a model"),
+        (["--sft.model.model_path", "x/${sft.model}"], "which is not an interpolation; write ${STAGE.model} for a model"),
         (["--ppo.data.template_path", "${sft.model}"], "only a model_path takes a model"),
-        (["--eval.data.prompts", '[{path: "${data.reviews}", kind: text}]'], "its parts: ${data.reviews.a}, ${data.reviews.b}"),
+        (["--eval.data.prompts", '[{path: "${data.reviews}", kind: text}]'], "name one of them: ${data.reviews.a}, ${data.reviews.b}"),
         (["--data", "null"], "the pipeline has no data stage; add it, or give a path"),
         (["--reward", "null"], "there is no reward stage to take it from; set it, or add a reward stage"),
     ],
 )  # fmt: skip
-def test_a_reference_that_leads_nowhere(overrides: list[str], expected: str, tmp_path: Path):
+def test_an_interpolation_that_does_not_resolve(overrides: list[str], expected: str, tmp_path: Path):
     assert expected in refusal(whole(), tmp_path, *overrides)
 
 
 def test_a_set_that_is_not_divided_has_no_parts(tmp_path: Path):
     sets = [{"name": "reviews", "sources": [REVIEWS]}]
-    assert "is not divided; write ${data.reviews}, or give the set parts" in refusal(
-        whole(data={"sets": sets}), tmp_path
-    )
+    assert "has no parts; write ${data.reviews}, or give the set parts" in refusal(whole(data={"sets": sets}), tmp_path)
 
 
 def test_the_average_of_the_policy_can_be_evaluated_where_it_is_kept(tmp_path: Path):

@@ -69,8 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """`kind`: a precision, a file of ds_configs/ (`:` and a precision other than bf16), `torch_adamw` (offloaded, stepped by torch), or
-    `small`: shards in many tensors, nothing persistent, a small bucket."""
+    """`kind`: a precision; a file of ds_configs/ (`:` and a precision but bf16); `torch_adamw`: offloaded, stepped by torch;
+    or `small`: shards in many tensors, nothing persistent, a small bucket."""
     case: dict[str, Any] = {"path": str(models[name]), "scalar": name == "scalar", "zero_stage": stage}
     if " " in kind:
         part, kind = kind.split(" ")
