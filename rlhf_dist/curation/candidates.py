@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_dist.config import DataSource
-from rlhf_dist.config.data import BadRowPolicy
+from rlhf_dist.config.data import BadRowPolicy, DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.dialogues import preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import read_fields
-from rlhf_dist.errors import ConfigError, DataError
 
 Messages = tuple[Message, ...]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_dist.config.curation.mix import MixSource
+from rlhf_dist.curation.config.mix import MixSource
 from rlhf_dist.curation.fingerprints import encoded
 from rlhf_dist.curation.rows import read_records
 from rlhf_dist.curation.spool import Spool

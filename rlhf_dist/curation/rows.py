@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import FIELDS, read_fields
 from rlhf_dist.data.sets import subject
-from rlhf_dist.errors import DataError
 
 Record = dict[str, Any]
 

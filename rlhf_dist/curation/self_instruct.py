@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from rlhf_dist.algo.random import permutation
-from rlhf_dist.config.curation.self_instruct import SelfInstructConfig
 from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.core.random import permutation
+from rlhf_dist.curation.config.self_instruct import SelfInstructConfig
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work
@@ -26,7 +27,6 @@ from rlhf_dist.curation.task_parsing import Task, TaskParser
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import read_fields
-from rlhf_dist.errors import ConfigError
 
 PROMPT = "self_instruct.jinja"
 _NEAREST_SAMPLE = 500

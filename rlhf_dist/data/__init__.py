@@ -1,11 +1,6 @@
 """From data files to token batches: tokenizer, readers, encoding with loss masks, data sets, sampler."""
 
-from rlhf_dist.data.datasets import (
-    PreferenceDataset,
-    PromptDataset,
-    SequenceDataset,
-    Split,
-)
+from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, SequenceDataset, Split
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text, stop_token_ids
 from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences
 from rlhf_dist.data.sampler import EpochSampler

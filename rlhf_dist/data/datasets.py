@@ -11,15 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
+from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
 from rlhf_dist.data.fitting import Encoded, FittedResponses
 from rlhf_dist.data.near_ties import NearTieCounts
-from rlhf_dist.data.records import (
-    Conversation,
-    Preference,
-    Prompt,
-    Text,
-)
+from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
 from rlhf_dist.data.store import DataReport, Ragged
 
 T = TypeVar("T")

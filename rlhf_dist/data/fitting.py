@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config import DataSettings
+from rlhf_dist.config.data import DataSettings
+from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_text
 from rlhf_dist.data.records import Preference
 from rlhf_dist.data.store import Tally
-from rlhf_dist.errors import DataError, TooLongError
 
 Encoded = tuple[list[int], list[bool]]
 """Ids and targets of a sequence."""

@@ -9,8 +9,8 @@ from typing import Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config import DataSettings, DataSource, RewardData, TrainingData
-from rlhf_dist.config.data import source_names
+from rlhf_dist.config.data import DataSettings, DataSource, RewardData, TrainingData, source_names
+from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, SequenceDataset, Split
 from rlhf_dist.data.duplicates import contradictions, duplicates
 from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
@@ -28,7 +28,6 @@ from rlhf_dist.data.records import (
 )
 from rlhf_dist.data.splitting import hold_out
 from rlhf_dist.data.store import Tally
-from rlhf_dist.errors import DataError, TooLongError
 
 R = TypeVar("R")
 

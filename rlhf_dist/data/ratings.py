@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_dist.algo.random import permutation
+from rlhf_dist.core.random import permutation
 
 _NUM_ROUNDS = 4
 """Random rounds before what is left is paired by sorting. Each leaves about half of those that found no partner."""

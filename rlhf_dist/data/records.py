@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
-from rlhf_dist.config import DataSource, RecordKind
-from rlhf_dist.config.data import BadRowPolicy
+from rlhf_dist.config.data import BadRowPolicy, DataSource, RecordKind
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.dialogues import chat_messages, is_ranking, preference_messages
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
@@ -37,7 +37,6 @@ from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.ratings import pair_by_rating
 from rlhf_dist.data.templating import templated_rows
-from rlhf_dist.errors import ConfigError, DataError
 
 R = TypeVar("R")
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.config import DataSet, DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data_set import DataSet
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.dialogues import chat_messages, preference_messages
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import read_fields, turns_of
-from rlhf_dist.errors import DataError
 
 
 @dataclass(frozen=True)

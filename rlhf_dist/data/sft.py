@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config import DataSource, SFTData, source_names
+from rlhf_dist.config.data import DataSource, SFTData, source_names
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.datasets import SequenceDataset, Split
 from rlhf_dist.data.loading import encode_sequences, split_records
 from rlhf_dist.data.mixing import MixtureSampler, compose
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Conversation, Text, read_sequences
 from rlhf_dist.data.sampler import TRAINING_ORDER
-from rlhf_dist.errors import ConfigError, DataError
 
 SOURCE, TASK = "source", "task"
 MAX_LISTED = 8

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from rlhf_dist.algo.random import permutation
-from rlhf_dist.errors import DataError
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.random import permutation
 
 R = TypeVar("R")
 

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.candidates import Item, item_id, read_items
 from rlhf_dist.curation.journal import Journal
 from rlhf_dist.curation.judgements import (
@@ -22,7 +23,6 @@ from rlhf_dist.curation.judgements import (
 )
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import read_preferences
-from rlhf_dist.errors import ConfigError, DataError
 
 GOOD = {"item": "i", "annotator": "ann", "choice": "a", "shown": [0, 1]}
 

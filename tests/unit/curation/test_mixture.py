@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.config import DataSource
-from rlhf_dist.config.curation.mix import MixConfig, MixSource
+from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.mixing import MixingSettings
+from rlhf_dist.curation.config.mix import MixConfig, MixSource
 from rlhf_dist.curation.mixture import mixed_lines, spool_sources
 from rlhf_dist.data.mixing import compose
 from rlhf_dist.data.quarantine import Quarantine

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_dist.core.errors import DataError, RunFolderError
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.data.quarantine import BadRow, Quarantine
-from rlhf_dist.errors import DataError, RunFolderError
 
 
 def make(out: Path, records: list[dict[str, Any]], overwrite: bool = False) -> None:

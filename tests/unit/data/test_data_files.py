@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.errors import DataError
 
 ROWS = [{"text": "một"}, {"text": 'a "quote", b'}, {"text": "hai\nba"}]
 CSV = 'text,n\r\nmột,1\r\n"a ""quote"", b",2\r\n"hai\nba",3\r\n'

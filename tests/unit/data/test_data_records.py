@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Prompt, read_preferences, read_prompts, read_sequences
-from rlhf_dist.errors import ConfigError, DataError
 
 
 def user(content: str) -> dict[str, str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_dist.config import DataSet, DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.records import read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.sets import divide, set_path, write_set
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.pipeline.config import DataSet
 
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.1}
 

@@ -10,12 +10,12 @@ import datasets
 import pytest
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.templates import Labels, TemplateSettings
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.templates import render_rows
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.data.records import Conversation, read_prompts, read_sequences
-from rlhf_dist.errors import ConfigError, DataError
 
 NAMES = Labels(names={"0": "negative", "1": "positive"})
 ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(8)]
