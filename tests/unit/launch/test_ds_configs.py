@@ -29,7 +29,7 @@ FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FILES = sorted(FOLDER.glob("*.json"))
 SEVERAL_RANKS = [FOLDER / "zero3_hpz.json", FOLDER / "zero3_zeropp.json"]
-"""Made for nodes of eight ranks: tests/unit/engine/test_hpz.py steps them on four, and compares with plain ZeRO-3."""
+"""Made for nodes of eight ranks: tests/unit/distributed/deepspeed/test_hpz.py steps them on four, and compares with plain ZeRO-3."""
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32", "fp16")
 
 
@@ -120,7 +120,7 @@ def test_it_trains_like_the_generated_configuration(
 
 
 def test_offloaded_optimisers_step_with_deepspeeds_own_adam():
-    """Whether it can be compiled and takes AdamW's steps is tests/unit/engine/test_cpu_adam.py's."""
+    """Whether it can be compiled and takes AdamW's steps is tests/unit/distributed/deepspeed/test_cpu_adam.py's."""
     offloading = [path for path in FILES if "offload" in path.stem]
     assert len(offloading) >= 3
     for path in offloading:
