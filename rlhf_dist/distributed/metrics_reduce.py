@@ -19,8 +19,6 @@ class MetricNames(NamedTuple):
     """Of its gradient norm and learning rate."""
     sums: dict[str, tuple[str, str]]
     """Metric → (loss term, sum) of a `StepReport`."""
-    ratios: dict[str, tuple[str, str, str]] = {}
-    """Metric → (loss term, sum, the sum that it is divided by in place of the term's count); left out where that is 0."""
     num_updates: str = ""
     """Metric for the number of optimizer steps taken, where a role reports one."""
 
@@ -53,7 +51,7 @@ def update_report(
     if reason and reason != KL_STOP:
         raise _refusal(role, reason, steps, shares)
     taken = steps[:-1] if reason == KL_STOP else steps
-    metrics = _means(taken, counts, names.sums) | _ratios(taken, names.ratios)
+    metrics = _means(taken, counts, names.sums)
     if taken:
         metrics[f"{names.prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in taken) / len(taken)
         metrics[f"{names.prefix}/learning_rate"] = taken[-1][0].learning_rate
@@ -79,17 +77,6 @@ def _means(
                 for i, ranks in enumerate(steps)
             ]
             metrics[metric] = sum(per_step) / len(per_step)
-    return metrics
-
-
-def _ratios(steps: list[list[StepReport]], names: Mapping[str, tuple[str, str, str]]) -> dict[str, float]:
-    """Of sums over all ranks and steps."""
-    metrics = {}
-    for metric, (term, above, below) in names.items():
-        found = [report.sums.get(term, {}) for ranks in steps for report in ranks]
-        total = sum(sums.get(below, 0.0) for sums in found)
-        if total:
-            metrics[metric] = sum(sums.get(above, 0.0) for sums in found) / total
     return metrics
 
 

@@ -40,19 +40,11 @@ METRICS: dict[str, Metric] = {
         "fraction", "pairs of the step whose better response scores higher; a prompt counts 1"
     ),
     "reward_model/margin": Metric("score", "mean of score better - score worse of the step's pairs; a prompt counts 1"),
-    "reward_model/near_tie_accuracy": Metric(
-        "fraction",
-        "near-ties of the step (reward.near_ties) whose better response scores higher; weights as in accuracy",
+    "reward_model/eval_low_margin_accuracy": Metric(
+        "fraction", "eval_accuracy of the held-out low-margin pairs (reward.low_margin) alone"
     ),
-    "reward_model/clear_accuracy": Metric(
-        "fraction",
-        "pairs of the step that are no near-ties whose better response scores higher; weights as in accuracy",
-    ),
-    "reward_model/eval_near_tie_accuracy": Metric(
-        "fraction", "eval_accuracy of the held-out near-ties (reward.near_ties) alone"
-    ),
-    "reward_model/eval_clear_accuracy": Metric(
-        "fraction", "eval_accuracy of the held-out pairs that are no near-ties alone"
+    "reward_model/eval_other_accuracy": Metric(
+        "fraction", "eval_accuracy of the other held-out pairs alone, where reward.low_margin is set"
     ),
     "reward_model/eval_loss": Metric(
         "nats", "mean of -log sigmoid(score better - score worse) of the held-out pairs; a prompt counts 1"

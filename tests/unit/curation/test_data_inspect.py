@@ -101,7 +101,7 @@ def test_bad_rows_stop_it_as_they_stop_training_unless_they_are_to_be_listed(
     assert main([*arguments, "--out_dir", str(out), "--list_bad_rows", "true", "--overwrite", "true"]) == 0
 
 
-def test_pairs_of_a_reward_run_without_its_near_ties(tmp_path: Path, tiny_lm: Path):
+def test_pairs_of_a_reward_run_without_its_low_margin_pairs(tmp_path: Path, tiny_lm: Path):
     rows = [{"prompt": "Hi", "chosen": f"good {i}", "rejected": "bad", "margin": i} for i in range(4)]
     config = {
         "run_dir": str(tmp_path / "run"),
@@ -110,7 +110,7 @@ def test_pairs_of_a_reward_run_without_its_near_ties(tmp_path: Path, tiny_lm: Pa
             "max_length_tokens": 128,
             "train": [{"path": write(tmp_path / "p.jsonl", rows), "kind": "preference"}],
         },
-        "reward": {"batch_size": 1, "near_ties": {"below": 1.5, "treat": "drop"}},
+        "reward": {"batch_size": 1, "low_margin": {"below": 1.5, "weight": 0}},
     }
     (tmp_path / "reward.yaml").write_text(json.dumps(config))
     assert main(["data", "inspect", "reward", str(tmp_path / "reward.yaml"), "--out_dir", str(tmp_path / "out")]) == 0
