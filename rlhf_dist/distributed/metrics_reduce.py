@@ -1,4 +1,4 @@
-"""What the ranks report of optimiser steps → what a trainer is told, in numbers that do not depend on the split."""
+"""What the ranks report of optimizer steps → what a trainer is told, in numbers that do not depend on the split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rlhf_dist.core.errors import SampleError, TrainingError
-from rlhf_dist.core.steps import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport, UpdateReport
+from rlhf_dist.core.steps import EARLY_STOP_KL, NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport, UpdateReport
 
 Shares = list[list[list[int]]]
 """Rank → micro-batch → rows."""
@@ -35,7 +35,7 @@ def update_report(
     shares: Mapping[str, Sequence[Shares]],
     names: MetricNames,
 ) -> UpdateReport:
-    """Mean over the optimiser steps taken of Σ_ranks sum / global count.
+    """Mean over the optimizer steps taken of Σ_ranks sum / global count.
 
     Args:
         role: the model's name, for messages.
@@ -48,9 +48,9 @@ def update_report(
         TrainingError: the step was refused for another reason.
     """
     reason = steps[-1][0].refused if steps else ""
-    if reason and reason != KL_STOP:
+    if reason and reason != EARLY_STOP_KL:
         raise _refusal(role, reason, steps, shares)
-    taken = steps[:-1] if reason == KL_STOP else steps
+    taken = steps[:-1] if reason == EARLY_STOP_KL else steps
     metrics = _means(taken, counts, names.sums)
     if taken:
         metrics[f"{names.prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in taken) / len(taken)
@@ -58,9 +58,9 @@ def update_report(
         norms = taken[0][0].term_grad_norms
         if "ptx" in norms:
             metrics["policy/ptx_grad_ratio"] = norms["ptx"] / norms["ppo"] if norms["ppo"] else float("nan")
-    if reason == KL_STOP:
+    if reason == EARLY_STOP_KL:
         last = {name: ppo[len(taken) :] for name, ppo in counts.items()}
-        metrics["policy/stop_kl"] = _means(steps[-1:], last, {"kl": names.sums["policy/approx_kl"]})["kl"]
+        metrics["policy/early_stop_kl"] = _means(steps[-1:], last, {"kl": names.sums["policy/approx_kl"]})["kl"]
     if names.num_updates:
         metrics[names.num_updates] = float(len(taken))
     return UpdateReport(metrics, len(taken))
@@ -93,7 +93,7 @@ def _refusal(
     rows = {term: sorted(set(numbers)) for term, numbers in rows.items()}
     where = "; ".join(f"{term}: rows {', '.join(map(str, numbers))}" for term, numbers in rows.items())
     return SampleError(
-        f"{role}: {reason} in optimiser step {number + 1} of the update ({where}). The step was "
+        f"{role}: {reason} in optimizer step {number + 1} of the update ({where}). The step was "
         "not taken and no weight was touched by it. Look at these samples. A checkpoint continues with its own configuration: "
         "to lower the learning rate or to use precision: fp32, start a new run.",
         rows,

@@ -113,7 +113,7 @@ def _baseline(
 def run_reward(
     config: RewardConfig, session: Session | None = None, prepared: PreparedReward | None = None
 ) -> dict[str, Any]:
-    """Reward modelling.
+    """Reward modeling.
 
     Args:
         config: the run.

@@ -48,4 +48,4 @@ class RewardStage(Schema):
 
 
 class RewardConfig(RewardStage, RunConfig):
-    """Reward modelling on preferences: pairs, or rankings of more responses."""
+    """Reward modeling on preferences: pairs, or rankings of more responses."""

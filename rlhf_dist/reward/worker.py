@@ -44,7 +44,7 @@ class PreferenceModelWorker(TrainedWorker):
         self.pair_weights = pair_weights
 
     def update(self, batch: PreferenceBatch, micro_batches: MicroBatches, num_prompts: int, step: int) -> StepReport:
-        """One optimiser step; `num_prompts` counts those of all ranks."""
+        """One optimizer step; `num_prompts` counts those of all ranks."""
         self.seed_dropout(step)
         micro = pick(batch, micro_batches)
         return self.engine.step([LossTerm("rm", micro, self._ranking_loss, _IDLE_PAIR, num_prompts)])

@@ -96,7 +96,7 @@ def test_ppo_with_adapters_in_policy_and_value(make_config: Make, tmp_path: Path
     made["policy"] |= {"lora": LORA}
     made["value"] |= {"lora": LORA}
     run_ppo(PPOConfig.model_validate(made))
-    mismatch = [line["rollout/behaviour_mismatch"] for _, line in metrics(tmp_path / "run") if "policy/loss" in line]
+    mismatch = [line["rollout/logprob_mismatch"] for _, line in metrics(tmp_path / "run") if "policy/loss" in line]
     assert len(mismatch) == 3
     assert max(mismatch) < 1e-4
     start, end = weights(tiny_lm.parent, tiny_lm.name), weights(tmp_path / "run")

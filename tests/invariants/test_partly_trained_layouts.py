@@ -1,6 +1,6 @@
 """Adapters, frozen layers and down-weighted pairs: the weights after several steps are those of plain PyTorch in any layout.
 
-Adapters are written out here as reparametrised matrices W + s B A, without peft; frozen parameters by their names.
+Adapters are written out here as reparametrized matrices W + s B A, without peft; frozen parameters by their names.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def descended(model: Any, objective: str, part: str, loss_of: Callable[[Any, int
         trace.see("loss", value)
         return value
 
-    trace = plain.descend(model, layouts.optimiser(MAX_GRAD_NORM[objective]), loss, lambda: None)
+    trace = plain.descend(model, layouts.optimizer(MAX_GRAD_NORM[objective]), loss, lambda: None)
     return Expected(start, weights(), trace)
 
 
@@ -139,7 +139,7 @@ def test_partly_trained_models_do_not_depend_on_the_layout(
 # -- low-margin pairs ------------------------------------------------------------------------------------------------------
 
 BELOW = 0.5
-"""The rankings' ratings fall by 0.4: neighbours are low-margin pairs."""
+"""The rankings' ratings fall by 0.4: neighbors are low-margin pairs."""
 WEIGHTS = (0.0, 0.3)
 
 

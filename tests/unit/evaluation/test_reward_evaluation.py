@@ -163,7 +163,7 @@ def test_moments_are_of_the_held_out_set_or_else_of_training_records(tiny_lm: Pa
 def test_moments_that_cannot_be_used_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / FILE).write_text(content)
-    with pytest.raises(ModelError, match="normalise_scores"):
+    with pytest.raises(ModelError, match="normalize_scores"):
         read_score_moments(str(tmp_path))
 
 
