@@ -1,6 +1,6 @@
-"""PPO reaches the optimum of the KL-regularised objective, which is known in closed form.
+"""PPO reaches the optimum of the KL-regularized objective, which is known in closed form.
 
-Maximising E_π[r(x, y)] − β·KL(π ‖ π_ref) over all distributions gives (Ziebart 2010; Rafailov et al. 2023, eq. 4)
+Maximizing E_π[r(x, y)] − β·KL(π ‖ π_ref) over all distributions gives (Ziebart 2010; Rafailov et al. 2023, eq. 4)
 
     π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x)
 
