@@ -230,7 +230,7 @@ def test_help_and_schema_have_every_key():
         ),
         (
             ["early_stop_kl", "1", "--ppo.num_epochs", "1", "--ppo.mini_batch_size", "64"],
-            "an iteration has one optimiser step",
+            "one optimizer step",
         ),
         (["overlong_penalty", "1", "--ppo.overlong_buffer_tokens", "999"], "overlong_buffer_tokens 999 is more than"),
         (["clip_range", "1"], "clip_range"),

@@ -29,7 +29,8 @@ FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FILES = sorted(FOLDER.glob("*.json"))
 SEVERAL_RANKS = [FOLDER / "zero3_hpz.json", FOLDER / "zero3_zeropp.json"]
-"""Made for nodes of eight ranks: tests/unit/distributed/deepspeed/test_hpz.py steps them on four, and compares with plain ZeRO-3."""
+"""Made for nodes of eight ranks: tests/unit/distributed/deepspeed/test_hpz.py compares them, on four,
+with plain ZeRO-3."""
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32", "fp16")
 
 

@@ -75,8 +75,8 @@ def test_models_that_are_left_out_come_from_the_natural_earlier_stage(tmp_path: 
         "reward.model": "${sft.model}",
         "ppo.policy": "${sft.model}",
         "ppo.reward": "${reward.model}",
-        "ppo.value": None,  # PPO itself takes the reward model's
-        "ppo.reference": None,
+        "ppo.value": "${reward.model}",  # PPO itself takes the reward model's
+        "ppo.reference": "${sft.model}",
         "eval.policy": "${ppo.model}",
         "eval.reference": "${sft.model}",
         "eval.reward": "${reward.model}",
@@ -228,5 +228,6 @@ def test_rules_of_the_commands_hold(tmp_path: Path):
 def test_editors_are_told_what_may_be_left_out():
     definitions = json.loads(json_schema(PipelineConfig))["$defs"]
     assert "model_path" in definitions["TrainedModel"]["required"]
-    assert "required" not in definitions["LinkedTrainedModel"]
+    assert "model_path" not in definitions["PipelineReward"]["properties"]["model"]["required"]
+    assert "model_path" not in definitions["PipelinePPO"]["properties"]["value"]["required"]
     assert definitions["PipelinePPO"]["required"] == ["data"]
