@@ -131,16 +131,6 @@ class RunFolder:
         return self.path / "model"
 
     @property
-    def adapter_dir(self) -> Path:
-        """The adapters of the trained model in peft's format, where it has some."""
-        return self.path / "adapter"
-
-    @property
-    def model_ema_dir(self) -> Path:
-        """The moving average of a policy's weights in Hugging Face format, where one is kept."""
-        return self.path / "model_ema"
-
-    @property
     def logs_dir(self) -> Path:
         """Logs of the actors, TensorBoard and wandb files."""
         return self.path / "logs"

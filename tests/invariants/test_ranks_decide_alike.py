@@ -63,8 +63,8 @@ def state_of(role: PolicyRole) -> State:
     said = role.group.call("logprobs", rollout, [list(range(5)), list(range(5, 10))]).result()
     assert all(torch.equal(logprobs, said[0]) for logprobs in said)
     with tempfile.TemporaryDirectory() as folder:
-        role.save_average(Path(folder)).result()
-        return State(saved_weights(role), read_weights(Path(folder)), said)
+        role.save(Path(folder)).result()
+        return State(read_weights(Path(folder) / "model"), read_weights(Path(folder) / "model_ema"), said)
 
 
 def four_steps(role: PolicyRole, experience: Experience) -> list[Weights]:

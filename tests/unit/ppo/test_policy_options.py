@@ -160,8 +160,8 @@ def test_the_average_follows_the_policy_and_is_saved(tiny_lm: Path, tmp_path: Pa
     with policy(tiny_lm, ema_decay=1e-9) as group:
         role = PolicyRole(group, 2)
         role.update(EXPERIENCE, STEPS, PTX).result()
-        role.save_average(tmp_path / "model").result()
+        role.save(tmp_path).result()
         current = whole_weights(group)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model_ema", dtype=torch.float32)
     # Almost without memory the average is the weights after the last step.
     assert all(torch.allclose(saved.get_parameter(name), t, rtol=1e-6) for name, t in current.items())
