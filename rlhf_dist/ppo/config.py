@@ -38,7 +38,7 @@ class PPOSettings(Schema):
     early_stop_kl: Positive | None = None
     """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
     mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
-    discount: Fraction = 1.0
+    gamma: Fraction = 1.0
     """Discount of future token rewards (γ of GAE)."""
     gae_lambda: Fraction = 0.95
     """λ of generalized advantage estimation."""

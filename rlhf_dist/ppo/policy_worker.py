@@ -75,9 +75,9 @@ class PolicyWorker(LanguageModelWorker):
                 terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
             veto = self._veto(i == 0, step.num_tokens)
             reports.append(self.engine.step(terms, veto=veto, measure_terms=measure_terms and i == 0))
-            if reports[-1].refused == EARLY_STOP_KL:
+            if reports[-1].aborted == EARLY_STOP_KL:
                 self.engine.pass_over(len(steps) - i)
-            if reports[-1].refused:
+            if reports[-1].aborted:
                 break
         return reports
 

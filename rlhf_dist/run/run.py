@@ -121,9 +121,9 @@ class Run:
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
         write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
-    def refused(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
+    def aborted(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
         """Write down the samples that step `step` was refused for, and return the error with the place added."""
-        path = self.folder.path / f"refused_step_{step:06d}.jsonl"
+        path = self.folder.path / f"aborted_step_{step:06d}.jsonl"
         write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
         return SampleError(f"{error} Samples: {path}", error.rows, error.step)
 

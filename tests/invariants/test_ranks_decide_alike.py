@@ -163,7 +163,7 @@ def test_a_policy_that_moves_too_far_stops_on_every_rank(trainings: Trainings, t
         report = role.update(trainings.experience, STEPS, PTX).result()
         weights = saved_weights(role)
     ranks = replies[0].result()
-    assert [[step.refused for step in rank] for rank in ranks] == [["", "", EARLY_STOP_KL]] * layout.ranks
+    assert [[step.aborted for step in rank] for rank in ranks] == [["", "", EARLY_STOP_KL]] * layout.ranks
     alone = [kl_alone(trainings.experience, rank[stop], shares[stop][r]) for r, rank in enumerate(ranks)]
     assert min(alone) < limit < max(alone), "ranks that decide alone disagree here"
     assert report.num_steps == stop
