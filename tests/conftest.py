@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiers import tier_of
 
 # Before any test imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the mark of its tier (tiers.py), before pytest selects by marks."""
+    for item in items:
+        if tier := tier_of(item.nodeid.removeprefix("tests/")):
+            item.add_marker(tier)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,10 @@ FAST, SLOW, MATRIX = "", "slow", "matrix"
 
 TIERS: list[tuple[str, str]] = [
     # -- invariants: about a dozen trainings of the fifty layouts
-    (r"invariants/test_layouts.py::test_zero_stages_and_ranks\[(2-2-SFT|3-2-RM|3-2-PPO policy \+ PTX|2-2-PPO value)\]", FAST),
+    (
+        r"invariants/test_layouts.py::test_zero_stages_and_ranks\[(2-2-SFT|3-2-RM|3-2-PPO policy \+ PTX|2-2-PPO value)\]",
+        FAST,
+    ),
     (r"invariants/test_layouts.py::test_zero_stages_and_ranks\[(0-1|1-2)-.*", SLOW),
     (r"invariants/test_layouts.py::test_micro_batch_sizes\[1-PPO policy \+ PTX\]", FAST),
     (r"invariants/test_layouts.py::test_token_budgets\[2-3-(RM|PPO policy, other terms)\]", FAST),
@@ -34,10 +37,16 @@ TIERS: list[tuple[str, str]] = [
     (r"invariants/test_rollout_tokens.py.*ranks=3", MATRIX),
     (r"invariants/test_sft_mix_layouts.py.*ranks=3", MATRIX),
     # -- integration
-    (r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray_follow_the_same_trajectory\[(sft|reward|ppo)-2\]", FAST),
+    (
+        r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray_follow_the_same_trajectory\[(sft|reward|ppo)-2\]",
+        FAST,
+    ),
     (r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray", SLOW),
     (r"integration/test_end_to_end.py::test_(saved_models_load|training_moves)", FAST),
-    (r"integration/test_slurm.py::test_(ranks_on_both_nodes|a_preempted_job|a_job_submitted_by_the_command_line)", SLOW),
+    (
+        r"integration/test_slurm.py::test_(ranks_on_both_nodes|a_preempted_job|a_job_submitted_by_the_command_line)",
+        SLOW,
+    ),
     (r"integration/test_slurm.py", MATRIX),
     (r"integration/", SLOW),
     (r"learning/test_ppo_reaches_the_optimum.py.*", SLOW),

@@ -122,18 +122,18 @@ def test_running_score_normalization_by_hand():
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
 @pytest.mark.parametrize("cut_off", [False, True])
-def test_gae(ragged, discount, lam, cut_off):
+def test_gae(ragged, gamma, lam, cut_off):
     rewards, values = ragged.rows(), ragged.rows(2.0)
     ends = ragged.scores() if cut_off else [0.0] * len(ragged.lengths)
     advantages, returns = gae(
         ragged.padded(rewards),
         ragged.padded(values),
         ragged.mask,
-        discount,
+        gamma,
         lam,
         end_values=torch.tensor(ends) if cut_off else None,
     )
-    expected = [loops.gae(r, v, discount, lam, end) for r, v, end in zip(rewards, values, ends, strict=True)]
+    expected = [loops.gae(r, v, gamma, lam, end) for r, v, end in zip(rewards, values, ends, strict=True)]
     ragged.assert_equal(advantages, [a for a, _ in expected])
     ragged.assert_equal(returns, [r for _, r in expected])
     assert torch.all(advantages[~ragged.mask] == 0)

@@ -6,10 +6,7 @@ import json
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.slow
 def test_two_processes_meet_and_a_private_ray_starts():
     command = [sys.executable, "-m", "rlhf_dist.cli.main", "doctor", "--deep", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)

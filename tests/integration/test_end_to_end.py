@@ -21,7 +21,7 @@ from rlhf_dist.reward.config import RewardConfig
 from rlhf_dist.sft.build import run_sft
 from rlhf_dist.sft.config import SFTConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 COMMANDS = {
     "sft": (SFTConfig, run_sft),
     "reward": (RewardConfig, run_reward),

@@ -23,7 +23,7 @@ from rlhf_dist.distributed.group import WorkerSpec
 from rlhf_dist.distributed.ray.session import RaySession
 from rlhf_dist.distributed.workers.reward import RewardWorker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 
 

@@ -13,7 +13,7 @@ from support.tiny import save_tiny_lm
 from rlhf_dist.cli.main import main
 from rlhf_dist.models.score_moments import read_score_moments
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parents[2]
 
 

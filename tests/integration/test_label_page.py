@@ -19,7 +19,6 @@ from support.runs import cli, write_config
 
 from rlhf_dist.curation import label
 
-pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser and is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -21,7 +21,7 @@ import torch
 from support.runs import cli, metrics, weights
 from support.tiny import save_tiny_lm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "movie_pipeline.yaml"
 STAGES = ("data", "sft", "reward", "ppo", "eval")

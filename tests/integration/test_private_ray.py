@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = [pytest.mark.slow]
-
 _TESTS = Path(__file__).parents[1]
 
 

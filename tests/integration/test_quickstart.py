@@ -20,7 +20,7 @@ from rlhf_dist.quickstart.records import StarterSizes, write_records
 from rlhf_dist.reward.config import RewardSettings
 from rlhf_dist.sft.config import SFTSettings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 
 NUM_PROMPTS = 10
 SIZES = StarterSizes(

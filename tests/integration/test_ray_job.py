@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from support.ray_cluster import Cluster, authenticated_cluster
 from support.runs import write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,7 @@ from rlhf_dist.reward.config import RewardConfig
 from rlhf_dist.sft.build import run_sft
 from rlhf_dist.sft.config import SFTConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(300)]
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 SMALL = ["--cluster", "inline", "--device", "cpu"]
 

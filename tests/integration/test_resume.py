@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.runs import cli, metrics, wait_for_step, weights, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 
 LENGTHS = {"sft": 60, "reward": 60, "ppo": 8}

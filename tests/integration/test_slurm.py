@@ -25,7 +25,7 @@ from support import slurm_cluster
 from support.runs import metrics, weights, write_config
 from support.slurm_cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ITERATIONS = 20

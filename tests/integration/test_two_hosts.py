@@ -14,7 +14,7 @@ import pytest
 from support.hosts import Host, ray_on, two_hosts, why_not
 from support.runs import cli, metrics, wait_for_step, weights, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
 
 

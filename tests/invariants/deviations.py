@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import json
 import math
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ size (eps is 1e-5, see `layouts.OPTIMIZER`), so single parameters whose gradient
 four steps carry it on. Errors of logic move the weights by tenths of a percent of the update, or more.
 """
 
+MEASURED = "RLHF_DIST_MEASURED_DEVIATIONS"
+"""Environment variable with the file that a test run leaves its measurements in, for tests/support/publish_tables.py."""
 START, END = "<!-- deviations -->", "<!-- end of deviations -->"
 HEADER = ("what varied", "objective", "ranks × ZeRO stage", "steps", "max abs. Δ", "‖Δ‖/‖update‖", "tolerance")
 KEY = 4
@@ -69,11 +72,11 @@ class Row:
         return (self.varied, self.objective, ", ".join(f"{r}×{z}" for r, z in sorted(self.cases)), str(self.steps))
 
 
+@dataclass
 class Table:
     """What a run measures."""
 
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], Row] = field(default_factory=dict)
 
     def add(
         self,
@@ -90,13 +93,26 @@ class Table:
         row.largest = max(row.largest, measured.largest)
         row.relative = max(row.relative, measured.relative)
 
-    def write(self, readme: Path) -> None:
-        """Replace what stands between the markers, if it changes and can be replaced. Whoever reads meanwhile finds the old
-        file or the new one."""
-        with contextlib.suppress(OSError):
-            self._write(readme)
+    def save(self, path: Path) -> None:
+        """Write the rows as JSON."""
+        rows = [dataclasses.asdict(row) | {"cases": sorted(row.cases)} for row in self.rows.values()]
+        path.write_text(json.dumps(rows), encoding="utf-8")
 
-    def _write(self, readme: Path) -> None:
+    @classmethod
+    def load(cls, path: Path) -> Table:
+        """What `save` wrote."""
+        table = cls()
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            cases = {(ranks, stage) for ranks, stage in row.pop("cases")}
+            table.rows[row["varied"], row["objective"]] = Row(**row, cases=cases)
+        return table
+
+    def write(self, readme: Path) -> None:
+        """Replace what is between the markers, if it changes. Whoever reads meanwhile finds the old file or the new one.
+
+        Raises:
+            ValueError: the file has no such markers.
+        """
         text = readme.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)
         old, _, after = rest.partition(END)
@@ -107,7 +123,9 @@ class Table:
             lines.append((*row.key, bound(row.largest, cells[KEY]), bound(row.relative, cells[KEY + 1]), row.tolerance))
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         new = f"{before}{START}\n\n{table}\n\n{END}{after}"
-        if new == text or START not in text or END not in text:
+        if START not in text or END not in text:
+            raise ValueError(f"{readme} has no lines {START} and {END} for the table to go between; put them back")
+        if new == text:
             return
         aside = readme.with_name(f".{readme.name}.{os.getpid()}")
         try:

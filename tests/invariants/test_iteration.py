@@ -86,7 +86,6 @@ def expected(trainings: Trainings) -> PlainIteration:
     return PlainIteration(experience, policy, trainings.plain_value(experience, STEPS))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [

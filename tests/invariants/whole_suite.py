@@ -1,26 +1,11 @@
-"""When a run's table of deviations may be published: when it is that of the whole suite."""
+"""What all invariance tests together measure: the rows of a table that may be published."""
 
 from __future__ import annotations
-
-from collections.abc import Collection, Mapping
 
 from deviations import Case
 from layouts import MAX_GRAD_NORM
 
 SFT, RM, POLICY, _, VALUE = OBJECTIVES = tuple(MAX_GRAD_NORM)
-
-
-Rows = Mapping[tuple[str, str], Collection[Case]]
-"""(what varied, objective) → (ranks, ZeRO stage) of its cases."""
-
-
-def is_whole(tests: Collection[str], outcomes: Mapping[str, str], deselected: Collection[str], measured: Rows) -> bool:
-    """Whether no test was left out, none failed, and every row was measured in all its cases.
-
-    `--last-failed` passes over files without deselecting their tests: only the rows tell then.
-    """
-    passed = all(outcomes.get(test) == "passed" for test in tests)
-    return passed and not deselected and measured == expected_rows()
 
 
 def expected_rows() -> dict[tuple[str, str], set[Case]]:

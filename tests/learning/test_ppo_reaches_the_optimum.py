@@ -148,7 +148,6 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_tokens", "settings"),
     [(2, {"kl_in": "reward", "kl_estimator": "k1"}), (1, {"kl_in": "loss", "kl_estimator": "k2"})],

@@ -34,7 +34,6 @@ def sampled_rankings(num: int, num_responses: int) -> list[list[int]]:
     return [items[liking[row, items].argsort(descending=True)].tolist() for row, items in enumerate(shown)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("num_records", "num_responses"), [(6000, 2), (1500, 4)])
 def test_scores_recover_a_known_scale(tiny_lm: Path, num_records: int, num_responses: int):
     rankings = sampled_rankings(num_records, num_responses)

@@ -65,7 +65,12 @@ def written(text: str) -> str:
     return text.split(BEGIN)[1].split(END)[0]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the section."""
     os.chdir(ROOT)
     text = README.read_text(encoding="utf-8")
     README.write_text(text.replace(written(text), section()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from rlhf_dist.core.batches import length_mask
 from rlhf_dist.ppo.advantages import gae
 
 
-def by_definition(rewards: list[float], values: list[float], discount: float, gae_lambda: float) -> list[float]:
+def by_definition(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
     """A_t = Σ_l (γλ)^l δ_{t+l}, in float64, a sum over l for each t."""
     num = len(rewards)
     out = []
@@ -19,7 +19,7 @@ def by_definition(rewards: list[float], values: list[float], discount: float, ga
         total = 0.0
         for k in range(t, num):
             next_value = values[k + 1] if k + 1 < num else 0.0
-            total += (discount * gae_lambda) ** (k - t) * (rewards[k] + discount * next_value - values[k])
+            total += (gamma * gae_lambda) ** (k - t) * (rewards[k] + gamma * next_value - values[k])
         out.append(total)
     return out
 
@@ -34,14 +34,14 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
-def test_equals_the_definition_row_by_row(discount: float, gae_lambda: float):
+def test_equals_the_definition_row_by_row(gamma: float, gae_lambda: float):
     lengths = torch.tensor([7, 1, 4, 6])
     g = torch.Generator().manual_seed(3)
     rewards, values = torch.randn(4, 7, generator=g), torch.randn(4, 7, generator=g)
     mask = length_mask(lengths, 7)
-    advantages, returns = gae(rewards, values, mask, discount, gae_lambda)
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
     for row, n in enumerate(lengths.tolist()):
-        expected = by_definition(rewards[row, :n].tolist(), values[row, :n].tolist(), discount, gae_lambda)
+        expected = by_definition(rewards[row, :n].tolist(), values[row, :n].tolist(), gamma, gae_lambda)
         assert advantages[row, :n].tolist() == pytest.approx(expected, abs=1e-5)
         assert torch.allclose(returns[row, :n], advantages[row, :n] + values[row, :n])
     assert (advantages[~mask] == 0).all()
