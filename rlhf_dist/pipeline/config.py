@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from typing_extensions import Self
 
-from rlhf_dist.config.base import AbsolutePath, Count, ModelPath, Schema
+from rlhf_dist.config.base import AbsolutePath, Count, ModelPath, Result, Schema
 from rlhf_dist.config.data_set import DataSet
 from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, Hosting, TrackingConfig, TrainedModel
 from rlhf_dist.config.references import STAGES, with_natural_sources
@@ -53,14 +53,14 @@ class TrainedStageSettings(StageSettings):
 class LinkedTrainedModel(TrainedModel):
     """A trained model that may start as an earlier stage's."""
 
-    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_path: Result[ModelPath | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """A directory in Hugging Face format, a hub name, or `${STAGE.model}`; null takes the model of the SFT stage."""
 
 
 class LinkedFrozenModel(FrozenModel):
     """A frozen model that may be an earlier stage's."""
 
-    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_path: Result[ModelPath | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """A directory in Hugging Face format, a hub name, or `${STAGE.model}`; null takes the earlier stage's: the reward
     model of the reward stage, the policy of PPO (or else of SFT), as reference what PPO's policy is held against."""
 
