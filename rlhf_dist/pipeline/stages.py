@@ -7,7 +7,6 @@ So a key is known before anything has run, and it is the same wherever the files
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_dist import __version__
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.references import STAGES, Reference
 from rlhf_dist.core.errors import ConfigError, RlhfDistError, RunFolderError
@@ -133,11 +131,8 @@ class Planner:
         contents = {item.path: item.content for item in inputs}
         keys = {}
         for wanted in section.sets:
-            decides = json.loads(wanted.model_dump_json())
-            for source in decides["sources"]:
-                source["path"] = contents[source["path"]]
             drawn = {"seed": seed} if wanted.parts else {}
-            keys[wanted.name] = sha256_of_json({"set": decides, "version": __version__} | drawn)
+            keys[wanted.name] = sha256_of_json({"set": identity(wanted, contents)} | drawn)
         key = sha256_of_json({"stage": "data", "sets": keys})
         folder = self._folder("data", key)
         for wanted in section.sets:
@@ -253,7 +248,7 @@ def state_of(stage: Stage, hashes: ContentHashes) -> State:
                     "to run the stage again."
                 )
         return State("written")
-    latest = Checkpoints(folder.checkpoints_dir, keep_last=1).latest()
+    latest = Checkpoints(folder.checkpoints_dir).latest()
     return State("begun") if latest is None else State("resume", step_of(latest))
 
 

@@ -133,17 +133,15 @@ class Run:
         state: Mapping[str, Any],
         models: Mapping[str, Trained],
         *,
-        every: int,
         total: int,
     ) -> None:
-        """After step `step` of `total`: write a checkpoint where one is due (`every` steps; 0: never), or where the run was
-        asked to stop.
+        """After step `step` of `total`: write a checkpoint where one is due, or where the run was asked to stop.
 
         Raises:
             Preempted: the run was asked to stop, and its checkpoint is written.
         """
         stop = self.stop_requested() and step < total
-        if not stop and not (every and step % every == 0):
+        if not stop and not checkpoints.due(step, total):
             return
         path = checkpoints.save(step, state, models)
         if stop:
