@@ -1,3 +1,3 @@
-"""Distributed RLHF: instruction tuning, reward modelling and PPO on Ray and DeepSpeed."""
+"""Distributed RLHF: instruction tuning, reward modeling and PPO on Ray and DeepSpeed."""
 
 __version__ = "0.1.0"

@@ -11,16 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
+from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.data.fitting import Encoded, FittedResponses
-from rlhf_dist.data.near_ties import NearTieCounts
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
 from rlhf_dist.data.store import DataReport, Ragged
 
 T = TypeVar("T")
 Indices = Sequence[int] | Tensor
-_COUNTED_AT_ONCE = 4096
-"""Records whose margins are looked at together."""
 
 
 class SequenceDataset:
@@ -128,16 +125,6 @@ class PreferenceDataset:
     def records(self) -> list[Preference]:
         """What each item was made of, with the responses that are left; [] where it was not kept."""
         return [self._preferences[row] for row in self._rows] if self._preferences else []
-
-    def near_ties(self, below: float) -> NearTieCounts:
-        """How many pairs have a smaller margin than `below`, and how much they weigh."""
-        counts = NearTieCounts(below)
-        for rows in np.split(self._rows, range(_COUNTED_AT_ONCE, len(self._rows), _COUNTED_AT_ONCE)):
-            ranks = pad_rows([row.tolist() for row in self._ranks.pick(rows.tolist())])
-            ratings = pad_rows([row.tolist() for row in self._ratings.pick(rows.tolist())], dtype=torch.float32)
-            sizes = torch.from_numpy(np.diff(self._starts)[rows])
-            counts.add(length_mask(sizes, ranks.shape[1]), ranks, ratings, torch.from_numpy(self._rated[rows]))
-        return counts
 
     def response_tokens(self, indices: Indices) -> Tensor:
         """[len(indices), K] int64 tokens of each response of the items `indices`, its end included; 0 where there is none."""

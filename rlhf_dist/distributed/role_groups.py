@@ -184,7 +184,7 @@ def evaluate_nll(role: Role, batch: TokenBatch) -> Future[dict[str, float]]:
 
 
 def shares_of_step(role: Role, lengths: Tensor, rows: Tensor) -> Shares:
-    """The rows of one optimiser step, split; as row numbers of the whole experience."""
+    """The rows of one optimizer step, split; as row numbers of the whole experience."""
     return [[[int(rows[i]) for i in micro] for micro in share] for share in role.split(lengths[rows])]
 
 

@@ -97,7 +97,7 @@ def _check_models(config: PPOConfig) -> Any:
 
 
 def _saved_moments(config: PPOConfig) -> RunningMoments | None:
-    if config.ppo.normalise_scores != "saved":
+    if config.ppo.normalize_scores != "saved":
         return None
     found = read_score_moments(config.reward.model_path)
     return RunningMoments(count=1, mean=found.mean, sum_squares=found.std**2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_dist.config.hosting import Precision, TrainedModel
 from rlhf_dist.core.batches import Experience, RolloutBatch, TokenBatch
 from rlhf_dist.core.losses import Sums
-from rlhf_dist.core.steps import KL_STOP, StepReport, StepShare
+from rlhf_dist.core.steps import EARLY_STOP_KL, StepReport, StepShare
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.deepspeed.train import LossTerm, Veto
 from rlhf_dist.distributed.weight_sync import WeightSource
@@ -57,7 +57,7 @@ class PolicyWorker(LanguageModelWorker):
         kl_loss_coef: float = 0.0,
         measure_terms: bool = False,
     ) -> list[StepReport]:
-        """One optimiser step an entry of `steps`, up to one that is refused.
+        """One optimizer step an entry of `steps`, up to one that is refused.
 
         Args:
             kl_loss_coef: weight of the KL to the reference as a term of the loss; 0 leaves it out.
@@ -73,7 +73,7 @@ class PolicyWorker(LanguageModelWorker):
                 terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
             veto = self._veto(i == 0, step.num_tokens)
             reports.append(self.engine.step(terms, veto=veto, measure_terms=measure_terms and i == 0))
-            if reports[-1].refused == KL_STOP:
+            if reports[-1].refused == EARLY_STOP_KL:
                 self.engine.pass_over(len(steps) - i)
             if reports[-1].refused:
                 break
@@ -86,8 +86,8 @@ class PolicyWorker(LanguageModelWorker):
             ppo = means["ppo"]
             if first and self.settings.self_checks:
                 return off_policy(ppo["ratio_deviation"], ppo["clip_fraction"], num_tokens, self.precision)
-            limit = self.settings.kl_stop
-            return KL_STOP if limit is not None and ppo["approx_kl"] > limit else ""
+            limit = self.settings.early_stop_kl
+            return EARLY_STOP_KL if limit is not None and ppo["approx_kl"] > limit else ""
 
         return decide
 

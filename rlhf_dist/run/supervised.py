@@ -37,7 +37,7 @@ class Task(Protocol):
         ...
 
     def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
-        """Optimiser step `step` on these training records."""
+        """Optimizer step `step` on these training records."""
         ...
 
     def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
@@ -50,7 +50,7 @@ class Task(Protocol):
 
 
 def num_steps(settings: SupervisedSettings, num_records: int, section: str) -> int:
-    """Optimiser steps of the run.
+    """Optimizer steps of the run.
 
     Raises:
         ConfigError: a batch is larger than the training set.

@@ -60,7 +60,7 @@ def step_of(group: Any, with_ptx: bool, measure_terms: bool = False) -> StepRepo
 
 
 def gradient_of_step(path: Path, with_ptx: bool) -> Gradient:
-    """What the optimiser finds when the step is taken."""
+    """What the optimizer finds when the step is taken."""
     found: Gradient = {}
     with policy(path) as group:
         worker = worker_of(group)

@@ -1,6 +1,6 @@
-"""PPO reaches the optimum of the KL-regularised objective, which is known in closed form.
+"""PPO reaches the optimum of the KL-regularized objective, which is known in closed form.
 
-Maximising E_π[r(x, y)] − β·KL(π ‖ π_ref) over all distributions gives (Ziebart 2010; Rafailov et al. 2023, eq. 4)
+Maximizing E_π[r(x, y)] − β·KL(π ‖ π_ref) over all distributions gives (Ziebart 2010; Rafailov et al. 2023, eq. 4)
 
     π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x)
 
@@ -28,7 +28,7 @@ from support.tiny import hosted, trained
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_dist.config.hosting import FrozenModel, RunConfig
+from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, RunConfig
 from rlhf_dist.core.batches import SequenceBatch
 from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.store import DataReport

@@ -47,7 +47,7 @@ class Layout:
         }
 
     def trained(self, model_path: Path) -> dict[str, Any]:
-        """Keys of a trained model, less its optimiser."""
+        """Keys of a trained model, less its optimizer."""
         return self.host(model_path) | {"zero_stage": self.zero_stage} | self.training
 
     def __str__(self) -> str:

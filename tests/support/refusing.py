@@ -44,7 +44,7 @@ def poisoned(worker: Any, batch: TokenBatch, how: Callable[[Any], Any]) -> Calla
 
 
 def lm_term(worker: Any, batch: TokenBatch, how: Callable[[Any], Any] | None = None) -> Any:
-    """The batch's term of an optimiser step, poisoned by `how`."""
+    """The batch's term of an optimizer step, poisoned by `how`."""
     made = worker.nll_term("lm", pick(batch, MICRO), batch.num_targets)
     return made if how is None else type(made)(**{**vars(made), "loss_sum": poisoned(worker, batch, how)})
 

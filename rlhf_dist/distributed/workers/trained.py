@@ -16,7 +16,7 @@ from rlhf_dist.distributed.deepspeed.average import WeightAverage
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.deepspeed.saving import save_adapter, save_pretrained
 from rlhf_dist.distributed.deepspeed.train import TrainEngine, train_init
-from rlhf_dist.models.adapters import add_adapters, initialise_adapters
+from rlhf_dist.models.adapters import add_adapters, initialize_adapters
 from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
 from rlhf_dist.models.freeze import apply_freeze
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
@@ -76,7 +76,7 @@ def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprob
     """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
     distributed.join_process_group(context)
     with train_init(config, context):
-        # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
+        # In the compute precision: DeepSpeed casts to it before its optimizer copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
     _choose_trained(model, config, context)
@@ -110,4 +110,4 @@ def _choose_trained(model: Any, config: TrainedModel, context: RankContext) -> N
     apply_freeze(model, config.freeze)
     if config.lora is not None:
         add_adapters(model, config.lora)
-        initialise_adapters(model, context.seed)
+        initialize_adapters(model, context.seed)

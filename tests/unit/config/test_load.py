@@ -223,10 +223,13 @@ def test_help_and_schema_have_every_key():
     [
         (["value_warmup_iterations", "100"], "value_warmup_iterations 100 leaves none of the 100 iterations"),
         (["kl_in", "loss"], "kl_in is loss and kl_estimator is k1, whose gradient is 0"),
-        (["kl_target", "6", "--ppo.kl_coef", "0"], "kl_target is 6.0 but kl_coef is 0"),
-        (["kl_target", "6", "--ppo.kl_horizon", "32"], "kl_horizon 32 is shorter than one iteration of 64 responses"),
+        (["adaptive_kl_target", "6", "--ppo.kl_coef", "0"], "adaptive_kl_target is 6.0 but kl_coef is 0"),
         (
-            ["kl_stop", "1", "--ppo.num_epochs", "1", "--ppo.mini_batch_size", "64"],
+            ["adaptive_kl_target", "6", "--ppo.kl_horizon", "32"],
+            "kl_horizon 32 is shorter than one iteration of 64 responses",
+        ),
+        (
+            ["early_stop_kl", "1", "--ppo.num_epochs", "1", "--ppo.mini_batch_size", "64"],
             "an iteration has one optimiser step",
         ),
         (["overlong_penalty", "1", "--ppo.overlong_buffer_tokens", "999"], "overlong_buffer_tokens 999 is more than"),

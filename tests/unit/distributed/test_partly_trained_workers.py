@@ -167,7 +167,7 @@ def test_gpt2_whose_matrices_are_transposed(tmp_path: Path):
     assert all(torch.allclose(p, saved[name], atol=1e-6) for name, p in whole.named_parameters())
 
 
-def test_an_adapter_starts_as_nothing_and_frozen_parameters_are_not_the_optimisers(tiny_lm: Path):
+def test_an_adapter_starts_as_nothing_and_frozen_parameters_are_not_the_optimizers(tiny_lm: Path):
     with hosted(LM, config=trained(tiny_lm), num_steps=1) as group:
         plain = LanguageModelRole(group, 2).evaluate(BATCHES[0]).result()
     for part in PARTS.values():
@@ -219,10 +219,10 @@ def test_rollouts_come_from_the_policy_with_its_adapters_merged(tiny_lm: Path, p
         role, rollouts, sync = PolicyRole(policy, 2), RolloutRole(engine, 3), GroupWeightSync(policy, engine)
         stale = rollouts.generate(prompts, stream="rollout", iteration=0).result()
         role.update(experience, [torch.tensor([4, 0, 2]), torch.tensor([1, 3])] * 2, None).result()
-        assert not torch.allclose(role.logprobs(stale).result(), stale.behaviour_logprobs, atol=1e-2)
+        assert not torch.allclose(role.logprobs(stale).result(), stale.rollout_logprobs, atol=1e-2)
         sync.push(1).result()
         fresh = rollouts.generate(prompts, stream="rollout", iteration=0).result()
-        assert torch.allclose(role.logprobs(fresh).result(), fresh.behaviour_logprobs, atol=1e-4)
+        assert torch.allclose(role.logprobs(fresh).result(), fresh.rollout_logprobs, atol=1e-4)
         if part is LAYERS:
             model, average = worker_of(policy).model, worker_of(policy).engine.average
             averaged = {name: t.clone() for bucket in average.whole_parameters(1) for name, t in bucket.items()}

@@ -30,7 +30,7 @@ def test_a_scalar_head_takes_the_place_of_the_language_models():
     assert language.num_parameters - scalar.num_parameters == 128256 * 4096 - 4096
 
 
-def test_optimiser_groups_hold_every_parameter_once(tiny_lm: Path):
+def test_optimizer_groups_hold_every_parameter_once(tiny_lm: Path):
     model = architecture(str(tiny_lm))
     decay, no_decay = model.groups
     assert sum(decay) + sum(no_decay) == model.num_parameters

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation against its definition."""
+"""Generalized advantage estimation against its definition."""
 
 from __future__ import annotations
 

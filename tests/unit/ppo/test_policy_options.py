@@ -112,15 +112,15 @@ def test_a_policy_that_moves_too_far_ends_its_update(tiny_lm: Path, stage: int):
     with policy(tiny_lm, 6, stage, learning_rate=3e-2) as group:
         role = PolicyRole(group, 2)
         free = role.update(on_policy(role), rows, None).result()
-    with policy(tiny_lm, 6, stage, learning_rate=3e-2, kl_stop=0.05) as group:
+    with policy(tiny_lm, 6, stage, learning_rate=3e-2, early_stop_kl=0.05) as group:
         role, worker = PolicyRole(group, 2), worker_of(group)
         stopped = role.update(on_policy(role), rows, None).result()
         rate = worker.engine._engine.get_lr()[0]
     assert free.num_steps == free.metrics["policy/num_updates"] == 6
     assert free.metrics["policy/approx_kl"] > 0.05
     assert 1 <= stopped.num_steps == stopped.metrics["policy/num_updates"] < 6
-    assert stopped.metrics["policy/approx_kl"] <= 0.05 < stopped.metrics["policy/stop_kl"]
-    assert "policy/stop_kl" not in free.metrics
+    assert stopped.metrics["policy/approx_kl"] <= 0.05 < stopped.metrics["policy/early_stop_kl"]
+    assert "policy/early_stop_kl" not in free.metrics
     assert rate == 0  # linear: the schedule is where six steps would have brought it
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.roles import FailsToSave, FakeTrained
 
+from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.run.checkpoint import Checkpoints, step_of
 

@@ -13,6 +13,7 @@ from support.roles import Answer, FakeTrained
 from support.trainers import metrics, open_run, texts
 
 from rlhf_dist.config.supervised import SupervisedSettings
+from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.core.batches import PreferenceBatch
 from rlhf_dist.core.errors import ConfigError, Preempted, SampleError
 from rlhf_dist.core.steps import UpdateReport

@@ -83,7 +83,7 @@ def test_the_scale_leaves_no_trace_in_the_result(tiny_lm: Path, stage: int):
     reason="no C++ compiler or no ninja: DeepSpeed's CPUAdam cannot be compiled",
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_overflows_with_the_optimiser_in_cpu_memory(tiny_lm: Path, tmp_path: Path, stage: int):
+def test_overflows_with_the_optimizer_in_cpu_memory(tiny_lm: Path, tmp_path: Path, stage: int):
     """DeepSpeed keeps account of overflows of its own there, which must not outlive the attempt."""
     file = tmp_path / "ds.json"
     section = {"stage": stage, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}

@@ -39,7 +39,7 @@ def test_the_error_names_the_rows(tiny_lm: Path, stage: int):
         worker = worker_of(group)
         worker._nll = poisoned(worker, BATCHES[1], NaNGradient.apply)
         role = LanguageModelRole(group, 2)
-        with pytest.raises(SampleError, match="the gradient is not finite in optimiser step 1") as caught:
+        with pytest.raises(SampleError, match="the gradient is not finite in optimizer step 1") as caught:
             role.update(BATCHES[1], 0).result()
     assert caught.value.rows == {"lm": [BAD_ROW]}
 

@@ -16,7 +16,7 @@ from rlhf_dist.curation.candidates import Item, item_id
 from rlhf_dist.curation.config.label import LabelConfig, checked_name
 from rlhf_dist.curation.judgements import latest, read_judgements
 from rlhf_dist.curation.label_report import agreement_rows, bias_text, label_report, progress_rows
-from rlhf_dist.curation.labelling import LabelTask, judgements_of, open_folder, shared_out, tokens_of, units_of
+from rlhf_dist.curation.labeling import LabelTask, judgements_of, open_folder, shared_out, tokens_of, units_of
 
 
 def item(number: int, candidates: int = 2, same: bool = False) -> Item:
@@ -238,7 +238,7 @@ def test_tokens_are_kept_and_only_for_the_user(tmp_path: Path):
     assert tokens_of(tmp_path) == tokens
     assert len(set(tokens.values())) == 2
     assert (tmp_path / "tokens.json").stat().st_mode & 0o077 == 0
-    (tmp_path / "tokens.json").write_text(json.dumps({"annotator": "x", "organiser": ""}))
+    (tmp_path / "tokens.json").write_text(json.dumps({"annotator": "x", "organizer": ""}))
     with pytest.raises(RunFolderError, match="holds no tokens"):
         tokens_of(tmp_path)
 
