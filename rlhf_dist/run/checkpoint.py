@@ -55,9 +55,7 @@ class RunRecord:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(
-        self, folder: Path, settings: CheckpointConfig | None = None, record: RunRecord | None = None
-    ) -> None:
+    def __init__(self, folder: Path, settings: CheckpointConfig | None = None, record: RunRecord | None = None) -> None:
         """`settings`: when checkpoints are due and how many stay; `record`: of the run that writes or resumes here."""
         self.folder = folder
         self.settings = settings or CheckpointConfig()

@@ -34,9 +34,7 @@ def identity(config: BaseModel, contents: Mapping[str, str]) -> dict[str, Any]:
     return _flat({key: value for key, value, _ in _marked(config)}, contents)
 
 
-def resumed_identity(
-    config: BaseModel, contents: Mapping[str, str], fingerprints: Mapping[str, str]
-) -> dict[str, Any]:
+def resumed_identity(config: BaseModel, contents: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What a run shares with the checkpoints that it may resume.
 
     Args:

@@ -109,7 +109,9 @@ def resumable_step(config: Any, prepared: Prepared[Any]) -> int | None:
 
 def checkpoints(config: RunConfig, prepared: Prepared[Any]) -> Checkpoints:
     """The run's checkpoints, with what a run that resumes from them must share."""
-    trained = {name: value for name in type(config).model_fields if isinstance(value := getattr(config, name), TrainedModel)}
+    trained = {
+        name: value for name in type(config).model_fields if isinstance(value := getattr(config, name), TrainedModel)
+    }
     record = RunRecord(
         identity=resumed_identity(config, prepared.contents, prepared.fingerprints),
         checkpoint_format={

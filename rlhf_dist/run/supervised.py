@@ -154,9 +154,7 @@ class SupervisedTrainer:
                     metrics |= after
                 self.run_log.log(step, metrics)
                 models = {"model": self.task.model}
-                self.run_log.checkpoint(
-                    self.checkpoints, step, {"before": before}, models, total=self.total_steps
-                )
+                self.run_log.checkpoint(self.checkpoints, step, {"before": before}, models, total=self.total_steps)
         return {"num_steps": step, "before": _short(before), "after": _short(after)}
 
     def _step(self, step: int) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 from support.roles import Answer, FakeTrained
 from support.trainers import metrics, open_run, texts
 
-from rlhf_dist.config.supervised import SupervisedSettings
 from rlhf_dist.config.hosting import CheckpointConfig
+from rlhf_dist.config.supervised import SupervisedSettings
 from rlhf_dist.core.batches import PreferenceBatch
 from rlhf_dist.core.errors import ConfigError, Preempted, SampleError
 from rlhf_dist.core.steps import UpdateReport
@@ -120,7 +120,10 @@ def test_a_run_that_is_asked_to_stop_ends_with_a_checkpoint_and_continues(tmp_pa
         pytest.raises(Preempted, match=r"after step 3 of 5.*--resume auto"),
     ):
         trainer(run, task).run(resume=False)
-    assert Checkpoints(path / "checkpoints", CheckpointConfig(keep_last=2)).latest() == path / "checkpoints" / "step_000003"
+    assert (
+        Checkpoints(path / "checkpoints", CheckpointConfig(keep_last=2)).latest()
+        == path / "checkpoints" / "step_000003"
+    )
     with open_run(path, resumed_step=3) as run:
         resumed = FakeTask()
         assert trainer(run, resumed).run(resume=True) == summary
