@@ -141,8 +141,8 @@ class PPOSettings(Schema):
             )
         if self.adaptive_kl_target is not None and self.kl_coef == 0:
             raise ValueError(
-                f"adaptive_kl_target is {self.adaptive_kl_target} but kl_coef is 0, and an adapted coefficient is multiplied; start from a "
-                "positive kl_coef, or set adaptive_kl_target to null"
+                f"adaptive_kl_target is {self.adaptive_kl_target} but kl_coef is 0, and an adapted coefficient is "
+                "multiplied; start from a positive kl_coef, or set adaptive_kl_target to null"
             )
         if self.adaptive_kl_target is not None and self.responses_per_iteration > self.kl_horizon:
             raise ValueError(
@@ -151,8 +151,8 @@ class PPOSettings(Schema):
             )
         if self.early_stop_kl is not None and self.updates_per_iteration == 1:
             raise ValueError(
-                f"early_stop_kl is {self.early_stop_kl}, but an iteration has one optimizer step, which starts at a KL of 0 and cannot be "
-                "stopped; raise num_epochs, lower mini_batch_size, or set early_stop_kl to null"
+                f"early_stop_kl is {self.early_stop_kl}, but an iteration has one optimizer step, which starts at a KL of "
+                "0 and cannot be stopped; raise num_epochs, lower mini_batch_size, or set early_stop_kl to null"
             )
         return self
 

@@ -177,7 +177,7 @@ def _sft(make_config: Make, run_dir: Path, num_steps: int = 4) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first test leaves its run, for the pre-empted one to be compared with."""
+    """Where the first test leaves its run, for the preempted one to be compared with."""
     return tmp_path_factory.mktemp("slurm") / "undisturbed"
 
 
