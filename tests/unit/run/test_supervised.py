@@ -142,7 +142,7 @@ def test_a_run_resumed_after_its_last_step_has_the_same_summary(tmp_path: Path):
     with open_run(tmp_path) as run:
         task = FakeTask()
         first = trainer(run, task)
-        first.checkpoints.settings = CheckpointConfig()
+        first.checkpoints.settings = CheckpointConfig()  # nobody set anything
         summary = first.run(resume=False)
     with open_run(tmp_path, resumed_step=5) as run:
         assert trainer(run, FakeTask()).run(resume=True) == summary
