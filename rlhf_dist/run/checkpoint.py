@@ -23,6 +23,7 @@ import rlhf_dist
 from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.core.roles import Trained
+from rlhf_dist.run.lineage import minor_release
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Checkpoints:
                 "steps, where the steps before followed that of %s",
                 then.num_steps, now.num_steps, step_of(path), schedules, now.num_steps, then.num_steps,
             )  # fmt: skip
-        if _minor(then.version) != _minor(now.version):
+        if minor_release(then.version) != minor_release(now.version):
             log.warning(
                 "%s was written by rlhf_dist %s, and this is %s: the steps to come may differ in detail from those that the "
                 "older version would have taken",
@@ -171,11 +172,6 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
-
-
-def _minor(version: str) -> list[str]:
-    """1.2.3 → [1, 2]: a patch changes no result."""
-    return version.split(".")[:2]
 
 
 def _sync(path: Path) -> None:

@@ -161,7 +161,8 @@ def test_another_objective_is_another_run(
         return
     made = make_config(command, tmp_path, cluster="inline")[section] | {key: value}
     if command == "reward":
-        rows = [json.loads(line) for line in Path(make_config("reward", tmp_path)["data"]["train"][0]["path"]).open()]
+        source = Path(make_config("reward", tmp_path)["data"]["train"][0]["path"])
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         path = tmp_path / "margins.jsonl"
         path.write_text("".join(json.dumps(row | {"margin": 1.0}) + "\n" for row in rows))
         data = {
@@ -184,7 +185,7 @@ def test_data_count_by_what_they_hold(start: Callable, make_config: Make, tmp_pa
     moved = path.rename(tmp_path / "moved.jsonl")
     start("sft", "run", own(moved), resume="auto")
     moved.write_text(text.replace("good", "gold", 1), encoding="utf-8")
-    with pytest.raises(RunFolderError, match="content of data: train was '[0-9a-f]{64}' and is"):
+    with pytest.raises(RunFolderError, match=r"content of data: train was '[0-9a-f]{64}' and is"):
         start("sft", "run", own(moved), resume="auto")
 
 

@@ -159,20 +159,23 @@ def test_a_new_run_begins_with_empty_files(tmp_path: Path):
     assert not list(folder.samples_dir.iterdir())
 
 
-def test_an_unknown_name_warns_once_and_is_recorded(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+def test_an_unknown_name_is_an_error_in_tests(tmp_path: Path):
+    with pytest.raises(UnknownMetricWarning, match="not in the table"):  # by pyproject.toml
+        Tracker(new_folder(tmp_path / "run"), PLAIN).log(1, {"policy/los": 1.0})
+
+
+def test_an_unknown_name_warns_users_once_and_is_recorded(tmp_path: Path):
     folder = new_folder(tmp_path / "run")
     tracker = Tracker(folder, PLAIN)
-    with pytest.raises(UnknownMetricWarning, match="not in the table"):  # as pyproject.toml has it for tests
-        tracker.log(1, {"policy/los": 1.0})
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UnknownMetricWarning)  # as it is for users
-        for step in (2, 3):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for step in (1, 2):
             tracker.log(step, {"policy/los": 1.0, "policy/loss": None})  # pyright: ignore[reportArgumentType]
-    assert [str(found.message).partition(";")[0] for found in recwarn] == [
+    assert [str(warning.message).partition(";")[0] for warning in found] == [
         "The metric 'policy/los' is not in the table of rlhf_dist/run/metrics.py",
         "The metric 'policy/loss' is None, which is no number",
     ]
-    assert read_metrics(folder.metrics_path) == [(2, {"policy/los": 1.0}), (3, {"policy/los": 1.0})]
+    assert read_metrics(folder.metrics_path) == [(1, {"policy/los": 1.0}), (2, {"policy/los": 1.0})]
 
 
 def test_a_step_has_one_line(tmp_path: Path):
