@@ -29,12 +29,9 @@ class Trained(Protocol):
         """Restore what `save_checkpoint` wrote, bit for bit."""
         ...
 
-    def save_model(self, path: Path) -> Future[None]:
-        """Write the model in Hugging Face format (safetensors, config, tokenizer), adapters merged into it."""
-        ...
-
-    def save_adapter(self, path: Path) -> Future[None]:
-        """Write the adapters of a model that has some, in peft's format."""
+    def save(self, folder: Path) -> Future[None]:
+        """Write what a run leaves of the model: `folder`/model in Hugging Face format (safetensors, config, tokenizer; adapters
+        merged), and beside it what the model has more, such as adapter/ or model_ema/."""
         ...
 
 
@@ -83,10 +80,6 @@ class Policy(Trained, Protocol):
         """One optimizer step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i and
         `kl_loss_coef` times the KL to the reference; fewer where the policy has moved too far. `measure_terms`: report the
         gradient norm of PTX against that of PPO in the first step."""
-        ...
-
-    def save_average(self, path: Path) -> Future[None]:
-        """Write the moving average of the weights, where one is kept, in Hugging Face format."""
         ...
 
 

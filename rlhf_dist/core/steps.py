@@ -49,7 +49,7 @@ class StepReport:
     learning_rate: float = 0.0
     term_grad_norms: dict[str, float] = field(default_factory=dict)
     """Loss term → global L2 norm of its own gradient, coefficient included; where it was measured."""
-    refused: str = ""
+    aborted: str = ""
     """Why the step was not taken (the same on every rank); "" if it was."""
     suspects: list[tuple[str, int, int]] = field(default_factory=list)
     """(loss term, micro-batch, row in it) of this rank whose loss or gradient by itself is not finite; where no row's is, all

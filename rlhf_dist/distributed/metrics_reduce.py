@@ -47,7 +47,7 @@ def update_report(
         SampleError: a loss or the gradient was not finite; names the rows.
         TrainingError: the step was refused for another reason.
     """
-    reason = steps[-1][0].refused if steps else ""
+    reason = steps[-1][0].aborted if steps else ""
     if reason and reason != EARLY_STOP_KL:
         raise _refusal(role, reason, steps, shares)
     taken = steps[:-1] if reason == EARLY_STOP_KL else steps

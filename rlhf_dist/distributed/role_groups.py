@@ -78,13 +78,9 @@ class TrainedRole(Role):
         """See `roles.Trained`."""
         return nothing(self.group.call("load_checkpoint", path))
 
-    def save_model(self, path: Path) -> Future[None]:
+    def save(self, folder: Path) -> Future[None]:
         """See `roles.Trained`."""
-        return nothing(self.group.call("save_model", path))
-
-    def save_adapter(self, path: Path) -> Future[None]:
-        """See `roles.Trained`."""
-        return nothing(self.group.call("save_adapter", path))
+        return nothing(self.group.call("save", folder))
 
     def one_step(
         self,

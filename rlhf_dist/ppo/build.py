@@ -186,11 +186,7 @@ def run_ppo(
             precisions=_precisions(config),
         )
         summary = trainer.run(resume=config.resume == "auto")
-        run.save_model(policy)
-        if config.policy.lora is not None:
-            run.save_adapter(policy)
-        if config.ppo.ema_decay is not None:
-            run.save_average(policy)
+        run.save(policy)
         return run.finish(summary)
 
 

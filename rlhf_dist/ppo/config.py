@@ -44,7 +44,7 @@ class PPOSettings(Schema):
     early_stop_kl: Result[Positive | None] = None
     """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
     mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
-    discount: Result[Fraction] = 1.0
+    gamma: Result[Fraction] = 1.0
     """Discount of future token rewards (γ of GAE)."""
     gae_lambda: Result[Fraction] = 0.95
     """λ of generalized advantage estimation."""

@@ -147,7 +147,7 @@ def make_experience(
     if settings.bootstrap_truncated:
         truncated = rollout.finish_reasons == TRUNCATED
         end_values = torch.where(truncated, scored.end_values(rollout.response_lengths), 0.0)
-    advantages, returns = gae(rewards, values, mask, settings.discount, settings.gae_lambda, end_values)
+    advantages, returns = gae(rewards, values, mask, settings.gamma, settings.gae_lambda, end_values)
     experience = Experience(
         tokens=rollout.tokens,
         prompt_lengths=rollout.prompt_lengths,

@@ -11,7 +11,9 @@ from rlhf_dist.config.hosting import Precision, TrainedModel
 from rlhf_dist.core.batches import Experience, RolloutBatch, TokenBatch
 from rlhf_dist.core.losses import Sums
 from rlhf_dist.core.steps import EARLY_STOP_KL, StepReport, StepShare
+from rlhf_dist.distributed.deepspeed import process_group as distributed
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
+from rlhf_dist.distributed.deepspeed.saving import SHARD_BYTES
 from rlhf_dist.distributed.deepspeed.train import LossTerm, Veto
 from rlhf_dist.distributed.weight_sync import WeightSource
 from rlhf_dist.distributed.workers.inference import IDLE_EXPERIENCE, MicroBatches, pick, response_logprobs
@@ -73,9 +75,9 @@ class PolicyWorker(LanguageModelWorker):
                 terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
             veto = self._veto(i == 0, step.num_tokens)
             reports.append(self.engine.step(terms, veto=veto, measure_terms=measure_terms and i == 0))
-            if reports[-1].refused == EARLY_STOP_KL:
+            if reports[-1].aborted == EARLY_STOP_KL:
                 self.engine.pass_over(len(steps) - i)
-            if reports[-1].refused:
+            if reports[-1].aborted:
                 break
         return reports
 
@@ -91,9 +93,12 @@ class PolicyWorker(LanguageModelWorker):
 
         return decide
 
-    def save_average(self, path: Path) -> None:
-        """Write the moving average of the weights as a model in Hugging Face format."""
-        self.save_model(path, average=self.engine.average)
+    def save(self, folder: Path) -> None:
+        """Beside the model, `folder`/model_ema: the moving average of its weights, where one is kept."""
+        super().save(folder)
+        if self.engine.average is not None:
+            self.save_weights(folder / "model_ema", self.engine.average.whole_parameters(SHARD_BYTES))
+            distributed.barrier()
 
     def num_buckets(self) -> int:
         """How many weight buckets hold the model."""

@@ -190,7 +190,7 @@ class PPOTrainer:
                     source, ptx[error.step or 0] if source == "ptx" and ptx else batch, numbers, self.data.decode
                 )
             ]
-            raise self.run_log.refused(iteration + 1, error, rows) from error
+            raise self.run_log.aborted(iteration + 1, error, rows) from error
 
     def log_samples(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
         """A few responses with their scores."""

@@ -51,7 +51,7 @@ class ValueWorker(TrainedWorker):
             micro_batches = pick(experience, step.micro_batches)
             term = LossTerm("value", micro_batches, self._value_loss, IDLE_EXPERIENCE, step.num_tokens)
             reports.append(self.engine.step([term]))
-            if reports[-1].refused:
+            if reports[-1].aborted:
                 break
         return reports
 

@@ -147,9 +147,7 @@ def run_reward(
 
         # The model first: hours of training must not hang on a report.
         moments = score_moments_of(prepared.data, score, config.seed)
-        run.save_model(model, {score_moments.FILE: moments.to_json()})
-        if config.model.lora is not None:
-            run.save_adapter(model)
+        run.save(model, {score_moments.FILE: moments.to_json()})
         if prepared.data.eval is not None:
             summary |= report_trained(config.run_dir, prepared.data.eval, score, prepared.baseline)
         return run.finish(summary)

@@ -163,7 +163,7 @@ class SupervisedTrainer:
             try:
                 report = self.task.update(step, indices).result()
             except SampleError as error:
-                raise self.run_log.refused(step + 1, error, self._dump(error, step, indices)) from error
+                raise self.run_log.aborted(step + 1, error, self._dump(error, step, indices)) from error
         return {**report.metrics, **self.run_log.take_times()}
 
     def _dump(self, error: SampleError, step: int, indices: torch.Tensor) -> list[dict[str, Any]]:

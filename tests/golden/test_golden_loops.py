@@ -120,7 +120,7 @@ def test_running_score_normalization_by_hand():
     assert_close(normalize_scores(scores, moments, subtract_mean=True), torch.tensor([0, 1, -1 - 5 / 8**0.5]))
 
 
-@pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_gae(ragged, discount, lam, cut_off):
     rewards, values = ragged.rows(), ragged.rows(2.0)

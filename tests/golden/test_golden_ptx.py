@@ -55,7 +55,7 @@ def step_of(group: Any, with_ptx: bool, measure_terms: bool = False) -> StepRepo
     )
     texts = [PTX] if with_ptx else None
     (report,) = worker_of(group).update_ppo(Experience(**fields), [share], texts, 0.0, measure_terms)
-    assert not report.refused
+    assert not report.aborted
     return report
 
 

@@ -303,7 +303,7 @@ def test_untrusted_texts_several_annotators_and_the_organizer(browser: Any, tmp_
         assert "Traceback" not in server.said
 
 
-def refused(server: Server, headers: dict[str, str]) -> int:
+def aborted(server: Server, headers: dict[str, str]) -> int:
     """The status of a request without a cookie."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.request("GET", "/", headers=headers)
@@ -312,7 +312,7 @@ def refused(server: Server, headers: dict[str, str]) -> int:
     return status
 
 
-def test_a_second_server_on_the_same_judgements_is_refused(tmp_path: Path):
+def test_a_second_server_on_the_same_judgements_is_aborted(tmp_path: Path):
     config = labeling(tmp_path, [{"prompt": "p", "candidates": ["x", "y"]}])
     with serving(config) as server:
         second = cli("label", str(config))

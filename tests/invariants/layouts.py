@@ -194,7 +194,7 @@ def ppo_config(
                 "mini_batch_size": 5,
                 "num_epochs": 2,
                 "kl_coef": SHAPING.kl_coef,
-                "discount": SHAPING.discount,
+                "gamma": SHAPING.discount,
                 "gae_lambda": SHAPING.gae_lambda,
                 "score_clip": SHAPING.score_clip,
                 "missing_eos_penalty": SHAPING.missing_eos_penalty,

@@ -247,7 +247,7 @@ def advantages_and_returns(
         rewards[-1] += shaped - (settings.missing_eos_penalty if truncated[b] else 0.0)
         before, end = values[b].tolist()[:-1], values[b].tolist()[-1]
         states = [*before, end if truncated[b] else 0.0]
-        row = generalized_advantages(rewards, states, settings.discount, settings.gae_lambda)
+        row = generalized_advantages(rewards, states, settings.gamma, settings.gae_lambda)
         advantages.append(row)
         returns.append(torch.tensor([a + v for a, v in zip(row, before, strict=True)]))
     flat = [a for row in advantages for a in row]

@@ -195,8 +195,8 @@ def test_adapters_start_the_same_in_every_layout(trainings: Trainings, tmp_path:
         model, spec = layouts.sft_spec(trainings.models, layout)
         with trainings.bench.hosted(spec, layout) as group:
             folder = tmp_path / f"{ranks}x{stage}"
-            role_of(LanguageModelRole, group, model).save_adapter(folder).result()
-            found.append(load_file(folder / "adapter_model.safetensors"))
+            role_of(LanguageModelRole, group, model).save(folder).result()
+            found.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
     drawn = {name for name in found[0] if "lora_A" in name}
     assert len(drawn) == 2 * len(LINEAR)
     assert len({found[0][name].sum().item() for name in drawn}) == len(drawn)

@@ -63,8 +63,8 @@ def state_of(role: PolicyRole) -> State:
     said = role.group.call("logprobs", rollout, [list(range(5)), list(range(5, 10))]).result()
     assert all(torch.equal(logprobs, said[0]) for logprobs in said)
     with tempfile.TemporaryDirectory() as folder:
-        role.save_average(Path(folder)).result()
-        return State(saved_weights(role), read_weights(Path(folder)), said)
+        role.save(Path(folder)).result()
+        return State(read_weights(Path(folder) / "model"), read_weights(Path(folder) / "model_ema"), said)
 
 
 def four_steps(role: PolicyRole, experience: Experience) -> list[Weights]:
@@ -163,7 +163,7 @@ def test_a_policy_that_moves_too_far_stops_on_every_rank(trainings: Trainings, t
         report = role.update(trainings.experience, STEPS, PTX).result()
         weights = saved_weights(role)
     ranks = replies[0].result()
-    assert [[step.refused for step in rank] for rank in ranks] == [["", "", EARLY_STOP_KL]] * layout.ranks
+    assert [[step.aborted for step in rank] for rank in ranks] == [["", "", EARLY_STOP_KL]] * layout.ranks
     alone = [kl_alone(trainings.experience, rank[stop], shares[stop][r]) for r, rank in enumerate(ranks)]
     assert min(alone) < limit < max(alone), "ranks that decide alone disagree here"
     assert report.num_steps == stop

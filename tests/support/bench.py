@@ -77,9 +77,9 @@ class Bench:
 
 
 def saved_weights(role: Any) -> dict[str, Tensor]:
-    """The whole parameters of a trained role, by name: what `save_model` writes."""
+    """The whole parameters of a trained role, by name: what `save` writes to model/."""
     with tempfile.TemporaryDirectory() as folder:
-        role.save_model(Path(folder) / "model").result()
+        role.save(Path(folder)).result()
         return read_weights(Path(folder) / "model")
 
 

@@ -123,10 +123,10 @@ class TrainEngine:
             if not distributed.any_rank(bool(report.suspects), self.device):
                 # It does not happen again, or in no sample by itself: then all that took part.
                 report.suspects = bad_losses if bad_loss else _rows_of(terms)
-            return self._refused(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT, scale_before)
+            return self._aborted(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT, scale_before)
         reason = veto(self._means(terms, report)) if veto is not None else ""
         if reason:
-            return self._refused(report, reason, scale_before)
+            return self._aborted(report, reason, scale_before)
         skipped = self._engine.skipped_steps
         self._engine.step()
         if self._engine.skipped_steps != skipped:
@@ -220,10 +220,10 @@ class TrainEngine:
             means.setdefault(term.name, {})[key] = total / term.global_count
         return means
 
-    def _refused(self, report: StepReport, reason: str, scale_before: dict[str, float]) -> StepReport:
+    def _aborted(self, report: StepReport, reason: str, scale_before: dict[str, float]) -> StepReport:
         gradients.drop_gradients(self._engine)
         self._scale.load_state(scale_before)
-        report.refused = reason
+        report.aborted = reason
         return report
 
     @torch.no_grad()

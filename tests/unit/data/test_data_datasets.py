@@ -315,7 +315,7 @@ def test_on_too_long_error_stops_also_where_bad_rows_are_set_aside(source, token
         load_prompts([asked], tokenizer, 60, "error")
 
 
-def test_a_set_of_which_all_is_set_aside_is_refused(source, tokenizer):
+def test_a_set_of_which_all_is_set_aside_is_aborted(source, tokenizer):
     rows = source("instruction", [{"instruction": "dài " * 50, "output": "a"}], on_bad_row="skip")
     with pytest.raises(DataError, match=r"none of 0 records is left \(.*1 bad, the first since .*:1: the prompt alone"):
         load_sequences([rows], DataSettings(max_length_tokens=60), tokenizer)

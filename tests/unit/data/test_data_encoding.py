@@ -110,7 +110,7 @@ def test_what_follows_the_last_assistant_turn_is_left_out(tokenizer):
     assert with_tail == encode_conversation(tokenizer, [user("u"), bot("a")])
 
 
-def test_template_that_rewrites_the_past_is_refused(tokenizer):
+def test_template_that_rewrites_the_past_is_aborted(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '[' ~ (m.content if loop.last else m.content[:1]) ~ ']' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[' }}{% endif %}"

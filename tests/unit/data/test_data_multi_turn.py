@@ -115,6 +115,6 @@ def test_an_hh_set_trains_on_every_answer(tokenizer: Any, source: Callable[..., 
     assert tokenizer.decode(batch.tokens[batch.loss_mask]) == "".join(answer + "</s>" for _, answer in CHAT)
 
 
-def test_text_that_is_no_dialogue_is_refused(source: Callable[..., DataSource]):
+def test_text_that_is_no_dialogue_is_aborted(source: Callable[..., DataSource]):
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'messages' is 'Assistant: hm', not a list of messages"):
         read_sequences(source("messages", [{"messages": "Assistant: hm"}]))

@@ -122,7 +122,7 @@ def test_a_ranking_may_have_unrelated_columns_when_it_is_mapped(source):
         ({"ratings": "scores"}, r"'ratings' \(column 'scores'\) stands beside chosen and rejected, .*map responses"),
     ],
 )
-def test_both_forms_mapped_and_filled_are_refused(source, fields, words):
+def test_both_forms_mapped_and_filled_are_aborted(source, fields, words):
     with pytest.raises(DataError, match=words):
         one(source, [PAIR | {"all": ["a", "b"], "scores": [2, 1], "margin": 1}], fields=fields)
 

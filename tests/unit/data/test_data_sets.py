@@ -146,7 +146,7 @@ def test_a_part_may_not_be_empty(tmp_path: Path):
         write_set(DataSet(name="x", sources=(source,), parts={"a": 0.9, "b": 0.1}), 0, tmp_path)
 
 
-def test_a_mapping_to_no_column_is_refused(tmp_path: Path):
+def test_a_mapping_to_no_column_is_aborted(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
     with pytest.raises(ConfigError, match="does not have"):
         write_set(DataSet(name="x", sources=(DataSource(path=path, kind="text", fields={"txt": "text"}),)), 0, tmp_path)

@@ -83,7 +83,7 @@ def test_numbers_fall_into_bins_that_exclude_their_upper_end(tmp_path: Path, val
         {"bins": [{"name": "a", "below": 2}, {"name": "b", "below": 1}]},
     ],
 )
-def test_labels_that_say_nothing_or_overlap_are_refused(labels: Any) -> None:
+def test_labels_that_say_nothing_or_overlap_are_aborted(labels: Any) -> None:
     with pytest.raises(ValueError, match=r"either names|every bin but the last"):
         Labels(**labels)
 

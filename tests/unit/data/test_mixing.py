@@ -121,7 +121,7 @@ def test_impossible_mixtures_are_refused_with_the_remedy() -> None:
         ({"method": "weights", "weights": [1, 0]}, "greater than 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(values: dict[str, object], problem: str) -> None:
+def test_settings_that_contradict_each_other_are_aborted(values: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         MixingSettings.model_validate(values)
 

@@ -187,7 +187,7 @@ BY_HAND = PPOSettings(
     prompts_per_iteration=2,
     mini_batch_size=2,
     kl_coef=0.1,
-    discount=1.0,
+    gamma=1.0,
     gae_lambda=0.5,
     whiten_advantages=False,
     score_clip=1.0,
@@ -303,11 +303,11 @@ def test_what_is_not_finite_stops_the_iteration_with_its_samples(tmp_path: Path,
         with pytest.raises(SampleError, match=r"of responses 4\. No weight was touched") as caught:
             ppo.trainer.step(0)
     assert calls(ppo.events, "policy.update", "value.update", "sync") == []
-    (line,) = (tmp_path / "refused_step_000001.jsonl").read_text(encoding="utf-8").splitlines()
+    (line,) = (tmp_path / "aborted_step_000001.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(line)
     assert (row["source"], row["row"]) == ("rollouts", 4)
     assert row["text"] == " ".join(map(str, row["tokens"]))
-    assert "refused_step_000001.jsonl" in str(caught.value)
+    assert "aborted_step_000001.jsonl" in str(caught.value)
 
 
 def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
@@ -319,11 +319,11 @@ def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
 
         drawn = ppo.trainer.draw_ptx(0)
         experience = make_experience(ROLLOUT, SCORED, BY_HAND, PPOState(0.1), 4)[0]
-        message = r"not finite\. Samples: .*refused_step_000001"
+        message = r"not finite\. Samples: .*aborted_step_000001"
         batch = concat_rows([experience] * 3)
         with pytest.raises(SampleError, match=message), ppo.trainer._dumping(0, batch, drawn):
             refuse()
-    rows = [json.loads(line) for line in (tmp_path / "refused_step_000001.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "aborted_step_000001.jsonl").read_text("utf-8").splitlines()]
     assert [(row["source"], row["row"]) for row in rows] == [("ppo", 5), ("ptx", 0), ("ptx", 3)]
     assert rows[0]["returns"] == [-0.75]
     assert rows[2]["tokens"] == drawn[1].tokens[3, : drawn[1].lengths[3]].tolist()
@@ -342,7 +342,7 @@ def test_a_policy_that_is_not_its_reference_is_refused_before_its_first_update(t
         ppo.trainer.step(0)
 
 
-def test_rollouts_of_other_weights_or_another_temperature_are_refused(tmp_path: Path):
+def test_rollouts_of_other_weights_or_another_temperature_are_aborted(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS)
         healthy = ppo.trainer.roles.rollout.generate

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from support.refusing import steps_around_refusals
+from support.aborting import steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.config.hosting import OptimizerConfig
@@ -83,7 +83,7 @@ def test_it_takes_the_steps_of_torch_adamw(tiny_lm: Path, tmp_path: Path, stage:
 
 @has_compiler
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_refused_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
+def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
     results = []
     config = role_config(tiny_lm, written(tmp_path, stage, precision), stage, precision)
     for refuse in (False, True):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from support.aborting import MICRO, lm_term, steps_around_refusals
 from support.ranks import run_ranks
-from support.refusing import MICRO, lm_term, steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.config.hosting import FrozenModel
@@ -101,7 +101,7 @@ def test_overflows_with_the_optimizer_in_cpu_memory(tiny_lm: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int):
+def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int):
     """Nor is a sample named that only overflows at a large scale."""
     results = []
     for refuse in (False, True):
