@@ -297,13 +297,13 @@ def test_untrusted_texts_several_annotators_and_the_organizer(browser: Any, tmp_
             organizer.goto(server.organizer)
             cells = organizer.locator("tbody").first.locator("tr").all_inner_texts()
             assert [row.split("\n\t\n")[:2] for row in cells][:2] == [["Ann </div>", "2 of 2"], ["Bob", "1 of 2"]]
-        assert refused(server, {"Host": "evil.example"}) == 421
-        assert refused(server, {}) == 401
+        assert rejected(server, {"Host": "evil.example"}) == 421
+        assert rejected(server, {}) == 401
         assert server.end(signal.SIGINT) == 0
         assert "Traceback" not in server.said
 
 
-def aborted(server: Server, headers: dict[str, str]) -> int:
+def rejected(server: Server, headers: dict[str, str]) -> int:
     """The status of a request without a cookie."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.request("GET", "/", headers=headers)
