@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -15,6 +18,26 @@ class Schema(BaseModel):
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Marks a field that decides a run's result, and so belongs to the run's identity (`run/identity.py`). A marked section
+    counts with all that is in it. What is not marked (layout, memory, bookkeeping) may change when a run resumes."""
+
+    what: Literal["result", "data", "length"] = "result"
+    by: Callable[[Any], Any] | None = None
+    """Value → what of it decides; None: the value itself."""
+
+
+Result = Annotated[T, Decides("result")]
+"""`batch_size: Result[PositiveInt]`: another value is another run."""
+DataContent = Annotated[T, Decides("data")]
+"""Decides which tokens are trained on, and nothing else: a run that has read them goes by their fingerprint instead."""
+RunLength = Annotated[T, Decides("length")]
+"""Decides how long a run is: it may be extended when it resumes."""
 
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -29,5 +52,15 @@ def _absolute_directory(path: str) -> str:
 
 # A path is meant from where the command is given; the processes that use it may run elsewhere.
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+def sha256_of(path: Path | None) -> str | None:
+    """What a file holds; the path itself where it cannot be read, which other checks report."""
+    try:
+        return None if path is None else f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    except OSError:
+        return str(path)
+
+
 ModelPath = Annotated[str, AfterValidator(_absolute_directory)]
 """A directory, made absolute, or a hub name, left as it is."""

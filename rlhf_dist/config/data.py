@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.base import (
+    AbsolutePath,
+    DataContent,
+    Decides,
+    Fraction,
+    NonNegative,
+    PositiveInt,
+    Result,
+    Schema,
+    sha256_of,
+)
 from rlhf_dist.config.interpolation import parse_interpolation
 from rlhf_dist.config.mixing import MixingSettings
 from rlhf_dist.config.templates import TemplateSettings
@@ -86,20 +96,20 @@ def source_names(sources: Sequence[DataSource]) -> list[str]:
 class DataSettings(Schema):
     """What all trainers' data sections share."""
 
-    max_length_tokens: PositiveInt = 1024
+    max_length_tokens: DataContent[PositiveInt] = 1024
     """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
-    on_too_long: Literal["error", "skip", "truncate"] = "truncate"
+    on_too_long: DataContent[Literal["error", "skip", "truncate"]] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
     cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
     `on_bad_row` says. What was cut or left out is counted."""
-    template_path: AbsolutePath | None = None
+    template_path: Annotated[AbsolutePath | None, Decides(by=sha256_of)] = None
     """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
 
 
 class TrainingData(DataSettings):
     """What the supervised trainers' data sections share."""
 
-    eval_fraction: Fraction = 0.0
+    eval_fraction: DataContent[Fraction] = 0.0
     """Share of the records of `train` held out for evaluation when `eval` names no sets; drawn by the run's seed. No
     prompt, plain text, or row that templates made records of is on both sides."""
 
@@ -107,20 +117,20 @@ class TrainingData(DataSettings):
 class SFTData(TrainingData):
     """Data of an SFT run."""
 
-    train: tuple[DataSource, ...] = Field(min_length=1)
+    train: DataContent[tuple[DataSource, ...]] = Field(min_length=1)
     """Sets to train on: kinds `instruction`, `messages` and `text`."""
-    eval: tuple[DataSource, ...] = ()
+    eval: DataContent[tuple[DataSource, ...]] = ()
     """Held-out sets of the same kinds. With several, or with `hold_out_tasks`, the loss is also reported for each of them."""
-    mixing: MixingSettings | None = None
+    mixing: Result[MixingSettings | None] = None
     """In what shares the sets of `train` are drawn, and how many records an epoch then has; what is counted are sequences,
     after everything that is held out or left out. null: all records of all sets, each once an epoch."""
-    hold_out_tasks: tuple[str, ...] = ()
+    hold_out_tasks: DataContent[tuple[str, ...]] = ()
     """Tasks of which nothing is trained on: all their records in `train` are held out, and the loss is reported for each task.
     A record's task is its field `task`, or else the name of its set."""
-    pretraining: tuple[DataSource, ...] = ()
+    pretraining: DataContent[tuple[DataSource, ...]] = ()
     """Plain text (kind `text`) mixed into every step as `sft.pretraining_ratio` says, so that the model does not forget what it
     learned from such text."""
-    eval_pretraining: tuple[DataSource, ...] = ()
+    eval_pretraining: DataContent[tuple[DataSource, ...]] = ()
     """Held-out plain text, whose loss is reported apart. Where it names none, `eval_fraction` of `pretraining`."""
 
     @model_validator(mode="after")
@@ -172,18 +182,18 @@ class SFTData(TrainingData):
 class RewardData(TrainingData):
     """Data of a reward-model run."""
 
-    train: tuple[DataSource, ...] = Field(min_length=1)
+    train: DataContent[tuple[DataSource, ...]] = Field(min_length=1)
     """Sets to train on: kinds `preference` and `ratings`."""
-    eval: tuple[DataSource, ...] = ()
+    eval: DataContent[tuple[DataSource, ...]] = ()
     """Held-out sets of the same kinds."""
 
 
 class PPOData(DataSettings):
     """Data of a PPO run. `max_length_tokens` bounds prompt + response and PTX sequences."""
 
-    prompts: tuple[DataSource, ...] = Field(min_length=1)
+    prompts: DataContent[tuple[DataSource, ...]] = Field(min_length=1)
     """Prompts to generate from: kind `prompt`, or `instruction`/`messages`/`preference`, of which the prompt is taken."""
-    eval_prompts: tuple[DataSource, ...] = ()
+    eval_prompts: DataContent[tuple[DataSource, ...]] = ()
     """Held-out prompts."""
-    ptx: tuple[DataSource, ...] = ()
+    ptx: DataContent[tuple[DataSource, ...]] = ()
     """Text of the pretraining-mix (PTX) term: kinds `text`, `instruction` and `messages`. Needed when `ppo.ptx_coef` > 0."""

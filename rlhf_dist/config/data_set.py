@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from rlhf_dist.config.base import Schema
+from rlhf_dist.config.base import DataContent, Schema
 from rlhf_dist.config.data import DataSource
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -20,10 +20,10 @@ class DataSet(Schema):
 
     name: Name
     """Later stages refer to `${data.NAME}`, or `${data.NAME.PART}` where the set is divided."""
-    sources: tuple[DataSource, ...] = Field(min_length=1)
+    sources: DataContent[tuple[DataSource, ...]] = Field(min_length=1)
     """Where the records come from, all of one kind. Columns are kept as they are, so that a later stage may read them as
     another kind."""
-    parts: dict[Name, Share] = Field(default_factory=dict)
+    parts: DataContent[dict[Name, Share]] = Field(default_factory=dict)
     """Divides the set: name of a part → its share of the records, e.g. {sft: 0.5, reward: 0.4, eval: 0.1}. Records of one
     prompt (plain texts: the same text) are in one part. What the shares leave is left out. Drawn by the seed; a record
     stays where it is when others are added, but for those at the borders."""

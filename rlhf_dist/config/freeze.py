@@ -47,7 +47,8 @@ class LoRAConfig(Schema):
     alpha: Positive = 32.0
     """Scale of the adapters: B A is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that training sets to 0. Above 0 what is dropped depends on the number of ranks."""
+    """Share of an adapter's inputs that training sets to 0. Above 0 what is dropped depends on the
+    number of ranks and on micro-batches."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which linear layers get an adapter: `all-linear` those of every transformer layer, or the ends of their names, such as
     [q_proj, v_proj]."""

@@ -5,13 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, model_validator
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
-from rlhf_dist.config.base import AbsolutePath, Count, Fraction, ModelPath, NonNegative, Positive, PositiveInt, Schema
+from rlhf_dist.config.base import (
+    AbsolutePath,
+    Count,
+    Decides,
+    Fraction,
+    ModelPath,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Result,
+    Schema,
+)
+from rlhf_dist.config.deepspeed_identity import ds_numerics
 from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.config.secret_names import is_secret
 
@@ -108,9 +120,9 @@ class OptimizerConfig(Schema):
 class ModelHost(Placement):
     """A hosted model."""
 
-    model_path: ModelPath
+    model_path: Result[ModelPath]
     """A directory in Hugging Face format or a hub name."""
-    precision: Precision = "bf16"
+    precision: Result[Precision] = "bf16"
     """Compute precision. Trained models keep fp32 master weights in any case. `fp16` is for GPUs without bf16 (V100, T4):
     numbers above 65,504 overflow, and gradients are scaled so that small ones do not vanish."""
     micro_batch_size: PositiveInt = 8
@@ -140,14 +152,14 @@ class TrainedModel(ModelHost):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards over this role's ranks: 1 optimiser states, 2 and gradients, 3 and parameters."""
-    ds_config_path: AbsolutePath | None = None
+    ds_config_path: Annotated[AbsolutePath | None, Decides(by=ds_numerics)] = None
     """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`; the
     precision is `precision`, which the file may only repeat."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    freeze: FreezeConfig = FreezeConfig()
-    lora: LoRAConfig | None = None
+    optimizer: Result[OptimizerConfig] = OptimizerConfig()
+    freeze: Result[FreezeConfig] = FreezeConfig()
+    lora: Result[LoRAConfig | None] = None
     """Train low-rank adapters in place of the model's own weights; null trains these. What is saved as `model/` has the
     adapters merged into its matrices; beside it, `adapter/` holds them alone, in peft's format."""
 
@@ -196,7 +208,11 @@ class CheckpointConfig(Schema):
     """When checkpoints are written, and how many stay."""
 
     every_steps: Count = 0
-    """Write a checkpoint every so many steps (PPO: iterations); 0 writes none."""
+    """Write a checkpoint every so many steps (PPO: iterations); 0: not by steps."""
+    every_minutes: NonNegative = 15.0
+    """Write a checkpoint after the first step that ends so long after the last one; 0: not by time."""
+    at_end: bool = True
+    """Write a checkpoint after the last step, from which the run can be extended."""
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints stay."""
 
@@ -222,7 +238,7 @@ class Hosting(Schema):
     run_dir: AbsolutePath
     """Folder of this run, on storage that every node sees. An existing run is never overwritten unless told so. `{seed}` in it
     becomes the run's seed, for several seeds of one configuration."""
-    seed: Count = 0
+    seed: Result[Count] = 0
     """Seed of every random draw of the run."""
     cluster: Literal["ray", "inline"] = "ray"
     """`ray` hosts models in Ray actors; `inline` in this process, one rank each (for a debugger)."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf_dist.config.base import Schema
+from rlhf_dist.config.base import DataContent, Schema
 from rlhf_dist.config.data import DataSettings, DataSource
 from rlhf_dist.config.hosting import FrozenModel, HostedRun
 from rlhf_dist.rollout.config import RolloutConfig
@@ -15,11 +15,11 @@ from rlhf_dist.rollout.config import RolloutConfig
 class EvalData(DataSettings):
     """Held-out records."""
 
-    instructions: tuple[DataSource, ...] = ()
+    instructions: DataContent[tuple[DataSource, ...]] = ()
     """Loss of the policy on these: kinds `instruction`, `messages`, `text`."""
-    preferences: tuple[DataSource, ...] = ()
+    preferences: DataContent[tuple[DataSource, ...]] = ()
     """Accuracy of the reward model on these: kinds `preference`, `ratings`."""
-    prompts: tuple[DataSource, ...] = ()
+    prompts: DataContent[tuple[DataSource, ...]] = ()
     """The policy generates from these; the reward model, where given, scores the responses."""
 
 

@@ -21,6 +21,7 @@ from rlhf_dist.evaluation.plots import can_plot, plot_reward_model
 from rlhf_dist.evaluation.reward_model import evaluate, score_dataset
 from rlhf_dist.models.score_moments import ScoreMoments
 from rlhf_dist.run.console import format_number, print_table
+from rlhf_dist.run.observing import optional
 from rlhf_dist.run.run_folder import write_atomically
 
 Score = Callable[[PreferenceDataset, Tensor], Tensor]
@@ -80,7 +81,8 @@ def write_report(run_dir: Path, name: str, report: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{name}.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     if can_plot():
-        plot_reward_model(report, folder / f"{name}.png")
+        with optional(f"eval/{name}.png"):
+            plot_reward_model(report, folder / f"{name}.png")
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,16 @@ from rlhf_dist.pipeline.config import PipelineConfig
 from rlhf_dist.pipeline.lineage import Lineage, inputs_of, lineage_of
 from rlhf_dist.pipeline.preflight import MANIFEST, Preflight, filled
 from rlhf_dist.pipeline.stage_config import stage_config
-from rlhf_dist.pipeline.stages import Planner, Stage, State, check_descent, check_unchanged, files_of, state_of
+from rlhf_dist.pipeline.stages import (
+    Planner,
+    Stage,
+    State,
+    check_descent,
+    check_unchanged,
+    files_of,
+    state_of,
+    warn_of_version,
+)
 from rlhf_dist.run import preemption
 from rlhf_dist.run.console import format_number, print_table
 from rlhf_dist.run.launch import open_session
@@ -128,6 +137,7 @@ class _Runner:
         state = self._states[stage.name]
         if state.word == "done":
             check_descent(stage, self._lineages)
+            warn_of_version(stage)
         elif state.word == "written":
             self._end(stage, stage.folder, inputs_of(stage, self._lineages))
         else:

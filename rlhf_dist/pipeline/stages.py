@@ -7,7 +7,7 @@ So a key is known before anything has run, and it is the same wherever the files
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_dist import __version__
+import rlhf_dist
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.interpolation import STAGES, Interpolation
 from rlhf_dist.core.errors import ConfigError, RlhfDistError, RunFolderError
@@ -26,8 +26,17 @@ from rlhf_dist.pipeline.config import DataStage, PipelineConfig
 from rlhf_dist.pipeline.stage_config import stage_config
 from rlhf_dist.run.checkpoint import Checkpoints, step_of
 from rlhf_dist.run.identity import identity
-from rlhf_dist.run.lineage import ContentHashes, cached_commit, check_outputs, read_lineage, sha256_of_json
+from rlhf_dist.run.lineage import (
+    ContentHashes,
+    cached_commit,
+    check_outputs,
+    minor_release,
+    read_lineage,
+    sha256_of_json,
+)
 from rlhf_dist.run.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 KEY_LENGTH = 10
 """Digits of a key in a folder's name; the lineage has all of them."""
@@ -133,11 +142,8 @@ class Planner:
         contents = {item.path: item.content for item in inputs}
         keys = {}
         for wanted in section.sets:
-            decides = json.loads(wanted.model_dump_json())
-            for source in decides["sources"]:
-                source["path"] = contents[source["path"]]
             drawn = {"seed": seed} if wanted.parts else {}
-            keys[wanted.name] = sha256_of_json({"set": decides, "version": __version__} | drawn)
+            keys[wanted.name] = sha256_of_json({"set": identity(wanted, contents)} | drawn)
         key = sha256_of_json({"stage": "data", "sets": keys})
         folder = self._folder("data", key)
         for wanted in section.sets:
@@ -253,8 +259,18 @@ def state_of(stage: Stage, hashes: ContentHashes) -> State:
                     "to run the stage again."
                 )
         return State("written")
-    latest = Checkpoints(folder.checkpoints_dir, keep_last=1).latest()
+    latest = Checkpoints(folder.checkpoints_dir).latest()
     return State("begun") if latest is None else State("resume", step_of(latest))
+
+
+def warn_of_version(stage: Stage) -> None:
+    """Warn of a finished stage of another minor release, which this one might make otherwise."""
+    made_by = (read_lineage(stage.folder) or {}).get("code", {}).get("rlhf_dist")
+    if made_by is not None and minor_release(made_by) != minor_release(rlhf_dist.__version__):
+        log.warning(
+            "%s was made by rlhf_dist %s, and this is %s; it is kept. To make it anew, remove %s",
+            stage.name, made_by, rlhf_dist.__version__, stage.folder,
+        )  # fmt: skip
 
 
 def check_descent(stage: Stage, lineages: Mapping[str, Mapping[str, Any]]) -> None:

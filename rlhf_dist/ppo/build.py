@@ -66,7 +66,13 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
         **describe_trained(config.policy, "policy", scalar=False),
         **describe_trained(config.value, "value", scalar=True),
     }
-    return Prepared(worker_specs(config), data, summary, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
+    return Prepared(
+        worker_specs(config),
+        data,
+        summary,
+        num_steps=settings.num_iterations,
+        bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx),
+    )
 
 
 def _check_models(config: PPOConfig) -> Any:
@@ -176,7 +182,6 @@ def run_ppo(
             prepared.data,
             config.ppo,
             checkpoints(config, prepared),
-            config.checkpoint.every_steps,
             max_response_tokens=config.rollout.max_response_tokens,
             precisions=_precisions(config),
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Schema
+from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Result, RunLength, Schema
 from rlhf_dist.config.data import PPOData
 from rlhf_dist.config.hosting import DEFAULT_MODEL, FrozenModel, OptionalPath, RunConfig, TrainedModel
 from rlhf_dist.rollout.config import RolloutConfig
@@ -15,68 +15,68 @@ from rlhf_dist.rollout.config import RolloutConfig
 class PPOSettings(Schema):
     """The algorithm. Equations: rlhf_dist/algo."""
 
-    num_iterations: PositiveInt = 100
+    num_iterations: RunLength[PositiveInt] = 100
     """Iterations of generate → score → advantages → update → sync."""
-    prompts_per_iteration: PositiveInt = 64
+    prompts_per_iteration: Result[PositiveInt] = 64
     """Prompts drawn an iteration."""
-    responses_per_prompt: PositiveInt = 1
+    responses_per_prompt: Result[PositiveInt] = 1
     """Responses sampled for each prompt."""
-    mini_batch_size: PositiveInt = 32
+    mini_batch_size: Result[PositiveInt] = 32
     """Responses in one optimizer step, over all ranks; must divide the responses of an iteration."""
-    num_epochs: PositiveInt = 2
+    num_epochs: Result[PositiveInt] = 2
     """Passes over an iteration's responses."""
-    kl_coef: NonNegative = 0.05
+    kl_coef: Result[NonNegative] = 0.05
     """β, weight of the per-token KL penalty against the reference (with `adaptive_kl_target`: at the start)."""
-    kl_in: Literal["reward", "loss"] = "reward"
+    kl_in: Result[Literal["reward", "loss"]] = "reward"
     """Where the KL penalty stands: in the token rewards, as in InstructGPT, or as a term of the policy's loss, as in GRPO."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Result[Literal["k1", "k2", "k3"]] = "k1"
     """Estimator of the KL per token (rlhf_dist/core/kl.py). In the loss k2 or k3."""
-    adaptive_kl_target: Positive | None = None
+    adaptive_kl_target: Result[Positive | None] = None
     """Adapt β so that the KL to the reference (nats a response) comes to this (Ziegler et al. 2019); null keeps β."""
-    kl_horizon: PositiveInt = 10_000
+    kl_horizon: Result[PositiveInt] = 10_000
     """Responses over which an adapted β can change by a factor of about e^±0.2."""
-    early_stop_kl: Positive | None = None
+    early_stop_kl: Result[Positive | None] = None
     """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
     mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
-    gamma: Fraction = 1.0
+    gamma: Result[Fraction] = 1.0
     """Discount of future token rewards (γ of GAE)."""
-    gae_lambda: Fraction = 0.95
+    gae_lambda: Result[Fraction] = 0.95
     """λ of generalized advantage estimation."""
-    whiten_advantages: bool = True
+    whiten_advantages: Result[bool] = True
     """Shift and scale advantages to mean 0, variance 1 over all response tokens of the iteration."""
-    bootstrap_truncated: bool = False
+    bootstrap_truncated: Result[bool] = False
     """Treat a cut-off response as unfinished, not as ended: the return of its last token includes the value of what follows."""
-    clip_range: float = Field(default=0.2, gt=0, lt=1)
+    clip_range: Result[float] = Field(default=0.2, gt=0, lt=1)
     """ε of the clipped policy objective."""
-    clip_range_high: Positive | None = None
+    clip_range_high: Result[Positive | None] = None
     """Upper ε (ratio up to 1 + this), for a range that is not symmetric; null takes `clip_range`."""
-    dual_clip: float | None = Field(default=None, gt=1)
+    dual_clip: Result[float | None] = Field(default=None, gt=1)
     """c of dual-clip PPO: a token with a negative advantage A loses at most c·|A|; null switches it off."""
-    entropy_coef: NonNegative = 0.0
+    entropy_coef: Result[NonNegative] = 0.0
     """Weight of the entropy bonus."""
-    value_clip_range: Positive | None = 0.2
+    value_clip_range: Result[Positive | None] = 0.2
     """Range around the old value within which a new value is trusted; null switches value clipping off."""
-    value_warmup_iterations: Count = 0
+    value_warmup_iterations: Result[Count] = 0
     """Iterations at the start that train the value function only, on responses of the unchanged policy."""
-    normalize_scores: Literal["no", "std", "mean_std", "saved"] = "no"
+    normalize_scores: Result[Literal["no", "std", "mean_std", "saved"]] = "no"
     """Divide reward-model scores by the standard deviation of all scores of the run so far (`std`), after subtracting their
     mean (`mean_std`), or by the mean and standard deviation that `rlhf-dist reward` saved with the model (`saved`); before
     anything else is done to them."""
-    score_clip: Positive | None = None
+    score_clip: Result[Positive | None] = None
     """Clip (normalized) scores to ±this before they enter the rewards."""
-    missing_eos_penalty: NonNegative = 0.0
+    missing_eos_penalty: Result[NonNegative] = 0.0
     """Subtracted from the clipped score of a response that was cut off before its EOS."""
-    overlong_penalty: NonNegative = 0.0
+    overlong_penalty: Result[NonNegative] = 0.0
     """Subtracted from the clipped score of a response at the length limit; less for the `overlong_buffer_tokens` before it."""
-    overlong_buffer_tokens: PositiveInt = 16
+    overlong_buffer_tokens: Result[PositiveInt] = 16
     """Tokens before the length limit over which the overlong penalty grows from 0."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    ema_decay: Result[float | None] = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the policy's weights, with this decay an optimizer step, and save it as
     `model_ema/`; null keeps none."""
-    ptx_coef: NonNegative = 0.0
+    ptx_coef: Result[NonNegative] = 0.0
     """γ of InstructGPT eq. 2: weight of the pretraining-mix (PTX) loss, a mean over its own tokens. `policy.optimizer.
     max_grad_norm` clips the gradient of both together."""
-    ptx_batch_size: PositiveInt = 32
+    ptx_batch_size: Result[PositiveInt] = 32
     """PTX sequences in one optimizer step, over all ranks."""
     ptx_ratio_every_iterations: Count = 10
     """Measure the gradient norm of PTX against that of PPO every so many iterations, for one more forward and backward pass of

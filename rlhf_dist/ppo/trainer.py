@@ -85,7 +85,6 @@ class PPOTrainer:
         data: PPOData,
         settings: PPOSettings,
         checkpoints: Checkpoints,
-        every_iterations: int,
         *,
         max_response_tokens: int,
         precisions: Precisions,
@@ -96,7 +95,6 @@ class PPOTrainer:
         self.data = data
         self.settings = settings
         self.checkpoints = checkpoints
-        self.every_iterations = every_iterations
         self.max_response_tokens = max_response_tokens
         self.precisions = precisions
         self.state = PPOState.start(settings, data.score_moments)
@@ -120,8 +118,9 @@ class PPOTrainer:
             if self.trains_policy(iteration):
                 state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings)
             self.state = state
-        with phase("sync"):
-            self.roles.weight_sync.push(iteration + 1).result()
+        if self.trains_policy(iteration):  # the engines already have weights that did not change
+            with phase("sync"):
+                self.roles.weight_sync.push(self.policy_version(iteration + 1)).result()
         self.log_samples(iteration, rollout, scored)
         times = self.run_log.take_times()
         tokens = int(rollout.response_lengths.sum())
@@ -147,6 +146,10 @@ class PPOTrainer:
     def trains_policy(self, iteration: int) -> bool:
         """Whether the value function is warm."""
         return iteration >= self.settings.value_warmup_iterations
+
+    def policy_version(self, iteration: int) -> int:
+        """Version of the policy's weights before iteration `iteration`: the iterations that trained it."""
+        return max(0, iteration - self.settings.value_warmup_iterations)
 
     def check(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
         """Nothing of the scored responses is NaN or infinite; rollouts come from the policy; the untrained policy is its
@@ -250,7 +253,6 @@ class PPOTrainer:
                     iteration,
                     {"before": before, "ppo": self.state.to_json()},
                     self._trained(),
-                    every=self.every_iterations,
                     total=self.settings.num_iterations,
                 )
         return {"num_iterations": iteration, "before": before, "after": after}
@@ -260,7 +262,7 @@ class PPOTrainer:
         latest = self.checkpoints.latest() if resume else None
         state = self.checkpoints.load(latest, self._trained()) if latest else None
         iteration = state["step"] if state else 0
-        self.roles.weight_sync.push(iteration).result()
+        self.roles.weight_sync.push(self.policy_version(iteration)).result()
         if state:
             self.state = PPOState.from_json(state["ppo"])
             return iteration, state["before"]

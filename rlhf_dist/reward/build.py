@@ -91,6 +91,7 @@ def prepare(config: RewardConfig) -> PreparedReward:
         [WorkerSpec("model", config.model, worker)],
         data,
         summary,
+        num_steps=schedule.num_steps,
         bad_rows=bad_rows(data.train, data.eval),
         schedule=schedule,
         tokenizer=tokenizer,
@@ -136,7 +137,6 @@ def run_reward(
             RewardTask(model, prepared.data.train, prepared.data.eval, classes),
             config.reward,
             prepared.schedule,
-            config.checkpoint.every_steps,
             checkpoints(config, prepared),
             decoder(prepared.tokenizer),
         )

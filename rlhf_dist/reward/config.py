@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf_dist.config.base import NonNegative, Positive, Schema
+from rlhf_dist.config.base import NonNegative, Positive, Result, Schema
 from rlhf_dist.config.data import RewardData
 from rlhf_dist.config.hosting import RunConfig, TrainedModel
 from rlhf_dist.config.supervised import SupervisedSettings
@@ -26,16 +26,16 @@ class LowMarginConfig(Schema):
 class RewardSettings(SupervisedSettings):
     """How a reward model is trained. All pairs of a prompt together weigh as much as the one pair of another."""
 
-    margin_coef: NonNegative = 0.0
+    margin_coef: Result[NonNegative] = 0.0
     """Weight of the records' margins (differences of ratings, for ranked records): a pair's loss is
     -log sigmoid(score difference - margin_coef * margin). 0 ignores the margins."""
-    centering_coef: NonNegative = 0.0
+    centering_coef: Result[NonNegative] = 0.0
     """Weight of (score better + score worse)^2 in a pair's loss, which keeps scores around 0; 0.01 is usual. 0 leaves their
     level free: a pair only says by how much its two scores differ."""
     bag_of_words_baseline: bool = False
     """Also fit a linear model of the words of the responses (TF-IDF and logistic regression, scikit-learn) on the training
     records, and say what it reaches on the held-out ones. A reward model that does not beat it has learnt little."""
-    low_margin: LowMarginConfig | None = None
+    low_margin: Result[LowMarginConfig | None] = None
     """How pairs of small margins are treated; null treats them as all others, and does not report on them."""
 
 

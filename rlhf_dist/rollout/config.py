@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf_dist.config.base import Positive, PositiveInt
+from rlhf_dist.config.base import Positive, PositiveInt, Result
 from rlhf_dist.config.hosting import (
     Placement,
     Precision,
@@ -14,13 +14,13 @@ from rlhf_dist.config.hosting import (
 class RolloutConfig(Placement):
     """Generation of responses."""
 
-    engine: Literal["hf"] = "hf"
+    engine: Result[Literal["hf"]] = "hf"
     """Generation engine: `hf` generates with transformers."""
-    precision: Precision | None = None
+    precision: Result[Precision | None] = None
     """Precision of the engine's weights; null takes the policy's."""
-    max_response_tokens: PositiveInt = 128
+    max_response_tokens: Result[PositiveInt] = 128
     """Longest response in tokens; one that reaches it without EOS is truncated."""
-    temperature: Positive = 1.0
+    temperature: Result[Positive] = 1.0
     """Softmax temperature. The same temperature enters every log-prob of PPO (behavior, old, new, reference)."""
     batch_size: PositiveInt = 64
     """Sequences generated at the same time by one rank."""

@@ -10,14 +10,22 @@ A checkpoint is written under a temporary name and renamed when whole, so a fold
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import rlhf_dist
+from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.core.roles import Trained
+from rlhf_dist.run.lineage import minor_release
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "step_"
 _TEMPORARY = ".writing_"
@@ -28,15 +36,40 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint says of the run that wrote it, for the run that resumes from it."""
+
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the result, and must be the same; flat, dotted keys."""
+    checkpoint_format: Mapping[str, Any] = field(default_factory=dict)
+    """What the form of DeepSpeed's checkpoints depends on: ranks and ZeRO stage of each trained model; dotted keys."""
+    num_steps: int = 0
+    """Optimizer steps (PPO: iterations) of the whole run."""
+    length: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that `num_steps` comes from; dotted keys."""
+    schedules: Mapping[str, str] = field(default_factory=dict)
+    """Trained model → its learning-rate schedule, where that is stretched over the whole run."""
+    version: str = field(default_factory=lambda: rlhf_dist.__version__)
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, keep_last: int, identity: Mapping[str, Any] | None = None) -> None:
-        """`identity`: what a run must share with its checkpoints to continue from them (configuration, sizes of the data,
-        versions); flat, dotted keys."""
+    def __init__(self, folder: Path, settings: CheckpointConfig | None = None, record: RunRecord | None = None) -> None:
+        """`settings`: when checkpoints are due and how many stay; `record`: of the run that writes or resumes here."""
         self.folder = folder
-        self.keep_last = keep_last
-        self.identity = dict(identity or {})
+        self.settings = settings or CheckpointConfig()
+        self.record = record or RunRecord()
+        self._last = time.monotonic()
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether a checkpoint is to be written after step `step` of `total`: by steps, by time, or because it is the last."""
+        if step == total and self.settings.at_end:
+            return True
+        every_s = 60 * self.settings.every_minutes
+        by_time = every_s > 0 and time.monotonic() - self._last >= every_s
+        return by_time or (self.settings.every_steps > 0 and step % self.settings.every_steps == 0)
 
     def save(self, step: int, state: Mapping[str, Any], models: Mapping[str, Trained]) -> Path:
         """Write step `step`; old ones beyond `keep_last` go only after the new one is whole."""
@@ -53,15 +86,16 @@ class Checkpoints:
                     f"the ranks of {role} wrote nothing to {temporary / role} that the driver can see; run_dir must be on "
                     "storage that all nodes share. The checkpoints before this one are untouched."
                 )
-        driver = {"step": step, **state, "identity": self.identity}
+        driver = {"step": step, **state, "run": asdict(self.record)}
         (temporary / "driver.json").write_text(json.dumps(driver, indent=2), encoding="utf-8")
         _sync_tree(temporary)
         final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
         _sync(self.folder)
-        for old in self._whole()[: -self.keep_last]:
+        for old in self._whole()[: -self.settings.keep_last]:
             shutil.rmtree(old)
+        self._last = time.monotonic()
         return final
 
     def latest(self) -> Path | None:
@@ -70,22 +104,44 @@ class Checkpoints:
         return whole[-1] if whole else None
 
     def check(self, path: Path) -> None:
-        """Refuse to continue another run's checkpoint: cursors and schedules of one configuration mean nothing in another.
+        """Check that this run may continue from the checkpoint; warn of what changes on the way.
 
         Raises:
-            RunFolderError: the identities differ; names the keys with both values.
+            RunFolderError: another identity (names the keys with both values), a run that is shorter than what is done, or
+                a checkpoint whose form depends on another layout.
         """
-        then = self._state(path).get("identity", {})
-        differing = [
-            f"{key} was {then.get(key)!r} and is {self.identity.get(key)!r}"
-            for key in sorted(then.keys() | self.identity.keys())
-            if then.get(key) != self.identity.get(key)
-        ]
-        if differing:
+        then, now = RunRecord(**self._state(path)["run"]), self.record
+        if differing := _differing(then.identity, now.identity):
             raise RunFolderError(
                 f"{path} cannot be resumed by this run: {'; '.join(differing)}. Undo the change, or start a new run with "
                 "another run_dir (a run can begin from this one's model/ folder)."
             )
+        if now.num_steps < step_of(path):
+            settings = ", ".join(f"{key} {value}" for key, value in now.length.items())
+            raise RunFolderError(
+                f"{path} is at step {step_of(path)}, and this run would end at step {now.num_steps} ({settings}); a run may be "
+                f"extended, not cut below what is done: raise the number of steps to at least {step_of(path)}, or start a "
+                "new run with another run_dir"
+            )
+        if differing := _differing(then.checkpoint_format, now.checkpoint_format):
+            raise RunFolderError(
+                f"{path} cannot be read in this layout: {'; '.join(differing)}. The result would be the same, but DeepSpeed "
+                "reads a checkpoint only with the layout that wrote it; set these back to resume, or start a new run with "
+                "another run_dir."
+            )
+        if then.num_steps != now.num_steps and now.schedules:
+            schedules = ", ".join(f"{role} ({schedule})" for role, schedule in now.schedules.items())
+            log.warning(
+                "The run had %s steps and now has %s: from step %s on, the learning rate of %s follows the schedule of %s "
+                "steps, where the steps before followed that of %s",
+                then.num_steps, now.num_steps, step_of(path), schedules, now.num_steps, then.num_steps,
+            )  # fmt: skip
+        if minor_release(then.version) != minor_release(now.version):
+            log.warning(
+                "%s was written by rlhf_dist %s, and this is %s: the steps to come may differ in detail from those that the "
+                "older version would have taken",
+                path, then.version, now.version,
+            )  # fmt: skip
 
     def load(self, path: Path, models: Mapping[str, Trained]) -> dict[str, Any]:
         """Restore every model from `path`; returns the driver's state.
@@ -108,6 +164,14 @@ class Checkpoints:
 
     def _whole(self) -> list[Path]:
         return sorted((p for p in self.folder.glob(f"{_PREFIX}*") if (p / "driver.json").is_file()), key=step_of)
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
 
 
 def _sync(path: Path) -> None:

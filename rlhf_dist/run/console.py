@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
 
+_NO_STDOUT = (OSError, ValueError)
+"""A pipe whose reader is gone, a terminal that was closed, letters that it cannot show: no reason to end a run."""
 _LOG_WIDTH = 120
 """Columns of a table that no terminal bounds."""
 
@@ -66,12 +68,14 @@ class RunProgress:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            self._bar.start()
+            with suppress(*_NO_STDOUT):
+                self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(*_NO_STDOUT):
+                self._bar.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -101,10 +105,11 @@ class RunProgress:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        # Text, not markup: a sample or path may hold square brackets.
-        self._console.print(Text(text), soft_wrap=True)
-        if not self._console.is_terminal:
-            sys.stdout.flush()
+        with suppress(*_NO_STDOUT):
+            # Text, not markup: a sample or path may hold square brackets.
+            self._console.print(Text(text), soft_wrap=True)
+            if not self._console.is_terminal:
+                sys.stdout.flush()
 
     def _show_phase(self) -> None:
         if self._bar is not None:
@@ -124,7 +129,8 @@ def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str]
         table.add_column(Text(header[i]) if i < len(header) else "", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    console.print(table)
+    with suppress(*_NO_STDOUT):
+        console.print(table)
 
 
 def print_styled(*content: RenderableType) -> None:

@@ -1,38 +1,97 @@
-"""A run's identity: what decides its result."""
+"""A run's identity: what decides its result, by the marks on the fields of its configuration (`config/base.py: Decides`).
+
+`identity` is the whole of it, known before any data are read: a pipeline's keys are made of it. `resumed_identity` is what a
+checkpoint keeps: the length of the run is not part of it, since a run may be extended, and data count by what was read, not
+by where it was read from.
+
+Two runs of one identity agree up to the order of floating-point additions, which layout and micro-batches change; on the
+same layout bit for bit. Dropout (`lora.dropout`, or a model's own in SFT and reward modelling) is the exception: what is
+dropped depends on ranks and micro-batches, so there a change of layout gives another draw of the same run.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
-from rlhf_dist import __version__
+from pydantic import BaseModel
+
+from rlhf_dist.config.base import Decides
+
+_ROWS_AT_ONCE = 256
 
 
-def identity(config: Any, contents: Mapping[str, str]) -> dict[str, Any]:
+def identity(config: BaseModel, contents: Mapping[str, str]) -> dict[str, Any]:
     """What decides a run's result, flat, with dotted keys.
 
-    `contents`: path in the configuration → what is there, which then stands in its place. Paths that are not in it count as
-    they are written.
+    Args:
+        config: of the run.
+        contents: path in the configuration → hash of what is there, which counts in place of the path. Paths that are not
+            in it count as they are written.
     """
-    free = {"run_dir", "resume", "overwrite", "checkpoint", "tracking", "ray"}
-    decides = _flat(json.loads(config.model_dump_json(exclude=free)))
-    # What was wrong to stop a run must not stop its resuming.
-    for key in ("ppo.self_checks", "reward.bag_of_words_baseline"):
-        decides.pop(key, None)
-    decides = {
-        key: contents.get(value, value) if isinstance(value, str) and key.endswith("path") else value
-        for key, value in decides.items()
-    }
-    return decides | {"rlhf_dist version": __version__}
+    return _flat({key: value for key, value, _ in _marked(config)}, contents)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists → dotted keys."""
+def resumed_identity(config: BaseModel, contents: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What a run shares with the checkpoints that it may resume.
+
+    Args:
+        config: of the run.
+        contents: as in `identity`.
+        fingerprints: name of a data set → that of what it holds, in place of the settings that the records come from.
+    """
+    decides = {key: value for key, value, what in _marked(config) if what == "result"}
+    return _flat(decides, contents) | {f"content of data: {name}": found for name, found in fingerprints.items()}
+
+
+def run_length(config: BaseModel) -> dict[str, Any]:
+    """The settings that decide how long a run is, with dotted keys."""
+    return {key: value for key, value, what in _marked(config) if what == "length"}
+
+
+def fingerprint(dataset: Any) -> str:
+    """What a data set trains on (token ids, masks, ranks, ratings) as a hexadecimal SHA-256; with several groups (the sets
+    that a mixture draws from), their sizes, too."""
+    digest = hashlib.sha256()
+    for first in range(0, len(dataset), _ROWS_AT_ONCE):
+        batch = dataset.batch(range(first, min(first + _ROWS_AT_ONCE, len(dataset))))
+        for field in fields(batch):
+            value = getattr(batch, field.name)
+            digest.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+    sizes = [len(items) for items in getattr(dataset, "groups", {}).values()]
+    if len(sizes) > 1:
+        digest.update(str(sizes).encode())
+    return digest.hexdigest()
+
+
+def _marked(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, JSON value, what it decides) of every marked field."""
+    for name, info in type(model).model_fields.items():
+        value, key = getattr(model, name), f"{prefix}{name}"
+        mark = next((found for found in info.metadata if isinstance(found, Decides)), None)
+        if mark is None:
+            if isinstance(value, BaseModel):
+                yield from _marked(value, f"{key}.")
+        elif mark.by is not None:
+            yield key, mark.by(value), mark.what
+        else:
+            yield key, model.model_dump(mode="json", include={name})[name], mark.what
+
+
+def _flat(tree: Any, contents: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists → dotted keys, with contents in place of paths."""
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, list):
         items = enumerate(tree)
     else:
-        return {prefix: tree}
-    return {k: v for key, value in items for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+        is_path = prefix.endswith("path") and isinstance(tree, str)
+        return {prefix: contents.get(tree, tree) if is_path else tree}
+    return {
+        found: leaf
+        for key, value in items
+        for found, leaf in _flat(value, contents, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

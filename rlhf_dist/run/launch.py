@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.config.hosting import HostedRun, RunConfig
+from rlhf_dist.config.deepspeed_identity import ds_checkpoint_format
+from rlhf_dist.config.hosting import HostedRun, RunConfig, TrainedModel
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.distributed.group import Session, WorkerGroup
 from rlhf_dist.distributed.inline import InlineSession
 from rlhf_dist.run import preemption
-from rlhf_dist.run.checkpoint import Checkpoints, step_of
+from rlhf_dist.run.checkpoint import Checkpoints, RunRecord, step_of
 from rlhf_dist.run.console import print_table
-from rlhf_dist.run.identity import identity
+from rlhf_dist.run.identity import resumed_identity, run_length
 from rlhf_dist.run.prepared import Prepared
 from rlhf_dist.run.run import Run
 from rlhf_dist.run.run_folder import BAD_ROWS, RunFolder, write_atomically
@@ -65,6 +66,8 @@ def hosted(
         nonlocal folder
         folder = RunFolder.open(config.run_dir, resume=config.resume == "auto", overwrite=config.overwrite)
         folder.write_config(dump_yaml(config))
+        if resumed_step is not None and resumed_step < prepared.num_steps:
+            folder.summary_path.unlink(missing_ok=True)  # of the run that is extended now
         if prepared.bad_rows:
             write_atomically(folder.path / BAD_ROWS, "".join(prepared.bad_rows))
         return folder.logs_dir
@@ -105,7 +108,27 @@ def resumable_step(config: Any, prepared: Prepared[Any]) -> int | None:
 
 
 def checkpoints(config: RunConfig, prepared: Prepared[Any]) -> Checkpoints:
-    """The run's checkpoints, which carry the run's identity: a resumed run must have the same."""
-    shared = identity(config, prepared.contents)
-    shared |= {f"number of {name}": value for name, value in prepared.run_summary.items() if isinstance(value, int)}
-    return Checkpoints(RunFolder(config.run_dir).checkpoints_dir, config.checkpoint.keep_last, shared)
+    """The run's checkpoints, with what a run that resumes from them must share."""
+    trained = {
+        name: value for name in type(config).model_fields if isinstance(value := getattr(config, name), TrainedModel)
+    }
+    record = RunRecord(
+        identity=resumed_identity(config, prepared.contents, prepared.fingerprints),
+        checkpoint_format={
+            f"{role}.{key}": value
+            for role, model in trained.items()
+            for key, value in {
+                "num_ranks": 1 if config.cluster == "inline" else model.num_ranks,
+                "zero_stage": model.zero_stage,
+                **ds_checkpoint_format(model.ds_config_path),
+            }.items()
+        },
+        num_steps=prepared.num_steps,
+        length=run_length(config),
+        schedules={
+            role: f"{model.optimizer.schedule}, warmup_fraction {model.optimizer.warmup_fraction:g}"
+            for role, model in trained.items()
+            if model.optimizer.schedule != "constant" or model.optimizer.warmup_fraction > 0
+        },
+    )
+    return Checkpoints(RunFolder(config.run_dir).checkpoints_dir, config.checkpoint, record)

@@ -124,6 +124,11 @@ def code_version() -> dict[str, Any]:
     return found
 
 
+def minor_release(version: str) -> str:
+    """1.2.3 → 1.2: within it, no patch changes a result."""
+    return ".".join(version.split(".")[:2])
+
+
 def library_versions() -> dict[str, str | None]:
     """Versions of Python and of the libraries that a result can depend on; None for one that is absent."""
     return {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES}

@@ -1,12 +1,13 @@
 """The one table of metric names.
 
-A tracker refuses a name that does not stand here: a name means one thing, in one unit, in every run.
+A name means one thing, in one unit, in every run. One that is not here warns; tests make the warning an error.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -149,10 +150,27 @@ def describe(name: str) -> Metric:
     )
 
 
+class UnknownMetricWarning(UserWarning):
+    """A metric that is not in the table, or that is no number."""
+
+
+_warned: set[str] = set()
+
+
 def check_names(names: Iterable[str]) -> None:
-    """Raises ConfigError for the first name that is not in the table."""
+    """Warn of each name that is not in the table, once a process."""
     for name in names:
-        describe(name)
+        try:
+            describe(name)
+        except ConfigError as error:
+            warn_once(name, str(error))
+
+
+def warn_once(name: str, message: str) -> None:
+    """An `UnknownMetricWarning` about the metric, the first time."""
+    if name not in _warned:
+        warnings.warn(message, UnknownMetricWarning, stacklevel=3)
+        _warned.add(name)
 
 
 def is_clock(name: str) -> bool:

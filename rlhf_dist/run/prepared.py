@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.distributed.group import WorkerSpec
+from rlhf_dist.run.identity import fingerprint
 
 D = TypeVar("D")
 
@@ -22,6 +24,8 @@ class Prepared(Generic[D]):
     data: D
     run_summary: dict[str, Any]
     """Derived numbers, for the start of the run and for `validate`."""
+    num_steps: int = 0
+    """Optimizer steps of the run (PPO: iterations); 0 where nothing is trained."""
     contents: Mapping[str, str] = field(default_factory=dict)
     """Path in the configuration → hash of what is there. A checkpoint then belongs to the contents, wherever they
     are stored."""
@@ -29,6 +33,13 @@ class Prepared(Generic[D]):
     """Lines of bad_rows.jsonl: rows skipped under `on_bad_row: skip`."""
     shares: tuple[dict[str, Any], ...] = ()
     """Of each set that is trained on; empty where there is one and no mixing."""
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Name of each data set → fingerprint of what it holds, of those that a run which trains has."""
+        data = self.data
+        sets = {f.name: getattr(data, f.name) for f in fields(data)} if is_dataclass(data) else {}
+        return {name: fingerprint(found) for name, found in sets.items() if hasattr(found, "batch")}
 
 
 def bad_rows(*datasets: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from rlhf_dist.core.errors import Preempted, SampleError
 from rlhf_dist.core.roles import Trained
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.console import RunProgress
+from rlhf_dist.run.observing import optional
 from rlhf_dist.run.run_folder import RunFolder, write_atomically
 from rlhf_dist.run.trackers import Tracker
 
@@ -117,15 +118,18 @@ class Run:
     def log_eval(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep all responses to the held-out prompts: eval/step_XXXXXX.jsonl."""
         folder = self.folder.path / "eval"
-        folder.mkdir(exist_ok=True)
-        lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
-        write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
+        with optional(f"responses of the evaluation at step {step}"):
+            folder.mkdir(exist_ok=True)
+            lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
+            write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def aborted(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
         """Write down the samples that step `step` was refused for, and return the error with the place added."""
         path = self.folder.path / f"aborted_step_{step:06d}.jsonl"
-        write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
-        return SampleError(f"{error} Samples: {path}", error.rows, error.step)
+        with optional(f"samples of step {step}"):
+            write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
+            return SampleError(f"{error} Samples: {path}", error.rows, error.step)
+        return error
 
     def checkpoint(
         self,
@@ -134,17 +138,15 @@ class Run:
         state: Mapping[str, Any],
         models: Mapping[str, Trained],
         *,
-        every: int,
         total: int,
     ) -> None:
-        """After step `step` of `total`: write a checkpoint where one is due (`every` steps; 0: never), or where the run was
-        asked to stop.
+        """After step `step` of `total`: write a checkpoint where one is due, or where the run was asked to stop.
 
         Raises:
             Preempted: the run was asked to stop, and its checkpoint is written.
         """
         stop = self.stop_requested() and step < total
-        if not stop and not (every and step % every == 0):
+        if not stop and not checkpoints.due(step, total):
             return
         path = checkpoints.save(step, state, models)
         if stop:

@@ -123,7 +123,6 @@ class SupervisedTrainer:
         task: Task,
         settings: SupervisedSettings,
         schedule: Schedule,
-        every_steps: int,
         checkpoints: Checkpoints,
         decode: Callable[[Tensor], str] | None = None,
     ) -> None:
@@ -133,7 +132,6 @@ class SupervisedTrainer:
         self.task = task
         self.settings = settings
         self.total_steps = schedule.num_steps
-        self.every_steps = every_steps
         self.checkpoints = checkpoints
         self.sampler = schedule.sampler
 
@@ -156,9 +154,7 @@ class SupervisedTrainer:
                     metrics |= after
                 self.run_log.log(step, metrics)
                 models = {"model": self.task.model}
-                self.run_log.checkpoint(
-                    self.checkpoints, step, {"before": before}, models, every=self.every_steps, total=self.total_steps
-                )
+                self.run_log.checkpoint(self.checkpoints, step, {"before": before}, models, total=self.total_steps)
         return {"num_steps": step, "before": _short(before), "after": _short(after)}
 
     def _step(self, step: int) -> dict[str, float]:

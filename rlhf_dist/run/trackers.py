@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from rlhf_dist.config.hosting import TrackingConfig
 from rlhf_dist.core.errors import RunFolderError
-from rlhf_dist.run.metrics import check_names
+from rlhf_dist.run.metrics import check_names, warn_once
+from rlhf_dist.run.observing import optional
 from rlhf_dist.run.run_folder import RunFolder, write_atomically
 
 log = logging.getLogger(__name__)
@@ -57,23 +58,25 @@ class Tracker:
         self._file = folder.metrics_path.open("a", encoding="utf-8")
         self._sinks: list[_Sink] = []
         if settings.tensorboard:
-            self._sinks.append(_TensorBoard(folder.logs_dir / "tensorboard", resumed_step))
+            with optional("TensorBoard"):
+                self._sinks.append(_TensorBoard(folder.logs_dir / "tensorboard", resumed_step))
         if settings.wandb != "off":
-            sink = _wandb_sink(folder, settings, resumed_step, dict(config or {}))
-            if sink is not None:
-                self._sinks.append(sink)
+            with optional("wandb"):
+                sink = _wandb_sink(folder, settings, resumed_step, dict(config or {}))
+                if sink is not None:
+                    self._sinks.append(sink)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write all metrics of a step. On disk when this returns.
 
-        Raises ConfigError for a name that is not in the table of metrics.py, and ValueError for a step that is not
-        after the last one: a step has one line.
+        A name that is not in the table of metrics.py warns, and so does what is no number, which is not written. Raises
+        ValueError for a step that is not after the last one: a step has one line.
         """
         check_names(metrics)
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step}; log all metrics of a step in one call")
         self._last_step = step
-        numbers = {name: float(value) for name, value in metrics.items()}
+        numbers = _numbers(metrics)
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write(json.dumps({"step": step, "metrics": line}, allow_nan=False) + "\n")
         self._file.flush()
@@ -83,9 +86,10 @@ class Tracker:
 
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the first `tracking.num_samples` rows (prompt, response, score, kl) to samples/step_XXXXXX.jsonl."""
-        lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row, _ in zip(rows, range(self._num_samples))]  # noqa: B905
-        if lines:
-            write_atomically(self._folder.samples_dir / f"step_{step:06d}.jsonl", "".join(lines))
+        with optional(f"samples of step {step}"):
+            lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row, _ in zip(rows, range(self._num_samples))]  # noqa: B905
+            if lines:
+                write_atomically(self._folder.samples_dir / f"step_{step:06d}.jsonl", "".join(lines))
 
     def close(self) -> None:
         """Close the files and finish with the services. May be called more than once."""
@@ -101,6 +105,16 @@ class Tracker:
             log.warning("%s failed (%s) and is switched off for the rest of the run", type(sink).__name__, error)
             if sink in self._sinks:
                 self._sinks.remove(sink)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            warn_once(name, f"The metric '{name}' is {value!r}, which is no number; it is not recorded. Log a number.")
+    return numbers
 
 
 def read_metrics(path: Path) -> list[tuple[int, dict[str, float]]]:

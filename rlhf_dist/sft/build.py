@@ -65,6 +65,7 @@ def prepare(config: SFTConfig) -> PreparedSFT:
         [WorkerSpec("model", config.model, worker)],
         data,
         summary,
+        num_steps=schedule.num_steps,
         bad_rows=bad_rows(data.train, data.eval, data.pretraining, data.eval_pretraining),
         shares=shares_of(data.train, order) if config.data.mixing or len(data.train.groups) > 1 else (),
         schedule=schedule,
@@ -96,7 +97,6 @@ def run_sft(config: SFTConfig, session: Session | None = None, prepared: Prepare
             SFTTask(model, data.train, data.eval, _pretraining_mix(config, data)),
             config.sft,
             prepared.schedule,
-            config.checkpoint.every_steps,
             checkpoints(config, prepared),
             decoder(prepared.tokenizer),
         )

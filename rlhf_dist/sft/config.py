@@ -6,7 +6,7 @@ import math
 
 from pydantic import model_validator
 
-from rlhf_dist.config.base import NonNegative, Schema
+from rlhf_dist.config.base import NonNegative, Result, Schema
 from rlhf_dist.config.data import SFTData
 from rlhf_dist.config.hosting import RunConfig, TrainedModel
 from rlhf_dist.config.supervised import SupervisedSettings
@@ -15,10 +15,10 @@ from rlhf_dist.config.supervised import SupervisedSettings
 class SFTSettings(SupervisedSettings):
     """How a language model is fine-tuned, and how much plain text is mixed in."""
 
-    pretraining_ratio: NonNegative = 0.0
+    pretraining_ratio: Result[NonNegative] = 0.0
     """Sequences of `data.pretraining` for each record of a step: a step of 32 records at 0.125 has 4 such sequences beside
     them. Rounded to whole sequences."""
-    pretraining_coef: NonNegative | None = None
+    pretraining_coef: Result[NonNegative | None] = None
     """Weight of the text's mean loss over its tokens, added to the mean loss over the records' targets. null takes
     `pretraining_ratio`: a sequence of text then weighs as much as a record, however long the two are."""
 

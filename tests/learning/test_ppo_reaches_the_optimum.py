@@ -28,7 +28,7 @@ from support.tiny import hosted, trained
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_dist.config.hosting import FrozenModel, RunConfig
+from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, RunConfig
 from rlhf_dist.core.batches import SequenceBatch
 from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.store import DataReport
@@ -141,8 +141,7 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
             roles,
             PPOData(PromptDataset(PROMPTS, ["a", "b"], DataReport()), None, None, decode=str),
             ppo,
-            Checkpoints(folder.checkpoints_dir, keep_last=1),
-            every_iterations=0,
+            Checkpoints(folder.checkpoints_dir, CheckpointConfig(at_end=False)),
             max_response_tokens=num_tokens,
             precisions=Precisions(rollout="fp32", same_start="fp32"),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_dist.config.hosting import RunConfig
+from rlhf_dist.config.hosting import CheckpointConfig, RunConfig
 from rlhf_dist.data.datasets import PromptDataset, SequenceDataset
 from rlhf_dist.data.store import DataReport
 from rlhf_dist.ppo.config import PPOSettings
@@ -75,7 +75,7 @@ class PPO:
             weight_sync=FakeWeightSync(self.events, self.policy, rollout),
         )
         data = PPOData(prompts(10), eval_prompts, ptx, decode)
-        checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
+        checkpoints = Checkpoints(run.folder.checkpoints_dir, CheckpointConfig(every_steps=2, at_end=False))
         precisions = Precisions(rollout="fp32")
         self.trainer = PPOTrainer(
             run,
@@ -83,7 +83,6 @@ class PPO:
             data,
             settings,
             checkpoints,
-            every_iterations=2,
             max_response_tokens=4,
             precisions=precisions,
         )

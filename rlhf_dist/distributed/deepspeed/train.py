@@ -232,6 +232,14 @@ class TrainEngine:
         self._engine.eval()
         return self._engine(*args)
 
+    def _follow_schedule(self) -> None:
+        """Set the learning rate to that of this run's schedule: a run may be longer than the one that wrote the checkpoint."""
+        scheduler = self._engine.lr_scheduler
+        for group, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)
+
     def save_checkpoint(self, path: Path) -> None:
         """Every rank writes its shard of parameters, optimizer and schedule under `path`."""
         self._engine.save_checkpoint(str(path), tag=CHECKPOINT_TAG, client_state=self._scale.state(), save_latest=False)
@@ -250,6 +258,7 @@ class TrainEngine:
         if loaded is None:
             raise RunFolderError(f"no checkpoint of this layout in {path}; remove that step's folder or use resume: no")
         self._scale.load_state(state)
+        self._follow_schedule()
         if self.average is not None:
             self.average.load_checkpoint(path)
 

@@ -19,7 +19,7 @@ from support.tiny import save_tiny_lm
 from rlhf_dist.core.errors import ConfigError, DataError, ModelError, RlhfDistError, RunFolderError
 from rlhf_dist.pipeline import command as pipeline
 from rlhf_dist.pipeline.config import PipelineConfig
-from rlhf_dist.pipeline.stages import Planner, Stage, check_unchanged, state_of
+from rlhf_dist.pipeline.stages import Planner, Stage, check_unchanged, state_of, warn_of_version
 from rlhf_dist.run.lineage import ContentHashes, write_lineage
 
 Make = Callable[..., PipelineConfig]
@@ -101,6 +101,8 @@ def changed(before: PipelineConfig, after: PipelineConfig) -> list[str]:
         ({"checkpoint": {"every_steps": 7}, "ppo": {"checkpoint": {"keep_last": 9}}}, []),
         ({"ray": {"placement_timeout_s": 3}}, []),
         ({"ppo": {"ppo": {"self_checks": False}}}, []),
+        ({"sft": {"model": {"micro_batch_size": 1, "zero_stage": 3, "num_ranks": 2, "packed": True}}}, []),
+        ({"ppo": {"rollout": {"batch_size": 3}, "ppo": {"eval_every_iterations": 2}}}, []),
     ],
 )
 def test_a_setting_changes_its_stage_and_those_that_come_from_it(
@@ -147,16 +149,28 @@ def test_the_weights_of_a_model_matter(make: Make, tmp_path: Path):
     assert [name for name in before if before[name].key != after[name].key] == ["sft", "reward", "ppo", "eval"]
 
 
+def test_a_patch_release_makes_no_stage_new(make: Make, monkeypatch: pytest.MonkeyPatch):
+    before = {name: stage.key for name, stage in plan(make()).items()}
+    monkeypatch.setattr("rlhf_dist.__version__", "0.1.99")
+    assert {name: stage.key for name, stage in plan(make()).items()} == before
+
+
 @pytest.mark.parametrize("key", ["template_path", "ds_config_path"])
 def test_other_files_count_by_what_they_hold(key: str, make: Make, tmp_path: Path):
     path = tmp_path / "file.json"
-    path.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    text = '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}'
+    path.write_text(text)
     changes = {"reward": {"data" if key == "template_path" else "model": {key: str(path)}}}
     before = plan(make(**changes))
-    path.write_text(path.read_text() + "\n")
+    path.write_text(text[:-1] + ', "communication_data_type": "fp16"}')
     after = plan(make(**changes))
     assert [name for name in before if before[name].key != after[name].key] == ["reward", "ppo", "eval"]
     assert str(path) in before["reward"].contents
+    if key == "ds_config_path":
+        path.write_text(text[:-1] + ', "steps_per_print": 7}')  # what is printed decides nothing
+        assert {name: stage.key for name, stage in plan(make(**changes)).items()} == {
+            name: stage.key for name, stage in before.items()
+        }
 
 
 def test_a_stage_is_given_what_its_command_would_be(make: Make, tmp_path: Path):
@@ -354,3 +368,16 @@ def test_two_pipelines_do_not_share_a_folder(make: Make):
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_stage_of_another_minor_release_is_kept_with_a_warning(
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    stage = plan(make())["eval"]
+    stage.folder.mkdir(parents=True)
+    for version, warned in (("0.1.0", False), ("0.1.7", False), ("0.2.0", True)):
+        caplog.clear()
+        write_lineage(stage.folder, {"key": stage.key, "code": {"rlhf_dist": version}})
+        monkeypatch.setattr("rlhf_dist.__version__", "0.1.2")
+        warn_of_version(stage)
+        assert bool(caplog.records) == warned

@@ -245,6 +245,24 @@ def test_the_value_function_warms_up_alone(tmp_path: Path):
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(*first, strict=True))
 
 
+def test_unchanged_weights_are_not_pushed(tmp_path: Path):
+    settings = SETTINGS.model_copy(update={"value_warmup_iterations": 2, "num_iterations": 4})
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, settings)
+        ppo.trainer.run(resume=False)
+    names = ("sync", "rollout.generate", "policy.update")
+    assert [event[0] for event in calls(ppo.events, *names)] == [
+        "sync",
+        *("rollout.generate",) * 2,
+        *("rollout.generate", "policy.update", "sync") * 2,
+    ]
+    assert [event[1] for event in calls(ppo.events, "sync")] == [0, 1, 2]
+    assert [event[-1] for event in calls(ppo.events, "rollout.generate")] == [0, 0, 0, 1], "versions of the weights"
+    with open_run(tmp_path / "cut") as run:
+        cut = PPO(run, settings)
+        assert [cut.trainer.policy_version(iteration) for iteration in range(5)] == [0, 0, 0, 1, 2]
+
+
 def test_the_kl_coefficient_adapts_and_is_resumed(tmp_path: Path):
     # FakePolicy and FakeReference differ by 0.5 nats a token, 1 nat a response: twice the target, an error clipped to 0.2.
     settings = SETTINGS.model_copy(update={"kl_coef": 0.1, "adaptive_kl_target": 0.5, "kl_horizon": 12})

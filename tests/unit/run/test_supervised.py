@@ -12,6 +12,7 @@ import torch
 from support.roles import Answer, FakeTrained
 from support.trainers import metrics, open_run, texts
 
+from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.config.supervised import SupervisedSettings
 from rlhf_dist.core.batches import PreferenceBatch
 from rlhf_dist.core.errors import ConfigError, Preempted, SampleError
@@ -50,13 +51,12 @@ SETTINGS = SupervisedSettings(batch_size=4, eval_every_steps=2)
 
 
 def trainer(run: Any, task: FakeTask) -> SupervisedTrainer:
-    checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
+    checkpoints = Checkpoints(run.folder.checkpoints_dir, CheckpointConfig(every_steps=2, at_end=False))
     return SupervisedTrainer(
         run,
         task,
         SETTINGS,
         Schedule(EpochSampler(len(task.train), run.seed, TRAINING_ORDER), 5, len(task.train)),
-        2,
         checkpoints,
     )
 
@@ -120,7 +120,10 @@ def test_a_run_that_is_asked_to_stop_ends_with_a_checkpoint_and_continues(tmp_pa
         pytest.raises(Preempted, match=r"after step 3 of 5.*--resume auto"),
     ):
         trainer(run, task).run(resume=False)
-    assert Checkpoints(path / "checkpoints", keep_last=2).latest() == path / "checkpoints" / "step_000003"
+    assert (
+        Checkpoints(path / "checkpoints", CheckpointConfig(keep_last=2)).latest()
+        == path / "checkpoints" / "step_000003"
+    )
     with open_run(path, resumed_step=3) as run:
         resumed = FakeTask()
         assert trainer(run, resumed).run(resume=True) == summary
@@ -139,7 +142,7 @@ def test_a_run_resumed_after_its_last_step_has_the_same_summary(tmp_path: Path):
     with open_run(tmp_path) as run:
         task = FakeTask()
         first = trainer(run, task)
-        first.every_steps = 5
+        first.checkpoints.settings = CheckpointConfig()  # nobody set anything
         summary = first.run(resume=False)
     with open_run(tmp_path, resumed_step=5) as run:
         assert trainer(run, FakeTask()).run(resume=True) == summary
@@ -288,8 +291,8 @@ def test_the_order_of_records_may_be_another(tmp_path: Path):
 
     task = FakeTask()
     with open_run(tmp_path) as run:
-        checkpoints = Checkpoints(run.folder.checkpoints_dir, keep_last=2)
-        SupervisedTrainer(run, task, SETTINGS, Schedule(Backwards(), 2, 10), 0, checkpoints).run(resume=False)
+        checkpoints = Checkpoints(run.folder.checkpoints_dir, CheckpointConfig(every_steps=2, at_end=False))
+        SupervisedTrainer(run, task, SETTINGS, Schedule(Backwards(), 2, 10), checkpoints).run(resume=False)
     assert [event[2] for event in task.events if event[0] == "model.update"] == [[9, 8, 7, 6], [5, 4, 3, 2]]
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rlhf_dist.config.hosting import TrackingConfig
 from rlhf_dist.core.errors import ConfigError, RunFolderError
 from rlhf_dist.run import trackers
 from rlhf_dist.run.console import RunProgress, format_number, print_table
-from rlhf_dist.run.metrics import METRICS, describe, is_clock, metrics_table
+from rlhf_dist.run.metrics import METRICS, UnknownMetricWarning, describe, is_clock, metrics_table
 from rlhf_dist.run.run_folder import RunFolder
 from rlhf_dist.run.trackers import Tracker, read_metrics
 
@@ -157,10 +159,27 @@ def test_a_new_run_begins_with_empty_files(tmp_path: Path):
     assert not list(folder.samples_dir.iterdir())
 
 
-def test_unknown_names_and_repeated_steps_are_aborted(tmp_path: Path):
+def test_an_unknown_name_is_an_error_in_tests(tmp_path: Path):
+    with pytest.raises(UnknownMetricWarning, match="not in the table"):  # by pyproject.toml
+        Tracker(new_folder(tmp_path / "run"), PLAIN).log(1, {"policy/los": 1.0})
+
+
+def test_an_unknown_name_warns_users_once_and_is_recorded(tmp_path: Path):
+    folder = new_folder(tmp_path / "run")
+    tracker = Tracker(folder, PLAIN)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for step in (1, 2):
+            tracker.log(step, {"policy/los": 1.0, "policy/loss": None})  # pyright: ignore[reportArgumentType]
+    assert [str(warning.message).partition(";")[0] for warning in found] == [
+        "The metric 'policy/los' is not in the table of rlhf_dist/run/metrics.py",
+        "The metric 'policy/loss' is None, which is no number",
+    ]
+    assert read_metrics(folder.metrics_path) == [(1, {"policy/los": 1.0}), (2, {"policy/los": 1.0})]
+
+
+def test_a_step_has_one_line(tmp_path: Path):
     tracker = Tracker(new_folder(tmp_path / "run"), PLAIN)
-    with pytest.raises(ConfigError, match="not in the table"):
-        tracker.log(1, {"policy/los": 1.0})
     tracker.log(1, {"policy/loss": 1.0})
     with pytest.raises(ValueError, match="in one call"):
         tracker.log(1, {"value/loss": 1.0})
@@ -257,7 +276,38 @@ def test_a_failing_service_is_dropped_and_the_run_goes_on(
     assert caplog.text.count("no space left") == 1
 
 
+def test_what_only_shows_or_records_never_ends_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(*_: object) -> None:
+        raise OSError("no space left")
+
+    folder = new_folder(tmp_path / "run")
+    monkeypatch.setattr(trackers, "_TensorBoard", broken)
+    monkeypatch.setattr(trackers, "_wandb_sink", broken)
+    tracker = Tracker(folder, TrackingConfig(tensorboard=True, wandb="offline"))
+    tracker.log_samples(1, [{"prompt": object()}])
+    monkeypatch.setattr(trackers, "write_atomically", broken)
+    tracker.log_samples(2, [{"prompt": "p"}])
+    tracker.log(2, {"policy/loss": 1.0})
+    tracker.close()
+    assert len(caplog.records) == 4
+    assert read_metrics(folder.metrics_path) == [(2, {"policy/loss": 1.0})]
+
+
 # Terminal
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with RunProgress("ppo", total=2) as progress:
+        progress.advance()
+        progress.line(1, {"policy/loss": 1.0}, ["policy/loss"])
+    print_table("after", [("a", "b")])
 
 
 def test_a_log_file_gets_lines_without_control_characters(capsys: pytest.CaptureFixture[str]):
