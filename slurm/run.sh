@@ -184,13 +184,13 @@ start_ray() {
 
 start_ray_node() {
     local node="$1"
-    step "$node" python -m rlhf_dist.cluster.slurm_node "${@:2}" <"$job_dir/stop" &
+    step "$node" python -m rlhf_dist.distributed.ray.slurm_node "${@:2}" <"$job_dir/stop" &
     ray_steps["$node"]=$!
 }
 
 wait_for_nodes() {
     stop_if_preempted
-    step "${nodes[0]}" python -m rlhf_dist.cluster.wait_for_nodes --address "$head_address" --ended "$job_dir/ended" \
+    step "${nodes[0]}" python -m rlhf_dist.distributed.ray.wait_for_nodes --address "$head_address" --ended "$job_dir/ended" \
         --timeout "${RLHF_DIST_START_TIMEOUT:-600}" "${nodes[@]}" </dev/null &
     local waiter=$! node
     driver="$waiter" # what take_down has to end first

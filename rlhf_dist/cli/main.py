@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist import __version__
-from rlhf_dist.cli.arguments import CONFIG_COMMANDS, INTERRUPTED, PROG, Parser, load, schema_of
-from rlhf_dist.errors import ConfigError, RlhfDistError
+from rlhf_dist.core.errors import ConfigError, RlhfDistError
+from rlhf_dist.pipeline.arguments import CONFIG_COMMANDS, INTERRUPTED, PROG, Parser, load, schema_of
 
 OTHER_COMMANDS = {
     "quickstart": "the whole job on CPUs, with embedded data and a small model: pretraining, SFT, reward model, PPO",
@@ -99,25 +99,24 @@ other commands:
 def _run_config_command(command: str, arguments: list[str]) -> None:
     config = load(command, f"{PROG} {command}", arguments)
     if config is not None:
-        from rlhf_dist.cli import stopping
+        from rlhf_dist.run import preemption
 
-        with stopping.listening():
+        with preemption.listening():
             if command == "pipeline":
-                from rlhf_dist.cli.pipeline import command as pipeline
+                from rlhf_dist.pipeline import command as pipeline
 
                 pipeline.run(config)
                 return
-            from rlhf_dist.cli import wiring
+            from rlhf_dist.pipeline.commands import COMMANDS
 
-            run: Callable[[Any], dict[str, Any]] = getattr(wiring, f"run_{command}")
-            summary = run(config)
+            summary = COMMANDS[command].run(config)
         if command == "eval":
             _show_eval(summary)
 
 
 def _show_eval(summary: Mapping[str, Any]) -> None:
     """The result on the terminal; it stands in summary.json as well."""
-    from rlhf_dist.tracking.console import format_number, print_table
+    from rlhf_dist.run.console import format_number, print_table
 
     rows = [
         (part, name, format_number(value))
@@ -133,34 +132,37 @@ def _validate(arguments: list[str]) -> None:
     command, rest = _kind(prog, "check a configuration without starting anything", arguments)
     config = load(command, f"{prog} {command}", rest)
     if config is not None:
-        from rlhf_dist.tracking.console import print_table
+        from rlhf_dist.run.console import print_table
 
         if command == "pipeline":
-            from rlhf_dist.cli.pipeline.command import validate
+            from rlhf_dist.pipeline.command import validate as validate_pipeline
+
+            found = validate_pipeline(config)
         else:
-            from rlhf_dist.cli.wiring import validate
-        found = validate(config)
+            from rlhf_dist.pipeline.commands import validate
+
+            found = validate(command, config)
         print_table(f"{command}: the configuration can be run", [(str(k), str(v)) for k, v in found.items()])
 
 
 def _plan(arguments: list[str]) -> None:
-    from rlhf_dist.cli.plan.arguments import parse
+    from rlhf_dist.planning.arguments import parse
 
     options = parse(f"{PROG} plan", f"{OTHER_COMMANDS['plan']}.", list(CONFIG_COMMANDS), arguments)
     if options is not None:
-        from rlhf_dist.cli.plan import command as plan
+        from rlhf_dist.planning import command as plan
 
         plan.run(options.command, options.config, options, options.overrides)
 
 
 def _data(arguments: list[str]) -> None:
-    from rlhf_dist.cli.data import command as data
+    from rlhf_dist.curation.commands import command as data
 
     data.run(arguments)
 
 
 def _label(arguments: list[str]) -> None:
-    from rlhf_dist.cli.label import command as label
+    from rlhf_dist.curation.label import command as label
 
     label.run(arguments)
 
@@ -173,14 +175,14 @@ def _schema(arguments: list[str]) -> None:
         print(json_schema(TemplateFile))
         return
     if arguments[:1] == ["data"] and len(arguments) == 2:
-        from rlhf_dist.cli.data import command as data
         from rlhf_dist.config.load import json_schema
+        from rlhf_dist.curation.commands import command as data
 
         print(json_schema(data.resolved(data.action_of(f"{PROG} schema data", arguments[1]).schema)))
         return
     if arguments == ["label"]:
-        from rlhf_dist.config.curation.label import LabelConfig
         from rlhf_dist.config.load import json_schema
+        from rlhf_dist.curation.config.label import LabelConfig
 
         print(json_schema(LabelConfig))
         return
@@ -212,7 +214,7 @@ def _quickstart(arguments: list[str]) -> None:
     add("--cluster", choices=["ray", "inline"], default="ray", help="models in Ray actors, or in this process")
     add("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
     options = parser.parse_args(arguments)
-    from rlhf_dist.cli import quickstart
+    from rlhf_dist.quickstart import run as quickstart
 
     quickstart.run(
         run_dir=options.run_dir,
@@ -224,7 +226,7 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 def _submit(arguments: list[str]) -> int:
-    from rlhf_dist.cli.submit import command as submit
+    from rlhf_dist.jobs import command as submit
 
     return submit.run(arguments)
 
@@ -257,7 +259,7 @@ def _doctor(arguments: list[str]) -> None:
     parser.add_argument("--deep", action="store_true", help="also let two processes meet, and start a private Ray")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print the findings as JSON")
     options = parser.parse_args(arguments)
-    from rlhf_dist.cli import doctor
+    from rlhf_dist.planning.doctor import command as doctor
 
     doctor.run(deep=options.deep, as_json=options.as_json)
 

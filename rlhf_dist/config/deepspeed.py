@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
 
 OWNED_KEYS = {
     "train_batch_size": "sft.batch_size / reward.batch_size / ppo.mini_batch_size",

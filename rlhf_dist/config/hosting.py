@@ -8,16 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from rlhf_dist.config.base import (
-    AbsolutePath,
-    Count,
-    Fraction,
-    ModelPath,
-    NonNegative,
-    Positive,
-    PositiveInt,
-    Schema,
-)
+from rlhf_dist.config.base import AbsolutePath, Count, Fraction, ModelPath, NonNegative, Positive, PositiveInt, Schema
 from rlhf_dist.config.secret_names import is_secret
 from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf_dist.config.keys import choices_of, dotted, nearest_key, schema_keys
 from rlhf_dist.config.yaml_file import Location, parse_yaml, read_mapping, to_yaml
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
 
 Location = tuple[str | int, ...]
 """A key's place in the nested configuration, e.g. ("data", "train", 0, "path")."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.curation.judgements import Judgement, latest
-from rlhf_dist.errors import ConfigError
 
 Unit = tuple[str, tuple[int, int]]
 """Item and pair: what annotators agree about."""

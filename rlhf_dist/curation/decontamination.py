@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_dist.config.curation.dedup import Decontamination
+from rlhf_dist.curation.config.dedup import Decontamination
 from rlhf_dist.curation.fingerprints import encoded, windows, word_hashes, words
 from rlhf_dist.curation.spool import Spool
 

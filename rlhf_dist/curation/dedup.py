@@ -24,14 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_dist.config.curation.dedup import DedupSettings
 from rlhf_dist.config.data import RecordKind
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.curation.config.dedup import DedupSettings
 from rlhf_dist.curation.decontamination import EvaluationIndex, Match, matches
 from rlhf_dist.curation.fingerprints import SEPARATOR, Signatures, encoded, normalised, signatures
 from rlhf_dist.curation.near_duplicates import BandFiles, NearVerdicts, find_near
 from rlhf_dist.curation.parallel import ordered_map
 from rlhf_dist.curation.spool import Spool
-from rlhf_dist.errors import DataError
 
 Reason = Literal["exact duplicate", "near-duplicate", "in an evaluation set"]
 

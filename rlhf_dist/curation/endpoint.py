@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf_dist.config.curation.generator import GeneratorConfig
+from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.curation.config.generator import GeneratorConfig
 from rlhf_dist.curation.generators import Completion, FinishReason, Request, cut_at_stop, request_seed
-from rlhf_dist.errors import ConfigError, ModelError
 
 _FINISH: Mapping[str | None, FinishReason] = {"stop": "eos", "length": "length", None: "eos"}
 _OF_ONE_REQUEST = (400, 413, 422)

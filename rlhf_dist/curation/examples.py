@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.algo.random import permutation
-from rlhf_dist.config.curation.inspect import InspectSettings
-from rlhf_dist.curation.oddities import printable
-from rlhf_dist.curation.pieces import Piece, pieces, shortened
-from rlhf_dist.curation.views import View, margin
+from rlhf_dist.core.random import permutation
+from rlhf_dist.curation.config.inspect import InspectSettings
+from rlhf_dist.curation.dataset_view import View, margin
+from rlhf_dist.curation.text_quality import printable
+from rlhf_dist.curation.token_spans import Piece, pieces, shortened
 
 _ENOUGH = 100
 """Items of an order that are looked through for those not chosen yet."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_dist.config.curation.dedup import NearDuplicates
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.curation.config.dedup import NearDuplicates
 
 SEPARATOR = "\0"
 """Between the fields of a compared text. It is no whitespace, so normalisation keeps it."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.candidates import Item, Messages
 from rlhf_dist.curation.judgements import CHOICES
 from rlhf_dist.curation.judging import FAILED, Answer
-from rlhf_dist.errors import ConfigError, DataError
 
 
 class FunctionJudge:

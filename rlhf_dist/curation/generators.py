@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from rlhf_dist.algo.random import derived_seed
-from rlhf_dist.config.curation.generator import GeneratorConfig, Sampling
+from rlhf_dist.core.errors import ModelError
+from rlhf_dist.core.random import derived_seed
+from rlhf_dist.curation.config.generator import GeneratorConfig, Sampling
 from rlhf_dist.data.encoding import Message
-from rlhf_dist.errors import ModelError
 
 STREAM = "curation/generate"
 """Stream of the counter-based random numbers that completions are drawn with."""

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config.curation.dedup import DedupSettings
-from rlhf_dist.config.curation.inspect import InspectSettings
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.curation.config.dedup import DedupSettings
+from rlhf_dist.curation.config.inspect import InspectSettings
+from rlhf_dist.curation.dataset_view import View, margin
 from rlhf_dist.curation.dedup import find_duplicates
 from rlhf_dist.curation.examples import Example, draw_examples
 from rlhf_dist.curation.fingerprints import encoded, normalised
-from rlhf_dist.curation.oddities import MEANINGS, MOJIBAKE, count_oddities, looks_for_mojibake, printable, scripts
-from rlhf_dist.curation.views import View, margin
-from rlhf_dist.data.quarantine import BadRow
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.curation.text_quality import MEANINGS, MOJIBAKE, count_oddities, looks_for_mojibake, printable, scripts
+from rlhf_dist.data.bad_rows import BadRow
 
 MAX_LISTED = 20
 """Duplicates, tasks, places and bad rows that a report lists; the rest is only counted."""

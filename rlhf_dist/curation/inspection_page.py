@@ -11,8 +11,8 @@ from importlib import resources
 from typing import Any
 
 from rlhf_dist.curation.inspection import SetReport
-from rlhf_dist.curation.oddities import visible
-from rlhf_dist.curation.pieces import Piece, runs
+from rlhf_dist.curation.text_quality import visible
+from rlhf_dist.curation.token_spans import Piece, runs
 
 _WIDTH, _HEIGHT = 640, 110
 """Of a histogram, in the units of its SVG."""

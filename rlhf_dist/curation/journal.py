@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from rlhf_dist.errors import DataError, RunFolderError
+from rlhf_dist.core.errors import DataError, RunFolderError
 
 
 class Journal:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.candidates import Item, Messages
 from rlhf_dist.curation.journal import read_journal
-from rlhf_dist.errors import DataError
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
 WITHDRAWN = "withdrawn"

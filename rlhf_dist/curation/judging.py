@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from rlhf_dist.algo.random import derived_seed
-from rlhf_dist.config.curation.generator import Sampling
+from rlhf_dist.core.random import derived_seed
 from rlhf_dist.curation.candidates import Item, Messages
+from rlhf_dist.curation.config.generator import Sampling
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
 from rlhf_dist.curation.judgements import Judgement
 from rlhf_dist.curation.labelling import Unit

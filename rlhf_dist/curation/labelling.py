@@ -15,15 +15,15 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_dist.algo.random import derived_seed, permutation
-from rlhf_dist.config.curation.label import LabelConfig
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.config.yaml_file import read_mapping
+from rlhf_dist.core.errors import DataError, RunFolderError
+from rlhf_dist.core.random import derived_seed, permutation
 from rlhf_dist.curation.candidates import Item
+from rlhf_dist.curation.config.label import LabelConfig
 from rlhf_dist.curation.journal import Journal
 from rlhf_dist.curation.judgements import CHOICES, WITHDRAWN, Judgement, check_items, parse_judgement
-from rlhf_dist.errors import DataError, RunFolderError
-from rlhf_dist.tracking.run_folder import write_atomically
+from rlhf_dist.run.run_folder import write_atomically
 
 PairPolicy = Literal["all", "chain", "one"]
 UnitKey = tuple[str, tuple[int, int]]

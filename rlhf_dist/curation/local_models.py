@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from rlhf_dist.batches import TRUNCATED, PromptBatch, pad_rows
-from rlhf_dist.config.curation.generator import GeneratorConfig
+from rlhf_dist.core.batches import TRUNCATED, PromptBatch, pad_rows
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.curation.config.generator import GeneratorConfig
 from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop, request_seed
 from rlhf_dist.data.encoding import encode_prompt, stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.errors import ConfigError, DataError
 from rlhf_dist.models.loading import DTYPES, check_causal_lm, context_length, load_causal_lm, load_model_config
 from rlhf_dist.rollout.hf import HFEngine
 

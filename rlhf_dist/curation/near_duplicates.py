@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
-from rlhf_dist.config.curation.dedup import NearDuplicates
+from rlhf_dist.curation.config.dedup import NearDuplicates
 from rlhf_dist.curation.fingerprints import Signatures, banding, jaccard, shingle_set
 
 _DEVIATIONS = 4

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.judgements import response_record
 from rlhf_dist.data.records import Preference
-from rlhf_dist.errors import DataError
 
 
 def ranked_pairs(

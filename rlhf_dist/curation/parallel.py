@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TypeVar
 
-from rlhf_dist.errors import WorkerError
+from rlhf_dist.core.errors import WorkerError
 
 T = TypeVar("T")
 R = TypeVar("R")

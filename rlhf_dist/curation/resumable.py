@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.curation.journal import Journal, read_journal
-from rlhf_dist.errors import ConfigError
 
 JOURNAL = "journal.jsonl"
 _NOT_IDENTITY = {"out_dir", "overwrite", "timeout_s", "max_retries", "api_key_env", "base_url", "on_bad_row"}

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from rlhf_dist.config.curation.self_instruct import Rule, TaskFilters, TaskFormat
+from rlhf_dist.curation.config.self_instruct import Rule, TaskFilters, TaskFormat
 from rlhf_dist.curation.rouge import SimilarityIndex, rouge_tokens, words
 from rlhf_dist.curation.task_parsing import Task
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlhf_dist.config.curation.self_instruct import TaskFormat
+from rlhf_dist.curation.config.self_instruct import TaskFormat
 from rlhf_dist.curation.generators import Completion
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_dist.config.data import BadRowPolicy
-from rlhf_dist.errors import DataError
+from rlhf_dist.core.errors import DataError
 
 MAX_LISTED = 20
 """Places that a report lists of each class; the rest is only counted."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
+from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.near_ties import NearTieCounts
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
@@ -74,9 +74,9 @@ class Ragged:
     def update(self, digest: Any, indices: Sequence[int] | np.ndarray | None = None) -> None:
         """Feed lengths and contents of the rows (`indices`, default: all) to a `hashlib` object."""
         wanted = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
-        digest.update(np.ascontiguousarray(self.lengths[wanted]))
+        digest.update(self.lengths[wanted].tobytes())
         for index in wanted:
-            digest.update(np.ascontiguousarray(self._row(int(index))))
+            digest.update(self._row(int(index)).tobytes())
 
     def _row(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
@@ -210,7 +210,7 @@ class PreferenceDataset:
         self._ids.update(digest, sequences)
         for column in (self._ranks, self._ratings, self._response_tokens):
             column.update(digest, self._rows)
-        digest.update(np.ascontiguousarray(self._rated[self._rows]))
+        digest.update(self._rated[self._rows].tobytes())
         return digest.hexdigest()
 
     def batch(self, indices: Indices) -> PreferenceBatch:

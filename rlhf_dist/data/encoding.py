@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rlhf_dist.errors import DataError
+from rlhf_dist.core.errors import DataError
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, as chat templates take it."""

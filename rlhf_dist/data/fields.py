@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.encoding import Message
-from rlhf_dist.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 

@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.kinds import KINDS
-from rlhf_dist.errors import DataError
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row is, as "file.jsonl:17" where the file has lines, and its columns."""

@@ -16,7 +16,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from rlhf_dist.config import DataSource, RecordKind
+from rlhf_dist.config.data import DataSource, RecordKind
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.preferences import chat_messages, pair_by_rating, preference_messages, preference_of
 from rlhf_dist.data.records import (
@@ -27,7 +28,6 @@ from rlhf_dist.data.records import (
     before_last_response,
     turns_of,
 )
-from rlhf_dist.errors import ConfigError, DataError
 
 Use = Literal["supervised training", "reward modeling", "prompts"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData, TrainingData
-from rlhf_dist.config.data import source_names
+from rlhf_dist.config.data import DataSettings, DataSource, RewardData, SFTData, TrainingData, source_names
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows, Tally
 from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, Ragged, SequenceDataset, Split
 from rlhf_dist.data.mixing import MixtureSampler, compose
@@ -21,7 +21,6 @@ from rlhf_dist.data.records import Conversation, Messages, Preference, Text, con
 from rlhf_dist.data.sampler import TRAINING_ORDER
 from rlhf_dist.data.splits import hold_out
 from rlhf_dist.data.tokenization import tokenize
-from rlhf_dist.errors import ConfigError, DataError
 
 R = TypeVar("R")
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.random import permutation
 from rlhf_dist.config.mixing import MixingSettings
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.core.random import permutation
 
 Rates = tuple[Fraction, ...]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.losses import ranked_pairs
-from rlhf_dist.algo.near_ties import pair_margins
+from rlhf_dist.core.near_ties import pair_margins
+from rlhf_dist.core.rankings import ranked_pairs
 
 
 class NearTieCounts:

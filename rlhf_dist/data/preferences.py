@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from rlhf_dist.algo.random import permutation
+from rlhf_dist.core.random import permutation
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.records import Messages, Preference

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.kinds import KINDS, kind_of
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
 from rlhf_dist.data.templates.render import templated_rows
-from rlhf_dist.errors import ConfigError, DataError
 
 R = TypeVar("R")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.random import permutation
+from rlhf_dist.core.random import permutation
 
 MEGA_BATCH_STEPS = 50
 """Most steps whose records are sorted by length together; as many as in transformers' `LengthGroupedSampler`."""

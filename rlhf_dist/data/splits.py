@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_dist.algo.random import permutation
-from rlhf_dist.config import DataSet
+from rlhf_dist.config.data_set import DataSet
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.random import permutation
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.reader import read_fields
-from rlhf_dist.errors import DataError
 
 
 def hold_out(subjects: Sequence[Hashable], fraction: float, seed: int) -> tuple[list[int], list[int]]:

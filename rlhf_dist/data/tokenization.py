@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import datasets.config
 import jinja2
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config import DataSettings
+from rlhf_dist.config.data import DataSettings
+from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data import encoding
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
@@ -40,7 +42,6 @@ from rlhf_dist.data.encoding import (
     render_conversation,
 )
 from rlhf_dist.data.records import Conversation, Preference, Record, Text
-from rlhf_dist.errors import DataError, TooLongError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.core.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
 

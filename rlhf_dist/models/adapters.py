@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_dist.algo.random import uniforms
 from rlhf_dist.config.trainable import LoRAConfig
-from rlhf_dist.errors import ConfigError
-from rlhf_dist.models.trainable import head_of
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.core.random import uniforms
+from rlhf_dist.models.freeze import head_of
 
 _ADAPTER = "default"
 _BASE = ".base_layer."

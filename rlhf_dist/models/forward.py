@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_dist.algo.logprobs import taken_logprobs
-from rlhf_dist.batches import length_mask
+from rlhf_dist.core.batches import length_mask
+from rlhf_dist.core.logprobs import taken_logprobs
 from rlhf_dist.models.packing import check_packing, model_inputs, unpack
 
 

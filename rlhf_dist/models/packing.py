@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_dist.batches import length_mask, pad_rows
-from rlhf_dist.errors import ModelError
+from rlhf_dist.core.batches import length_mask, pad_rows
+from rlhf_dist.core.errors import ModelError
 
 TOLERANCE = {torch.float64: 5e-4, torch.float32: 5e-4}
 TOLERANCE_HALF = 5e-2

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlhf_dist.errors import ModelError
+from rlhf_dist.core.errors import ModelError
 
 FILE = "score_moments.json"
 

@@ -20,9 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rlhf_dist.algo.logprobs import CHUNK_POSITIONS, taken_logprobs
-from rlhf_dist.config import FreezeConfig, LoRAConfig
-from rlhf_dist.planning.architecture import ALL_TRAINED, ELEMENT_BYTES, Architecture, architecture, meta_model
+from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
+from rlhf_dist.core.logprobs import CHUNK_POSITIONS, taken_logprobs
+from rlhf_dist.models.architecture import ALL_TRAINED, ELEMENT_BYTES, Architecture, architecture, meta_model
 
 ERROR_BAND = (-0.20, 0.05)
 """By how much the peak of a real training pass may lie below or above the estimate, relative to it. Measured were 18 % to 1 %

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.plan import plan_run
 from rlhf_dist.planning.roles import AnyConfig
 from rlhf_dist.planning.timeline import PHASES, Rates
-from rlhf_dist.tracking.trackers import read_metrics
+from rlhf_dist.run.trackers import read_metrics
 
 
 def read_rates(path: Path) -> Rates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
 
 GIB = 2**30
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_dist.distributed.ray.placement import PlacementPlan, Slot, misfit, plan_placement
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.memory import RoleMemory
-from rlhf_dist.planning.placement import PlacementPlan, Slot, misfit, plan_placement
 from rlhf_dist.planning.roles import Role
 
 

@@ -9,20 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_dist.engine.saving import SHARD_BYTES
+from rlhf_dist.distributed.deepspeed.saving import SHARD_BYTES
+from rlhf_dist.distributed.weight_sync import BUCKET_BYTES
+from rlhf_dist.models.architecture import ELEMENT_BYTES, Architecture
 from rlhf_dist.planning.activations import TrainingPass, inference_bytes, training_activations
-from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture
 from rlhf_dist.planning.roles import Passes, Role, Work
-from rlhf_dist.planning.sharding import (
-    Held,
-    ModelStates,
-    Sharding,
-    average_bytes,
-    frozen_states,
-    held,
-    largest_states,
-)
-from rlhf_dist.weight_sync.buckets import BUCKET_BYTES
+from rlhf_dist.planning.sharding import Held, ModelStates, Sharding, average_bytes, frozen_states, held, largest_states
 
 Items = dict[str, Held]
 """What the bytes are for → bytes of one rank."""

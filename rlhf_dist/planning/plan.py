@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.distributed.ray.placement import Slot
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.layout import Layout, gpu_totals, host_totals, lay_out
 from rlhf_dist.planning.memory import RoleMemory, role_memory
-from rlhf_dist.planning.placement import Slot
 from rlhf_dist.planning.roles import AnyConfig, Role, Work, work_of
 from rlhf_dist.planning.timeline import Lengths, Rates, Timeline, timeline
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_dist.config import (
-    EvalConfig,
-    FrozenModel,
-    ModelHost,
-    Placement,
-    PPOConfig,
-    Precision,
-    RewardConfig,
-    RolloutConfig,
-    SFTConfig,
-    TrainedModel,
-)
+from rlhf_dist.config.hosting import FrozenModel, ModelHost, Placement, Precision, TrainedModel
+from rlhf_dist.evaluation.config import EvalConfig
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.rollout.config import RolloutConfig
+from rlhf_dist.sft.config import SFTConfig
 
 if TYPE_CHECKING:
-    from rlhf_dist.planning.architecture import Architecture
+    from rlhf_dist.models.architecture import Architecture
 
 Command = Literal["sft", "reward", "ppo", "eval"]
 AnyConfig = SFTConfig | RewardConfig | PPOConfig | EvalConfig
@@ -85,7 +79,7 @@ class Role:
     def architecture(self) -> Architecture:
         """Sizes of its model, with what is trained of it. Errors as `architecture`."""
         # With torch: not for those who only ask where roles lie.
-        from rlhf_dist.planning.architecture import architecture
+        from rlhf_dist.models.architecture import architecture
 
         if self.trained is None:
             return architecture(self.model_path, self.scalar)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from rlhf_dist.config import FrozenModel, TrainedModel
-from rlhf_dist.engine import zero
-from rlhf_dist.engine.optimizer import uses_cpu_adam
-from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture
+from rlhf_dist.config.hosting import FrozenModel, TrainedModel
+from rlhf_dist.distributed.deepspeed import zero
+from rlhf_dist.distributed.deepspeed.optimizer import uses_cpu_adam
+from rlhf_dist.models.architecture import ELEMENT_BYTES, Architecture
 
 _ALIGNMENT = 2
 """ZeRO-1/2 pad a group's flat tensor to a multiple of this times the number of ranks."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rlhf_dist.config import TrainedModel
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.config.hosting import TrainedModel
+from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.planning.divisions import Change, even_share, layouts
 from rlhf_dist.planning.plan import Plan
 from rlhf_dist.planning.roles import AnyConfig, Role

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
-from rlhf_dist.errors import ConfigError
-from rlhf_dist.planning.architecture import ELEMENT_BYTES, Architecture, architecture
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.models.architecture import ELEMENT_BYTES, Architecture, architecture
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.layout import Layout
 from rlhf_dist.planning.roles import Passes, Role, Work

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf_dist.algo.random import uniforms
-from rlhf_dist.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch, length_mask, pad_rows
+from rlhf_dist.core.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch, length_mask, pad_rows
+from rlhf_dist.core.random import uniforms
 from rlhf_dist.rollout.sampling import sample_tokens
 
 

@@ -12,10 +12,11 @@ import sys
 
 import numpy as np
 
-from rlhf_dist.cluster.partition import MicroBatching, partition
-from rlhf_dist.config import SFTData
-from rlhf_dist.data import EpochSampler, load_sft, load_tokenizer
-from rlhf_dist.data.sampler import LengthGroupedSampler, Sampler
+from rlhf_dist.config.data import SFTData
+from rlhf_dist.data.loading import load_sft
+from rlhf_dist.data.sampler import EpochSampler, LengthGroupedSampler, Sampler
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.distributed.partition import MicroBatching, partition
 
 EPOCHS, SEED, BUDGET = 3, 0, 2048
 LAYOUTS = [

@@ -20,16 +20,19 @@ from support.tiny import hosted
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rlhf_dist.batches import PromptBatch, RolloutBatch, pad_rows
-from rlhf_dist.cluster.proxies import ReferenceRole, RolloutRole
-from rlhf_dist.config import FrozenModel, RolloutConfig
+from rlhf_dist.config.hosting import FrozenModel
+from rlhf_dist.core.batches import PromptBatch, RolloutBatch, pad_rows
+from rlhf_dist.distributed.role_groups import ReferenceRole, RolloutRole
+from rlhf_dist.distributed.workers.reference import ReferenceWorker
+from rlhf_dist.distributed.workers.rollout import RolloutWorker
+from rlhf_dist.rollout.config import RolloutConfig
 
 PROMPTS = ["Tell me a joke about cats.", "What is the capital of France?", "List three fruits, and why.", "Say hi."] * 4
 
 
 def logprobs(path: str, precision: Any, rollout: RolloutBatch, temperature: float, size: int, packed: bool) -> Tensor:
     config = FrozenModel(model_path=path, precision=precision, packed=packed)
-    with hosted("reference:ReferenceWorker", config=config, temperature=temperature) as group:
+    with hosted(ReferenceWorker, config=config, temperature=temperature) as group:
         return ReferenceRole(group, size).logprobs(rollout).result()
 
 
@@ -39,7 +42,7 @@ def main(path: str, precision: Any = "bf16") -> None:
     prompts = PromptBatch(pad_rows(ids), torch.tensor([len(row) for row in ids]), torch.arange(len(ids)))
     for temperature in (1.0, 0.8):
         config = RolloutConfig(max_response_tokens=24, temperature=temperature)
-        with hosted("rollout:RolloutWorker", config=config, model_path=path, precision=precision) as group:
+        with hosted(RolloutWorker, config=config, model_path=path, precision=precision) as group:
             rollout = RolloutRole(group, 64).generate(prompts, stream="rollout", iteration=0).result()
         mask = rollout.response_mask
         base = logprobs(path, precision, rollout, temperature, 64, packed=False)

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.tiny import save_tiny_lm, save_tiny_rm
 
-from rlhf_dist.cli import wiring
-from rlhf_dist.config import PPOConfig
 from rlhf_dist.planning.calibration import PHASES, calibrated, measured_seconds, metrics_rows, response_length
 from rlhf_dist.planning.hardware import GPUS, Cluster
 from rlhf_dist.planning.plan import plan_run
 from rlhf_dist.planning.timeline import Rates
+from rlhf_dist.ppo.build import run_ppo
+from rlhf_dist.ppo.config import PPOConfig
 
 CLUSTER = Cluster(GPUS["cpu"], 1, 1, GPUS["cpu"].memory_bytes)
 SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "initializer_range": 0.02}
@@ -66,7 +66,7 @@ def run(folder: Path, name: str, sizes: dict[str, Any], response: int, prompts: 
         }
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        wiring.run_ppo(config)
+        run_ppo(config)
     return config
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_dist.batches import length_mask
+from rlhf_dist.core.batches import length_mask
 
 Rows = list[list[float]]
 REL, ABS = 1e-5, 1e-6

@@ -14,12 +14,12 @@ import torch
 from golden_data import RUNS, PpoRun, ppo_run
 from torch.testing import assert_close
 
-from rlhf_dist.algo.advantages import gae
-from rlhf_dist.algo.kl import kl_k2
-from rlhf_dist.algo.logprobs import taken_logprobs
-from rlhf_dist.algo.losses import policy_loss, value_loss
-from rlhf_dist.algo.masking import masked_mean, masked_sum, masked_whiten
-from rlhf_dist.algo.rewards import token_rewards
+from rlhf_dist.core.kl import kl_k2
+from rlhf_dist.core.logprobs import taken_logprobs
+from rlhf_dist.core.masking import masked_mean, masked_sum, masked_whiten
+from rlhf_dist.ppo.advantages import gae
+from rlhf_dist.ppo.losses import policy_loss, value_loss
+from rlhf_dist.ppo.rewards import token_rewards
 
 assert_near = functools.partial(assert_close, rtol=1e-5, atol=2e-6)
 INVALID_LOGPROB = 1.0

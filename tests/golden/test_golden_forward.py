@@ -14,7 +14,7 @@ from golden_data import ppo_run
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf_dist.batches import length_mask, pad_rows
+from rlhf_dist.core.batches import length_mask, pad_rows
 from rlhf_dist.models.forward import (
     ScalarHead,
     TargetLogprobs,

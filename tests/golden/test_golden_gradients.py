@@ -11,8 +11,8 @@ import torch
 from golden_ragged import POLICY_OPTIONS, Ragged, Rows
 from torch import Tensor
 
-from rlhf_dist.algo import losses
-from rlhf_dist.batches import length_mask
+from rlhf_dist.core.batches import length_mask
+from rlhf_dist.ppo import losses
 
 
 def assert_gradient(

@@ -11,18 +11,13 @@ import torch
 from golden_ragged import POLICY_OPTIONS, Ragged, close
 from torch.testing import assert_close
 
-from rlhf_dist.algo import kl, losses
-from rlhf_dist.algo.advantages import gae
-from rlhf_dist.algo.logprobs import taken_logprobs
-from rlhf_dist.algo.masking import masked_mean, masked_var, masked_whiten
-from rlhf_dist.algo.rewards import (
-    RunningMoments,
-    normalise_scores,
-    overlong_penalty,
-    shape_scores,
-    token_rewards,
-)
-from rlhf_dist.batches import length_mask
+from rlhf_dist.core import kl
+from rlhf_dist.core.batches import length_mask
+from rlhf_dist.core.logprobs import taken_logprobs
+from rlhf_dist.core.masking import masked_mean, masked_var, masked_whiten
+from rlhf_dist.ppo import losses
+from rlhf_dist.ppo.advantages import gae
+from rlhf_dist.ppo.rewards import RunningMoments, normalise_scores, overlong_penalty, shape_scores, token_rewards
 
 SEEDS = (0, 1, 2)
 

@@ -12,12 +12,12 @@ import torch
 from golden_data import RUNS, PpoRun, ppo_run
 from torch.testing import assert_close
 
-from rlhf_dist.algo.advantages import gae
-from rlhf_dist.algo.kl import KL_ESTIMATORS
-from rlhf_dist.algo.logprobs import taken_logprobs
-from rlhf_dist.algo.losses import policy_loss, value_loss
-from rlhf_dist.algo.masking import masked_mean, masked_var, masked_whiten
-from rlhf_dist.algo.rewards import shape_scores, token_rewards
+from rlhf_dist.core.kl import KL_ESTIMATORS
+from rlhf_dist.core.logprobs import taken_logprobs
+from rlhf_dist.core.masking import masked_mean, masked_var, masked_whiten
+from rlhf_dist.ppo.advantages import gae
+from rlhf_dist.ppo.losses import policy_loss, value_loss
+from rlhf_dist.ppo.rewards import shape_scores, token_rewards
 
 assert_near = functools.partial(assert_close, rtol=1e-5, atol=2e-6)
 """Both sides are fp32, in another order of operations."""

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.batches import Experience, StepReport, StepShare, TokenBatch
-from rlhf_dist.cluster.proxies import PolicyRole
-from rlhf_dist.config import PPOSettings
+from rlhf_dist.core.batches import Experience, TokenBatch
+from rlhf_dist.core.steps import StepReport, StepShare
+from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.ppo.policy_worker import PolicyWorker
+from rlhf_dist.ppo.roles import PolicyRole
 
 TEMPERATURE = 0.8
 PTX_COEF = 27.8
@@ -38,7 +40,7 @@ Gradient = dict[str, Tensor]
 def policy(path: Path, stage: int = 0) -> Any:
     config = trained(path, zero_stage=stage)
     settings = PPOSettings(ptx_coef=PTX_COEF)
-    return hosted("policy:PolicyWorker", config=config, num_steps=2, temperature=TEMPERATURE, settings=settings)
+    return hosted(PolicyWorker, config=config, num_steps=2, temperature=TEMPERATURE, settings=settings)
 
 
 def step_of(group: Any, with_ptx: bool, measure_terms: bool = False) -> StepReport:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_data import load, tensors
 
-from rlhf_dist.algo.losses import pairwise_loss
+from rlhf_dist.reward.losses import pairwise_loss
 
 CASES = load("trl_reward.json")["cases"]
 

@@ -7,8 +7,8 @@ import torch
 from golden_data import load, tensors
 from torch.testing import assert_close
 
-from rlhf_dist.algo.logprobs import taken_logprobs
-from rlhf_dist.algo.losses import nll_loss
+from rlhf_dist.core.logprobs import taken_logprobs
+from rlhf_dist.core.losses import nll_loss
 
 STEPS = [[tensors(m) for m in step["micro_batches"]] for step in load("trl_sft.json")["steps"]]
 MICRO_BATCHES = [m for step in STEPS for m in step]

@@ -12,15 +12,20 @@ import torch
 from support.runs import metrics, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.cli import wiring
-from rlhf_dist.cluster.session import RaySession
-from rlhf_dist.config import PPOConfig, RayConfig, RewardConfig, SFTConfig
+from rlhf_dist.config.hosting import RayConfig
+from rlhf_dist.distributed.ray.session import RaySession
+from rlhf_dist.ppo.build import run_ppo
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.build import run_reward
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.sft.build import run_sft
+from rlhf_dist.sft.config import SFTConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 COMMANDS = {
-    "sft": (SFTConfig, wiring.run_sft),
-    "reward": (RewardConfig, wiring.run_reward),
-    "ppo": (PPOConfig, wiring.run_ppo),
+    "sft": (SFTConfig, run_sft),
+    "reward": (RewardConfig, run_reward),
+    "ppo": (PPOConfig, run_ppo),
 }
 Make = Callable[..., dict[str, Any]]
 

@@ -17,10 +17,11 @@ import psutil
 import pytest
 from support.runs import cli, write_config
 
-from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.cluster.session import RaySession
-from rlhf_dist.config import Placement, RayConfig
-from rlhf_dist.errors import PlacementError
+from rlhf_dist.config.hosting import Placement, RayConfig
+from rlhf_dist.core.errors import PlacementError
+from rlhf_dist.distributed.group import WorkerSpec
+from rlhf_dist.distributed.ray.session import RaySession
+from rlhf_dist.distributed.workers.reward import RewardWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]
@@ -126,7 +127,7 @@ def small_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s
 
 def _ask_for_too_much(address: str, logs_dir: Path) -> None:
     def spec(role: str, num_ranks: int) -> WorkerSpec:
-        return WorkerSpec(role, "rlhf_dist.workers.reward:RewardWorker", Placement(num_ranks=num_ranks))
+        return WorkerSpec(role, Placement(num_ranks=num_ranks), RewardWorker)
 
     session = RaySession(RayConfig(address=address, placement_timeout_s=3), "auto")
     try:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from support.runs import cli, write_config
 
-from rlhf_dist.cli import label
+from rlhf_dist.curation import label
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser and is not installed")

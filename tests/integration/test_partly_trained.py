@@ -14,8 +14,12 @@ import torch
 from support.runs import metrics, weights
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_dist.cli.wiring import run_ppo, run_reward, run_sft
-from rlhf_dist.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_dist.ppo.build import run_ppo
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.build import run_reward
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.sft.build import run_sft
+from rlhf_dist.sft.config import SFTConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., dict[str, Any]]

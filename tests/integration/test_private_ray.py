@@ -33,8 +33,8 @@ def _run(program: str, *arguments: str, **variables: str) -> list[str]:
 
 _JOINED = """
 import os, subprocess, sys
-from rlhf_dist.cluster.session import RaySession
-from rlhf_dist.config import RayConfig
+from rlhf_dist.distributed.ray.session import RaySession
+from rlhf_dist.config.hosting import RayConfig
 
 session = RaySession(RayConfig(), "cpu")
 session._connect()
@@ -66,13 +66,14 @@ def test_it_has_a_token_that_no_file_holds(tmp_path: Path) -> None:
 _HOSTED = """
 import sys
 from pathlib import Path
-from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.cluster.session import RaySession
-from rlhf_dist.config import Placement, RayConfig
-from support.surroundings import WORKER
+from rlhf_dist.distributed.group import WorkerSpec
+from rlhf_dist.distributed.ray.session import RaySession
+from rlhf_dist.config.hosting import Placement, RayConfig
+from support.surroundings import Surroundings
 
 def hosted(session, num_ranks=1, role="model"):
-    return session.place([WorkerSpec(role, WORKER, Placement(num_ranks=num_ranks))], seed=0, logs_dir=lambda: Path(sys.argv[1]))
+    spec = WorkerSpec(role, Placement(num_ranks=num_ranks), Surroundings)
+    return session.place([spec], seed=0, logs_dir=lambda: Path(sys.argv[1]))
 """
 
 _SIGNALLED = (
@@ -155,8 +156,8 @@ _CLUSTER = """
 import os, subprocess, sys
 from pathlib import Path
 import ray
-from rlhf_dist.cluster.session import RaySession
-from rlhf_dist.config import RayConfig
+from rlhf_dist.distributed.ray.session import RaySession
+from rlhf_dist.config.hosting import RayConfig
 
 session = RaySession(RayConfig(), "cpu")
 session._connect()

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_dist.cli import quickstart
-from rlhf_dist.config import PPOSettings, RewardSettings, SFTSettings
-from rlhf_dist.starter.gold import gold_score
-from rlhf_dist.starter.recipes import RECIPES, TINY
-from rlhf_dist.starter.records import StarterSizes, write_records
+from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.quickstart import run as quickstart
+from rlhf_dist.quickstart.gold import gold_score
+from rlhf_dist.quickstart.recipes import RECIPES, TINY
+from rlhf_dist.quickstart.records import StarterSizes, write_records
+from rlhf_dist.reward.config import RewardSettings
+from rlhf_dist.sft.config import SFTSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from support.tiny import save_tiny_lm
 
-from rlhf_dist.cli import wiring
-from rlhf_dist.cluster.inline import InlineSession
-from rlhf_dist.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.config.load import load_config
+from rlhf_dist.distributed.inline import InlineSession
+from rlhf_dist.ppo.build import run_ppo
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.build import run_reward
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.sft.build import run_sft
+from rlhf_dist.sft.config import SFTConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
@@ -43,13 +47,13 @@ def test_sft_reward_and_ppo_run_from_yaml_on_real_data(
     sft = load_config(
         SFTConfig, RECIPES / "gsm8k_sft.yaml", overrides("sft", **model, **short, sft__num_steps=2, sft__batch_size=4)
     )
-    assert wiring.run_sft(sft, session)["num_steps"] == 2
+    assert run_sft(sft, session)["num_steps"] == 2
     reward = load_config(
         RewardConfig,
         RECIPES / "movie_reward.yaml",
         overrides("reward", **model, **short, reward__num_steps=3, reward__batch_size=8),
     )
-    summary = wiring.run_reward(reward, session)
+    summary = run_reward(reward, session)
     assert 0 < summary["after"]["eval_accuracy"] < 1
     frozen = {f"{role}__precision": "fp32" for role in ("policy", "value", "reference", "reward")}
     ppo = load_config(
@@ -73,7 +77,7 @@ def test_sft_reward_and_ppo_run_from_yaml_on_real_data(
             **frozen,
         ),
     )
-    assert wiring.run_ppo(ppo, session)["num_iterations"] == 1
+    assert run_ppo(ppo, session)["num_iterations"] == 1
     for stage in ("sft", "reward", "ppo"):
         assert json.loads((tmp_path / stage / "summary.json").read_text())["seed"] == 0
         assert (tmp_path / stage / "model" / "model.safetensors").is_file()

@@ -11,10 +11,12 @@ import pytest
 import torch
 from support.runs import metrics, weights
 
-from rlhf_dist.cli import wiring
-from rlhf_dist.cli.prepare import prepare_eval, prepare_reward
-from rlhf_dist.config import EvalConfig, RewardConfig
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.evaluation.build import prepare as prepare_eval
+from rlhf_dist.evaluation.config import EvalConfig
+from rlhf_dist.reward.build import prepare as prepare_reward
+from rlhf_dist.reward.build import run_reward
+from rlhf_dist.reward.config import RewardConfig
 
 Make = Callable[..., dict[str, Any]]
 WORDS = ["calm", "kind", "cool", "lime", "mild", "warm", "dear", "fond", "glad", "neat", "wise", "bold"]
@@ -29,7 +31,7 @@ ROWS = [
 
 
 @pytest.fixture
-def run_reward(make_config: Make, tmp_path: Path) -> Callable[..., Path]:
+def reward_run(make_config: Make, tmp_path: Path) -> Callable[..., Path]:
     """Runs in this process on `rows` and gives the run's folder."""
 
     def run(name: str, rows: list[dict[str, Any]] = ROWS, model: dict[str, Any] | None = None, **settings: Any) -> Path:
@@ -39,23 +41,23 @@ def run_reward(make_config: Make, tmp_path: Path) -> Callable[..., Path]:
         config["data"]["train"] = [{"path": str(path), "kind": "preference"}]
         config["reward"] |= {"num_steps": 12} | settings
         config["model"] |= model or {}
-        wiring.run_reward(RewardConfig.model_validate(config))
+        run_reward(RewardConfig.model_validate(config))
         return tmp_path / name
 
     return run
 
 
-def test_a_reward_model_learns_from_rankings(run_reward: Callable[..., Path]):
-    run_dir = run_reward("run")
+def test_a_reward_model_learns_from_rankings(reward_run: Callable[..., Path]):
+    run_dir = reward_run("run")
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     assert summary["after"]["eval_margin"] > summary["before"]["eval_margin"] + 0.5
     assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
     assert summary["after"]["eval_accuracy"] > 0.9
 
 
-def test_margins_and_centering_are_in_the_loss_of_a_run(run_reward: Callable[..., Path]):
-    plain, margins = run_reward("plain"), run_reward("margins", margin_coef=1.0)
-    centred = run_reward("centred", centering_coef=0.5)
+def test_margins_and_centering_are_in_the_loss_of_a_run(reward_run: Callable[..., Path]):
+    plain, margins = reward_run("plain"), reward_run("margins", margin_coef=1.0)
+    centred = reward_run("centred", centering_coef=0.5)
     first = {path.name: metrics(path)[1][1] for path in (plain, margins, centred)}
     # The same model on the same pairs: what differs is the objective.
     for name in ("margins", "centred"):
@@ -107,16 +109,16 @@ def test_an_evaluation_does_not_check_margins(make_config: Make, tmp_path: Path,
             "data": {"preferences": [{"path": str(path), "kind": "preference"}], "max_length_tokens": 64},
         }
     )
-    assert prepare_eval(config).facts["preferences"] == len(UNRELATED)
+    assert prepare_eval(config).run_summary["preferences"] == len(UNRELATED)
 
 
 def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_path: Path):
     rows = [*ROWS, {"prompt": "p", "responses": ["good", "good", "bad", "good"]}]
     prepared = prepare_reward(reward_config(make_config, tmp_path, rows, eval_fraction=0))
-    found = prepared.facts["training records: responses left out of rankings"]
+    found = prepared.run_summary["training records: responses left out of rankings"]
     assert found.startswith("2 (")
     assert "rows.jsonl:26" in found
-    assert "training records: left out" not in prepared.facts
+    assert "training records: left out" not in prepared.run_summary
 
 
 @pytest.mark.parametrize(
@@ -143,8 +145,8 @@ def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_pat
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_first(
-    run_reward: Callable[..., Path], rows: Any, changes: dict[str, Any], error: type, words: str, tmp_path: Path
+    reward_run: Callable[..., Path], rows: Any, changes: dict[str, Any], error: type, words: str, tmp_path: Path
 ):
     with pytest.raises(error, match=words):
-        run_reward("run", rows, **changes)
+        reward_run("run", rows, **changes)
     assert not (tmp_path / "run").exists()

@@ -13,10 +13,11 @@ import torch
 from support.runs import metrics, weights, write_config
 
 from rlhf_dist.cli import main
-from rlhf_dist.cli.wiring import run_sft, validate
-from rlhf_dist.config import SFTConfig
-from rlhf_dist.errors import ConfigError
-from rlhf_dist.trainers.supervised import SFTTask
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.pipeline.commands import validate
+from rlhf_dist.sft.build import run_sft
+from rlhf_dist.sft.config import SFTConfig
+from rlhf_dist.sft.trainer import SFTTask
 
 Make = Callable[..., dict[str, Any]]
 STEPS = 7

@@ -101,11 +101,11 @@ _DEAF = """
 import os, sys
 from pathlib import Path
 from rlhf_dist.cluster import session
-from rlhf_dist.cluster.actor import RankHost
-from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.config import Placement, RayConfig
-from rlhf_dist.errors import PlacementError
-from support.surroundings import WORKER
+from rlhf_dist.distributed.ray.actor import RankHost
+from rlhf_dist.distributed.group import WorkerSpec
+from rlhf_dist.config.hosting import Placement, RayConfig
+from rlhf_dist.core.errors import PlacementError
+from support.surroundings import Surroundings
 
 class DeafHost(RankHost):
     def listen(self, port):
@@ -115,7 +115,7 @@ placement = Placement(num_ranks=2, placement_strategy="STRICT_SPREAD")
 for session.RankHost in (RankHost, DeafHost):
     ours = session.RaySession(RayConfig(address=sys.argv[1], env_vars={"PYTHONPATH": os.environ["PYTHONPATH"]}), "cpu")
     try:
-        with ours.place([WorkerSpec("policy", WORKER, placement)], seed=0, logs_dir=lambda: Path(sys.argv[2])) as groups:
+        with ours.place([WorkerSpec("policy", placement, Surroundings)], seed=0, logs_dir=lambda: Path(sys.argv[2])) as groups:
             print(groups["policy"].call("answer").result())
     except PlacementError as error:
         print(error)

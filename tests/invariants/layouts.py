@@ -14,10 +14,14 @@ from support.bench import Layout
 from support.tiny import random_rows, rollout_batch, token_batch
 from torch import Tensor
 
-from rlhf_dist.batches import Experience, PreferenceBatch, RolloutBatch, pad_rows
-from rlhf_dist.cli.prepare import ppo_specs, prepare_reward, prepare_sft
-from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_dist.core.batches import Experience, PreferenceBatch, RolloutBatch, pad_rows
+from rlhf_dist.distributed.group import WorkerSpec
+from rlhf_dist.ppo.build import worker_specs
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.build import prepare as prepare_reward
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.sft.build import prepare as prepare_sft
+from rlhf_dist.sft.config import SFTConfig
 
 BASE = Layout(ranks=2, zero_stage=2, micro_batch_size=2)
 """One thing at a time is varied from here."""
@@ -211,4 +215,4 @@ def ppo_config(
 
 def ppo_spec(config: PPOConfig, role: str) -> WorkerSpec:
     """The spec of one role."""
-    return next(spec for spec in ppo_specs(config) if spec.role == role)
+    return next(spec for spec in worker_specs(config) if spec.role == role)

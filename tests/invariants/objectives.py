@@ -29,9 +29,11 @@ from support.bench import Bench, Layout, saved_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.batches import Experience
-from rlhf_dist.cluster.proxies import LanguageModelRole, PolicyRole, PreferenceModelRole, ValueRole
-from rlhf_dist.cluster.reports import Shares
+from rlhf_dist.core.batches import Experience
+from rlhf_dist.distributed.metrics_reduce import Shares
+from rlhf_dist.ppo.roles import PolicyRole, ValueRole
+from rlhf_dist.reward.roles import PreferenceModelRole
+from rlhf_dist.sft.roles import LanguageModelRole
 
 SFT, RM, POLICY, EXTENDED_POLICY, VALUE = OBJECTIVES = tuple(MAX_GRAD_NORM)
 

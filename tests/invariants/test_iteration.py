@@ -19,9 +19,10 @@ from objectives import Reference, Trainings, language_model, role_of, scalar_mod
 from support.bench import Layout
 from torch import Tensor
 
-from rlhf_dist.batches import FINISHED, TRUNCATED, Experience
-from rlhf_dist.cluster.proxies import PolicyRole, ReferenceRole, RewardRole, ValueRole
-from rlhf_dist.trainers.experience import PPOState, Scored, make_experience
+from rlhf_dist.core.batches import FINISHED, TRUNCATED, Experience
+from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
+from rlhf_dist.ppo.experience import PPOState, Scored, make_experience
+from rlhf_dist.ppo.roles import PolicyRole, ValueRole
 
 REASONS = torch.tensor(
     [FINISHED, TRUNCATED, TRUNCATED, FINISHED, FINISHED, TRUNCATED, FINISHED, TRUNCATED, FINISHED, FINISHED]

@@ -22,9 +22,10 @@ from support.bench import Layout, saved_weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rlhf_dist.algo.near_ties import NearTieRule
-from rlhf_dist.algo.random import uniforms
-from rlhf_dist.cluster.proxies import LanguageModelRole, PreferenceModelRole
+from rlhf_dist.core.near_ties import NearTieRule
+from rlhf_dist.core.random import uniforms
+from rlhf_dist.reward.roles import PreferenceModelRole
+from rlhf_dist.sft.roles import LanguageModelRole
 
 SEED = 0
 """Of the bench."""

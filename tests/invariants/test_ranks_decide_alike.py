@@ -19,9 +19,10 @@ from objectives import POLICY, Trainings, role_of, splits_of
 from support.bench import Layout, read_weights, saved_weights
 from torch import Tensor
 
-from rlhf_dist.batches import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS, Experience
-from rlhf_dist.cluster.proxies import PolicyRole
-from rlhf_dist.errors import SampleError
+from rlhf_dist.core.batches import Experience
+from rlhf_dist.core.errors import SampleError
+from rlhf_dist.core.steps import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS
+from rlhf_dist.ppo.roles import PolicyRole
 
 DECAY = 0.7
 BAD_ROW, BAD_STEP = 5, STEPS[2]

@@ -13,7 +13,7 @@ from objectives import SFT, Outcome, Reference, Trainings, language_model, role_
 from support.bench import Layout, saved_weights
 from torch import Tensor
 
-from rlhf_dist.cluster.proxies import LanguageModelRole
+from rlhf_dist.sft.roles import LanguageModelRole
 
 COEF = 0.4
 BUDGET = {"micro_batch_tokens": MAX_LENGTH}

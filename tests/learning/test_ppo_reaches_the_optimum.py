@@ -28,16 +28,23 @@ from support.tiny import hosted, trained
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_dist.batches import SequenceBatch
-from rlhf_dist.cluster.futures import completed
-from rlhf_dist.cluster.proxies import GroupWeightSync, PolicyRole, ReferenceRole, RolloutRole, ValueRole
-from rlhf_dist.config import FrozenModel, PPOSettings, RolloutConfig, RunConfig
-from rlhf_dist.data.datasets import PromptDataset
-from rlhf_dist.data.store import DataReport
-from rlhf_dist.tracking.run_folder import RunFolder
-from rlhf_dist.trainers.checkpoint import Checkpoints
-from rlhf_dist.trainers.ppo import PPOData, PPORoles, PPOTrainer, Precisions
-from rlhf_dist.trainers.run import Run
+from rlhf_dist.config.hosting import FrozenModel, RunConfig
+from rlhf_dist.core.batches import SequenceBatch
+from rlhf_dist.data.bad_rows import DataReport
+from rlhf_dist.data.datasets import PromptDataset, Ragged
+from rlhf_dist.distributed.futures import completed
+from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RolloutRole
+from rlhf_dist.distributed.workers.reference import ReferenceWorker
+from rlhf_dist.distributed.workers.rollout import RolloutWorker
+from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.ppo.policy_worker import PolicyWorker
+from rlhf_dist.ppo.roles import PolicyRole, ValueRole
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.value_worker import ValueWorker
+from rlhf_dist.rollout.config import RolloutConfig
+from rlhf_dist.run.checkpoint import Checkpoints
+from rlhf_dist.run.run import Run
+from rlhf_dist.run.run_folder import RunFolder
 
 PROMPTS = [[5, 9, 3], [7, 7, 2, 11]]
 BETA, TEMPERATURE, BATCH = 0.5, 0.8, 512
@@ -115,10 +122,10 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
     frozen = FrozenModel(model_path=str(tiny_lm), precision="fp32")
     policy_config, value_config = (trained(path, optimizer=optimizer) for path in (tiny_lm, tiny_rm))
     with (
-        hosted("policy:PolicyWorker", config=policy_config, settings=ppo, **common, **at_temperature) as policy,
-        hosted("value:ValueWorker", config=value_config, clip_range=None, **common) as value,
-        hosted("reference:ReferenceWorker", config=frozen, **at_temperature) as reference,
-        hosted("rollout:RolloutWorker", config=rollout_config, model_path=str(tiny_lm), precision="fp32") as rollout,
+        hosted(PolicyWorker, config=policy_config, settings=ppo, **common, **at_temperature) as policy,
+        hosted(ValueWorker, config=value_config, clip_range=None, **common) as value,
+        hosted(ReferenceWorker, config=frozen, **at_temperature) as reference,
+        hosted(RolloutWorker, config=rollout_config, model_path=str(tiny_lm), precision="fp32") as rollout,
         Run.open(RunConfig(run_dir=run_dir), folder, None) as run,
     ):
         roles = PPORoles(
@@ -132,7 +139,7 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
         yield PPOTrainer(
             run,
             roles,
-            PPOData(PromptDataset(PROMPTS, ["a", "b"], DataReport()), None, None, decode=str),
+            PPOData(PromptDataset(Ragged(PROMPTS), ["a", "b"], DataReport()), None, None, decode=str),
             ppo,
             Checkpoints(folder.checkpoints_dir, keep_last=1),
             every_iterations=0,

@@ -15,10 +15,11 @@ import pytest
 import torch
 from support.tiny import hosted, random_rows, trained
 
-from rlhf_dist.algo.random import uniforms
-from rlhf_dist.batches import PreferenceBatch
-from rlhf_dist.cluster.proxies import PreferenceModelRole
+from rlhf_dist.core.batches import PreferenceBatch
+from rlhf_dist.core.random import uniforms
 from rlhf_dist.data.sampler import EpochSampler
+from rlhf_dist.reward.roles import PreferenceModelRole
+from rlhf_dist.reward.worker import PreferenceModelWorker
 
 TRUE_SCORES = torch.linspace(-1.75, 1.75, 8, dtype=torch.float64)
 ITEMS = random_rows([3, 5, 4, 2, 5, 3, 4, 2], seed=4)
@@ -40,7 +41,7 @@ def test_scores_recover_a_known_scale(tiny_lm: Path, num_records: int, num_respo
     sampler = EpochSampler(num_records, 0, "order")
     optimizer = {"learning_rate": 2e-3, "weight_decay": 0.0}
     config = trained(tiny_lm, optimizer=optimizer, micro_batch_size=BATCH_SIZE)
-    with hosted("preference_model:PreferenceModelWorker", config=config, num_steps=NUM_STEPS) as group:
+    with hosted(PreferenceModelWorker, config=config, num_steps=NUM_STEPS) as group:
         role = PreferenceModelRole(group, BATCH_SIZE)
         for step in range(NUM_STEPS):
             rows = sampler.indices(step * BATCH_SIZE, BATCH_SIZE).tolist()

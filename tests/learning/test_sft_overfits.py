@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_dist.cli import wiring
-from rlhf_dist.config import SFTConfig
+from rlhf_dist.sft.build import run_sft
+from rlhf_dist.sft.config import SFTConfig
 
 ANSWERS = {
     "Name a colour.": "red",
@@ -46,7 +46,7 @@ def run_dir(tiny_lm: Path, tmp_path: Path) -> Path:
         "data": {"train": [source], "eval": [source], "max_length_tokens": 96},
         "sft": {"batch_size": 8, "num_steps": 80},
     }
-    wiring.run_sft(SFTConfig.model_validate(config))
+    run_sft(SFTConfig.model_validate(config))
     return tmp_path / "run"
 
 

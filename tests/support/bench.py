@@ -16,10 +16,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec
-from rlhf_dist.cluster.inline import InlineSession
-from rlhf_dist.cluster.session import RaySession
-from rlhf_dist.config import RayConfig
+from rlhf_dist.config.hosting import RayConfig
+from rlhf_dist.distributed.group import WorkerGroup, WorkerSpec
+from rlhf_dist.distributed.inline import InlineSession
+from rlhf_dist.distributed.ray.session import RaySession
 
 
 @dataclass(frozen=True)

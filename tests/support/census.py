@@ -27,7 +27,7 @@ def take(cases: list[dict[str, Any]], num_ranks: int) -> list[list[dict[str, dic
 
     A case is `path` (a model), `scalar`, and keys of its `TrainedModel`.
     """
-    from rlhf_dist.engine.distributed import free_port
+    from rlhf_dist.distributed.deepspeed.process_group import free_port
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = (num_ranks, free_port(), cases, folder)
@@ -37,7 +37,7 @@ def take(cases: list[dict[str, Any]], num_ranks: int) -> list[list[dict[str, dic
 
 
 def _rank(rank: int, num_ranks: int, port: int, cases: list[dict[str, Any]], folder: str) -> None:
-    from rlhf_dist.engine.distributed import RankContext, join_process_group, prepare_process
+    from rlhf_dist.distributed.deepspeed.process_group import RankContext, join_process_group, prepare_process
 
     warnings.filterwarnings("ignore")
     context = RankContext(rank=rank, world_size=num_ranks, master_port=port)
@@ -53,9 +53,9 @@ def _rank(rank: int, num_ranks: int, port: int, cases: list[dict[str, Any]], fol
 
 
 def _census(case: dict[str, Any], context: Any) -> dict[str, dict[str, int]]:
-    from rlhf_dist.batches import PreferenceBatch
-    from rlhf_dist.workers.language_model import LanguageModelWorker
-    from rlhf_dist.workers.preference_model import PreferenceModelWorker
+    from rlhf_dist.core.batches import PreferenceBatch
+    from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
+    from rlhf_dist.reward.worker import PreferenceModelWorker
     from support.tiny import token_batch, trained
 
     earlier = list(_all_tensors())  # held, so that nothing new gets their addresses

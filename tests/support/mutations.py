@@ -92,7 +92,7 @@ MUTATIONS = [
                 _POLICY,
                 "reports: list[StepReport] = []",
                 "from dataclasses import replace\n\n"
-                "        from rlhf_dist.algo.masking import masked_whiten\n\n"
+                "        from rlhf_dist.core.masking import masked_whiten\n\n"
                 "        white = masked_whiten(experience.advantages, experience.response_mask)\n"
                 "        experience, reports = replace(experience, advantages=white), []",
             )

@@ -11,8 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from rlhf_dist.cli.plan import command
-from rlhf_dist.planning import tables
+from rlhf_dist.planning import command, tables
 from rlhf_dist.planning.plan import scaled
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from rlhf_dist.engine.distributed import RankContext, free_port, prepare_process
+from rlhf_dist.distributed.deepspeed.process_group import RankContext, free_port, prepare_process
 
 
 def run_ranks(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf_dist.engine.distributed import free_port
+from rlhf_dist.distributed.deepspeed.process_group import free_port
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from rlhf_dist.batches import NON_FINITE_GRADIENT, NON_FINITE_LOSS, TokenBatch
-from rlhf_dist.workers.passes import pick
+from rlhf_dist.core.batches import TokenBatch
+from rlhf_dist.core.steps import NON_FINITE_GRADIENT, NON_FINITE_LOSS
+from rlhf_dist.distributed.workers.inference import pick
 from support.tiny import whole_weights, worker_of
 
 MICRO = [[0, 1], [2, 3], [4]]

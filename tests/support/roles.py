@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from rlhf_dist.batches import FINISHED, RolloutBatch, UpdateReport, length_mask, pad_rows
-from rlhf_dist.errors import RunFolderError
+from rlhf_dist.core.batches import FINISHED, RolloutBatch, length_mask, pad_rows
+from rlhf_dist.core.errors import RunFolderError
+from rlhf_dist.core.steps import UpdateReport
 
 Events = list[tuple[Any, ...]]
 

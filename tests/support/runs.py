@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf_dist.tracking.metrics import is_clock
-from rlhf_dist.tracking.trackers import read_metrics
+from rlhf_dist.run.metrics import is_clock
+from rlhf_dist.run.trackers import read_metrics
 
 
 def cli(*arguments: str, **kwargs: Any) -> subprocess.Popen[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from rlhf_dist.engine.distributed import RankContext
-
-WORKER = f"{__name__}:Surroundings"
+from rlhf_dist.distributed.deepspeed.process_group import RankContext
 
 
 class Surroundings:

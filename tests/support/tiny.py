@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from rlhf_dist.batches import FINISHED, Experience, PromptBatch, RolloutBatch, TokenBatch, length_mask, pad_rows
-from rlhf_dist.cluster.group import WorkerGroup, WorkerSpec
-from rlhf_dist.cluster.inline import InlineSession
-from rlhf_dist.config import OptimizerConfig, Placement, TrainedModel
-from rlhf_dist.engine import zero
-from rlhf_dist.starter.tokenizer import train_tokenizer
+from rlhf_dist.config.hosting import OptimizerConfig, Placement, TrainedModel
+from rlhf_dist.core.batches import FINISHED, Experience, PromptBatch, RolloutBatch, TokenBatch, length_mask, pad_rows
+from rlhf_dist.distributed.deepspeed import zero
+from rlhf_dist.distributed.group import WorkerGroup, WorkerSpec
+from rlhf_dist.distributed.inline import InlineSession
+from rlhf_dist.quickstart.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 300
 _TEXTS = ["calm is good; cool, calming, crime.", "Write three words that start like this.\n\ncalm, kind"] * 20
@@ -138,9 +139,9 @@ def trained(path: Path, **changes: Any) -> TrainedModel:
 
 
 @contextlib.contextmanager
-def hosted(worker: str, seed: int = 0, **kwargs: Any) -> Iterator[WorkerGroup]:
-    """A worker (`module:Class` under `rlhf_dist.workers`) hosted in this process."""
-    spec = WorkerSpec("role", f"rlhf_dist.workers.{worker}", Placement(), kwargs)
+def hosted(worker: Callable[..., Any], seed: int = 0, **kwargs: Any) -> Iterator[WorkerGroup]:
+    """A worker's class, hosted in this process with the arguments `kwargs`."""
+    spec = WorkerSpec("role", Placement(), partial(worker, **kwargs))
     with InlineSession("cpu").place([spec], seed=seed, logs_dir=Path) as groups:
         yield groups["role"]
 

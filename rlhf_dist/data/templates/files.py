@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_dist.config.load import load_file
 from rlhf_dist.config.templates import Labels, Template, TemplateFile, TemplateSettings
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

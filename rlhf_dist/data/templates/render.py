@@ -14,15 +14,15 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
-from rlhf_dist.algo.random import derived_seed, permutation
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.templates import Labels, Template, TemplateSettings
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.core.random import derived_seed, permutation
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.templates.files import PromptsourceTemplate, Templates, load_templates
 from rlhf_dist.data.templates.sandbox import Sandbox
 from rlhf_dist.data.templates.sandbox import render as rendered_text
-from rlhf_dist.errors import ConfigError, DataError
 
 _SEPARATOR = "|||"
 _HIDDEN_SEPARATOR = "\x00separator\x00"

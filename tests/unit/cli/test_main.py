@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist import __version__, cli
-from rlhf_dist.cli.arguments import CONFIG_COMMANDS
 from rlhf_dist.cli.main import OTHER_COMMANDS, main
-from rlhf_dist.errors import ConfigError, DataError, PlacementError, WorkerError
+from rlhf_dist.core.errors import ConfigError, DataError, PlacementError, WorkerError
+from rlhf_dist.pipeline import commands
+from rlhf_dist.pipeline.arguments import CONFIG_COMMANDS
+from rlhf_dist.pipeline.commands import Command
 
 SFT = "run_dir: r\nmodel: {model_path: m}\ndata: {train: [{path: a, kind: text}]}\n"
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "datasets", "wandb", "numpy"]
@@ -25,8 +27,8 @@ def sft(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def wiring(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """In place of rlhf_dist.cli.wiring: records what it is called with; `fail` is raised when set."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """In place of pipeline/commands.py: records what it is called with; `fail` is raised when set."""
     recorder = types.SimpleNamespace(calls=[], fail=None)
 
     def recording(name: str):
@@ -38,11 +40,9 @@ def wiring(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
         return call
 
-    module = types.ModuleType("rlhf_dist.cli.wiring")
-    for name in ("run_sft", "run_reward", "run_ppo", "run_eval", "validate"):
-        setattr(module, name, recording(name))
-    monkeypatch.setitem(sys.modules, "rlhf_dist.cli.wiring", module)
-    monkeypatch.setattr(cli, "wiring", module, raising=False)
+    runs = {name: Command(recording(f"prepare_{name}"), recording(f"run_{name}")) for name in commands.COMMANDS}
+    monkeypatch.setattr(commands, "COMMANDS", runs)
+    monkeypatch.setattr(commands, "validate", lambda command, config: recording("validate")(config))
     return recorder
 
 
@@ -84,10 +84,10 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("command", ["sft"])
 def test_a_command_runs_its_function_with_the_checked_configuration(
-    command: str, sft: str, wiring: types.SimpleNamespace
+    command: str, sft: str, recorded: types.SimpleNamespace
 ):
     assert main([command, sft, "--sft.batch_size", "5"]) == 0
-    [(name, config)] = wiring.calls
+    [(name, config)] = recorded.calls
     assert name == f"run_{command}"
     assert config.sft.batch_size == 5
 
@@ -96,29 +96,29 @@ def test_a_command_runs_its_function_with_the_checked_configuration(
     "error", [DataError("a.jsonl, line 3"), PlacementError("no GPU"), WorkerError("policy rank 1")]
 )
 def test_errors_are_one_paragraph_and_the_exit_code_of_their_class(
-    error: DataError, sft: str, wiring: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    error: DataError, sft: str, recorded: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ):
-    wiring.fail = error
+    recorded.fail = error
     assert main(["sft", sft]) == type(error).exit_code
     captured = capsys.readouterr()
     assert captured.err == f"error: {error}\n"
     assert captured.out == ""
 
 
-def test_interrupt(sft: str, wiring: types.SimpleNamespace):
-    wiring.fail = KeyboardInterrupt()
+def test_interrupt(sft: str, recorded: types.SimpleNamespace):
+    recorded.fail = KeyboardInterrupt()
     assert main(["sft", sft]) == 130
 
 
-def test_other_errors_keep_their_traceback(sft: str, wiring: types.SimpleNamespace):
-    wiring.fail = ZeroDivisionError()
+def test_other_errors_keep_their_traceback(sft: str, recorded: types.SimpleNamespace):
+    recorded.fail = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         main(["sft", sft])
 
 
-def test_validate_prints_what_was_found(sft: str, wiring: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]):
+def test_validate_prints_what_was_found(sft: str, recorded: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]):
     assert main(["validate", "sft", sft]) == 0
-    assert wiring.calls[0][0] == "validate"
+    assert recorded.calls[0][0] == "validate"
     out = capsys.readouterr().out
     assert "can be run" in out
     assert "steps" in out
@@ -152,9 +152,9 @@ def test_wrong_arguments_are_configuration_errors(
 
 def test_quickstart_flags(monkeypatch: pytest.MonkeyPatch):
     calls: list[dict[str, object]] = []
-    module = types.ModuleType("rlhf_dist.cli.quickstart")
+    module = types.ModuleType("rlhf_dist.quickstart.run")
     module.run = lambda **options: calls.append(options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rlhf_dist.cli.quickstart", module)
+    monkeypatch.setitem(sys.modules, "rlhf_dist.quickstart.run", module)
     monkeypatch.setattr(cli, "quickstart", module, raising=False)
     assert main(["quickstart"]) == 0
     assert main(["quickstart", "--run-dir", "x", "--seed", "3", "--cluster", "inline", "--overwrite"]) == 0
@@ -166,10 +166,10 @@ def test_quickstart_flags(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_eval_shows_its_result(
-    monkeypatch: pytest.MonkeyPatch, wiring: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, recorded: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ):
     summary = {"policy": {"eval_loss": 1.25, "perplexity": 3.4903}, "reward": {"accuracy": 0.875}, "seed": 0}
-    monkeypatch.setattr(sys.modules["rlhf_dist.cli.wiring"], "run_eval", lambda config: summary)
+    monkeypatch.setitem(commands.COMMANDS, "eval", Command(lambda config: None, lambda config: summary))
     monkeypatch.setattr("rlhf_dist.cli.main.load", lambda *_: object())
     assert main(["eval", "unused.yaml"]) == 0
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf_dist.config import RayConfig, SFTConfig
+from rlhf_dist.config.hosting import RayConfig
 from rlhf_dist.config.load import load_config
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.sft.config import SFTConfig
 
 SFT = """\
 run_dir: runs/a

@@ -7,11 +7,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.config.keys import nearest_key, schema_keys
 from rlhf_dist.config.load import dump_yaml, json_schema, load_config, overrides_help
 from rlhf_dist.config.yaml_file import parse_yaml, to_yaml
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.evaluation.config import EvalConfig
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.sft.config import SFTConfig
 
 PPO = """\
 run_dir: runs/a

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.config import SFTConfig
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.load import load_config
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.sft.config import SFTConfig
 
 
 def test_paths_are_meant_from_where_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +120,8 @@ def test_what_only_switches_a_refused_setting_off_is_accepted(tmp_path: Path) ->
 
 
 def test_a_partition_that_does_not_divide_the_ranks_stops_the_run_before_it_starts(tmp_path: Path) -> None:
-    from rlhf_dist.cli.checks import check_ds_config
-    from rlhf_dist.config import TrainedModel
+    from rlhf_dist.config.hosting import TrainedModel
+    from rlhf_dist.run.checks import check_ds_config
 
     path = tmp_path / "ds.json"
     content = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}, "bf16": {"enabled": True}}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf_dist.config import EvalConfig, PPOData, RewardData, SFTData
+from rlhf_dist.config.data import PPOData, RewardData, SFTData
+from rlhf_dist.evaluation.config import EvalConfig
 
 PROMPTS = [{"path": "a.jsonl", "kind": "prompt"}]
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.config.curation.dedup import Decontamination, DedupSettings, NearDuplicates
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.curation.config.dedup import Decontamination, DedupSettings, NearDuplicates
 from rlhf_dist.curation.decontamination import EvaluationIndex
 from rlhf_dist.curation.dedup import compared_text, find_duplicates
-from rlhf_dist.errors import DataError
 
 EXACT = DedupSettings(near=None)
 STORY = (

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.config.curation.dedup import NearDuplicates
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.curation.config.dedup import NearDuplicates
 from rlhf_dist.curation.fingerprints import (
     banding,
     jaccard,
@@ -16,7 +17,6 @@ from rlhf_dist.curation.fingerprints import (
     windows,
     words,
 )
-from rlhf_dist.errors import ConfigError
 
 TEXTS = st.text(alphabet="abc \n", max_size=30)
 

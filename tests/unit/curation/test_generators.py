@@ -18,13 +18,13 @@ from support.openai_server import serving
 from support.tiny import save_tiny_lm
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.config.curation.generator import GeneratorConfig, Sampling
+from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.curation.config.generator import GeneratorConfig, Sampling
 from rlhf_dist.curation.endpoint import EndpointGenerator
 from rlhf_dist.curation.generators import Completion, Request, batches, check_some_answered, cut_at_stop, load_generator
 from rlhf_dist.curation.local_models import HFGenerator
 from rlhf_dist.data.encoding import encode_prompt, stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.errors import ConfigError, ModelError
 
 GREEDY = Sampling(max_response_tokens=8, temperature=0)
 DRAWN = Sampling(max_response_tokens=8)

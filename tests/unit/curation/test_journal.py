@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_dist.core.errors import DataError, RunFolderError
 from rlhf_dist.curation.journal import Journal, read_journal
-from rlhf_dist.errors import DataError, RunFolderError
 
 
 def test_entries_come_back_in_order(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import pytest
 from pydantic import ValidationError
 from support.scripted import ScriptedGenerator
 
-from rlhf_dist.cli.data import judge as command
-from rlhf_dist.config import DataSource
-from rlhf_dist.config.curation.judge import JudgeConfig
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError, ModelError
+from rlhf_dist.curation.commands import judge as command
+from rlhf_dist.curation.config.judge import JudgeConfig
 from rlhf_dist.curation.generators import Completion, Request
 from rlhf_dist.curation.judgements import read_judgements
 from rlhf_dist.curation.judging import FAILED, UNREADABLE, read_answer
-from rlhf_dist.data.records import read_preferences
-from rlhf_dist.errors import ConfigError, DataError, ModelError
+from rlhf_dist.data.reader import read_preferences
 
 ROWS = {
     "longer": ["yes", "yes, certainly"],

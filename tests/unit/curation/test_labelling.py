@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf_dist.config.curation.label import LabelConfig, checked_name
+from rlhf_dist.core.errors import DataError, RunFolderError
 from rlhf_dist.curation.candidates import Item, item_id
+from rlhf_dist.curation.config.label import LabelConfig, checked_name
 from rlhf_dist.curation.judgements import latest, read_judgements
 from rlhf_dist.curation.label_report import agreement_rows, bias_text, label_report, progress_rows
 from rlhf_dist.curation.labelling import LabelTask, judgements_of, open_folder, shared_out, tokens_of, units_of
-from rlhf_dist.errors import DataError, RunFolderError
 
 
 def item(number: int, candidates: int = 2, same: bool = False) -> Item:

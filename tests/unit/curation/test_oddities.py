@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.curation.oddities import MEANINGS, count_oddities, oddities, printable, scripts, visible
+from rlhf_dist.curation.text_quality import MEANINGS, count_oddities, oddities, printable, scripts, visible
 
 ODD = {
     "replacement character": "lost \ufffd here",

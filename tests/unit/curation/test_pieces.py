@@ -11,7 +11,7 @@ from support.tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_dist.curation.pieces import Piece, as_json, pieces, shortened
+from rlhf_dist.curation.token_spans import Piece, as_json, pieces, shortened
 from rlhf_dist.data.encoding import encode_conversation
 
 BYTES = tiny_tokenizer()

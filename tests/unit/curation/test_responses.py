@@ -13,15 +13,15 @@ import pytest
 from pydantic import ValidationError
 from support.scripted import ScriptedGenerator
 
-from rlhf_dist.cli.data import responses as command
-from rlhf_dist.config import DataSource
-from rlhf_dist.config.curation.generator import GeneratorConfig
-from rlhf_dist.config.curation.responses import ResponsesConfig
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError, ModelError
 from rlhf_dist.curation.candidates import read_items
+from rlhf_dist.curation.commands import responses as command
+from rlhf_dist.curation.config.generator import GeneratorConfig
+from rlhf_dist.curation.config.responses import ResponsesConfig
 from rlhf_dist.curation.generators import Completion, Request
 from rlhf_dist.curation.responses import Responses, prompts_of_rows
 from rlhf_dist.curation.resumable import work_folder
-from rlhf_dist.errors import ConfigError, DataError, ModelError
 
 SAMPLING = {"max_response_tokens": 12, "temperature": 1.0}
 

@@ -18,9 +18,10 @@ import pytest
 from pydantic import ValidationError
 from support.scripted import ScriptedGenerator, made_up_tasks
 
-from rlhf_dist.cli.data import self_instruct as command
-from rlhf_dist.config import DataSource
-from rlhf_dist.config.curation.self_instruct import Rule, SelfInstructConfig, TaskFilters, TaskFormat
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError, ModelError, RunFolderError
+from rlhf_dist.curation.commands import self_instruct as command
+from rlhf_dist.curation.config.self_instruct import Rule, SelfInstructConfig, TaskFilters, TaskFormat
 from rlhf_dist.curation.generators import Completion
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import work_folder
@@ -28,8 +29,8 @@ from rlhf_dist.curation.rouge import rouge_l, rouge_tokens
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, seed_tasks
 from rlhf_dist.curation.task_filters import TaskFilter
 from rlhf_dist.curation.task_parsing import Task, TaskParser
-from rlhf_dist.data.records import Conversation, read_sequences
-from rlhf_dist.errors import ConfigError, DataError, ModelError, RunFolderError
+from rlhf_dist.data.reader import read_sequences
+from rlhf_dist.data.records import Conversation
 
 SEEDS = [
     {"instruction": "Name three cities by the sea.", "input": "", "output": "Lisbon, Osaka and Perth."},
@@ -331,7 +332,7 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {unit!r}]
 from support.scripted import ScriptedGenerator, made_up_tasks
 from test_self_instruct import config
-from rlhf_dist.cli.data import self_instruct as command
+from rlhf_dist.curation.commands import self_instruct as command
 command.load_generator = lambda *_: ScriptedGenerator(made_up_tasks, delay_s=0.05)
 command.run(config(Path({folder!r}), kept_examples=2, seed=5))
 """
@@ -472,7 +473,7 @@ def test_a_finished_result_goes_on_when_its_caps_are_raised(
 @pytest.mark.slow
 def test_with_a_real_model_and_the_real_seeds(shared_data: Path, tmp_path: Path) -> None:
     """SmolLM2-135M keeps little, and the account of what it wrote holds against its completions."""
-    from rlhf_dist.starter.smollm2 import ensure_smollm2
+    from rlhf_dist.quickstart.smollm2 import ensure_smollm2
 
     try:
         model = ensure_smollm2()

@@ -11,8 +11,8 @@ import pytest
 from data_support import CHATML, train_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config import DataSource
-from rlhf_dist.data import load_tokenizer
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

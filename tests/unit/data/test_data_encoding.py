@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.encoding import _mask, encode_conversation, encode_prompt, encode_text
-from rlhf_dist.errors import DataError
 
 
 def user(content: str) -> dict[str, str]:

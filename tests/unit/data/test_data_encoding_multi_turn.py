@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from data_support import train_tokenizer
 
-from rlhf_dist.config import DataSource, SFTData
-from rlhf_dist.data import encode_conversation, load_sft
+from rlhf_dist.config.data import DataSource, SFTData
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.encoding import encode_conversation
+from rlhf_dist.data.loading import load_sft
 from rlhf_dist.data.reader import read_prompts, read_sequences
-from rlhf_dist.errors import DataError
 
 ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.errors import DataError
 
 ROWS = [{"text": "một"}, {"text": 'a "quote", b'}, {"text": "hai\nba"}]
 CSV = 'text,n\r\nmột,1\r\n"a ""quote"", b",2\r\n"hai\nba",3\r\n'
@@ -124,7 +124,7 @@ def test_errors_name_place_and_remedy(write, name, content, settings, words):
 def test_missing_files_and_directories(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl does not exist .*give the path"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="none .*\.jsonl"):
+    with pytest.raises(DataError, match=r"none .*\.jsonl"):
         read(tmp_path / "none")
     with pytest.raises(DataError, match="not a directory written by"):
         read(tmp_path)

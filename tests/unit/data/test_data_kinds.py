@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.config import DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.records import Prompt
-from rlhf_dist.errors import ConfigError, DataError
 
 
 def user(content: str) -> dict[str, str]:
@@ -120,7 +120,10 @@ def test_a_ranking_may_have_unrelated_columns_when_it_is_mapped(source):
     [
         ({"responses": "all", "chosen": "chosen"}, r"'responses' \(column 'all'\) is in a row with chosen"),
         ({"responses": "all", "margin": "margin"}, r"'responses' \(column 'all'\) is in a row with margin"),
-        ({"ratings": "scores"}, r"'ratings' \(column 'scores'\) is mapped in a row with chosen and rejected, .*map responses"),
+        (
+            {"ratings": "scores"},
+            r"'ratings' \(column 'scores'\) is mapped in a row with chosen and rejected, .*map responses",
+        ),
     ],
 )
 def test_both_forms_mapped_and_filled_are_invalid(source, fields, words):
@@ -305,9 +308,7 @@ def test_prompt_type(source):
 
 
 def test_kinds_and_fields_that_are_not_supported(source):
-    with pytest.raises(
-        ConfigError, match=r"kind 'text' .* reward modeling; use one of preference, ratings"
-    ):
+    with pytest.raises(ConfigError, match=r"kind 'text' .* reward modeling; use one of preference, ratings"):
         read_preferences(source("text", [{"text": "a"}]), 0)
     with pytest.raises(ConfigError, match=r"fields maps 'instrction', .*nearest: 'instruction'"):
         read_sequences(source("instruction", [{}], fields={"instrction": "q"}))
@@ -348,9 +349,7 @@ def test_bad_rows_are_skipped_with_place_and_reason_and_the_others_used(tmp_path
     source = DataSource(path=str(path), kind="instruction", on_bad_row="skip")
     assert len(read_sequences(source, bad_rows)) == len(bad)
     places = [f"{path}:{2 * n}" for n in range(1, 1 + len(bad))]
-    assert [row.reason.startswith(f"{place}: ") for row, place in zip(bad_rows.rows, places, strict=True)] == [
-        True
-    ] * 5
+    assert [row.reason.startswith(f"{place}: ") for row, place in zip(bad_rows.rows, places, strict=True)] == [True] * 5
     assert bad_rows.rows[0].row == "{broken"
     assert bad_rows.rows[4].row == {"instruction": "i", "output": 3}
     assert [json.loads(line)["row"] for line in bad_rows.lines()][3] == {"instruction": "i"}

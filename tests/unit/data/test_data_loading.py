@@ -6,11 +6,11 @@ import pytest
 import torch
 from data_support import SHARED_DATA
 
-from rlhf_dist.config import DataSettings, DataSource, RewardData, SFTData
-from rlhf_dist.data import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
+from rlhf_dist.config.data import DataSettings, DataSource, RewardData, SFTData
+from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.errors import DataError
+from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data is not beside this checkout")
 

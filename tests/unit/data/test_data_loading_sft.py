@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_dist.config import SFTData, source_names
-from rlhf_dist.config.data import DATA_SUFFIXES, DataSource
-from rlhf_dist.data import load_sft
+from rlhf_dist.config.data import DATA_SUFFIXES, DataSource, SFTData, source_names
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.loading import mixed_order, shares_of
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.data.loading import load_sft, mixed_order, shares_of
 
 Write = Callable[..., str]
 SMALL, LARGE = 6, 30

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rlhf_dist.config.mixing import MixingSettings
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.mixing import (
     MixtureSampler,
     compose,
@@ -18,7 +19,6 @@ from rlhf_dist.data.mixing import (
     share_table,
     temperature_rates,
 )
-from rlhf_dist.errors import ConfigError, DataError
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 

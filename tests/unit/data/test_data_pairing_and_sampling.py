@@ -5,10 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_dist.data.preferences import pair_by_rating
 
-from rlhf_dist.data import EpochSampler
-from rlhf_dist.data.sampler import LengthGroupedSampler
+from rlhf_dist.data.preferences import pair_by_rating
+from rlhf_dist.data.sampler import EpochSampler, LengthGroupedSampler
 
 RATINGS = st.lists(st.sampled_from([-4.0, -1.2, 0.0, 0.3, 1.0, 3.5]), max_size=30)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_dist.config import DataSet, DataSource
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data_set import DataSet
+from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.splits import divide, set_path, write_set
-from rlhf_dist.errors import ConfigError, DataError
 
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.1}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_dist.cli.prepare import describe_data
-from rlhf_dist.config import DataSettings, DataSource
-from rlhf_dist.data import load_pairs, load_prompts, load_sequences
+from rlhf_dist.config.data import DataSettings, DataSource
+from rlhf_dist.data.loading import load_pairs, load_prompts, load_sequences
+from rlhf_dist.run.run_summary import describe_data
 
 
 def lines(places) -> list[list[str]]:

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from rlhf_dist.data.splits import hold_out
 
-from rlhf_dist.algo.random import permutation
-from rlhf_dist.config import RewardData, SFTData
+from rlhf_dist.config.data import RewardData, SFTData
 from rlhf_dist.config.templates import TemplateSettings
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.random import permutation
 from rlhf_dist.curation.templates import TemplateReport, render_sources
-from rlhf_dist.data import load_preferences, load_sft
 from rlhf_dist.data.bad_rows import BadRows
-from rlhf_dist.errors import DataError
+from rlhf_dist.data.loading import load_preferences, load_sft
+from rlhf_dist.data.splits import hold_out
 
 
 def prompts(part, tokenizer) -> set[str]:

@@ -7,8 +7,9 @@ from data_support import CHATML, train_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from rlhf_dist.data import load_tokenizer, stop_token_ids
-from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.data.encoding import stop_token_ids
+from rlhf_dist.data.tokenizer import load_tokenizer
 
 TURNS = [
     {"role": "system", "content": "be kind"},

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.cli.data.command import ACTIONS
 from rlhf_dist.cli.main import main
+from rlhf_dist.curation.commands.command import ACTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes" / "data"

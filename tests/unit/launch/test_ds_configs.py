@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import re
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from rlhf_dist.batches import TokenBatch
-from rlhf_dist.cluster.group import WorkerSpec
-from rlhf_dist.cluster.inline import InlineSession
-from rlhf_dist.cluster.proxies import LanguageModelRole
-from rlhf_dist.config import OptimizerConfig, TrainedModel
 from rlhf_dist.config.deepspeed import OWNED_KEYS, read_ds_config
-from rlhf_dist.engine.optimizer import uses_cpu_adam
-from rlhf_dist.errors import ConfigError
-from rlhf_dist.planning.architecture import architecture
+from rlhf_dist.config.hosting import OptimizerConfig, TrainedModel
+from rlhf_dist.core.batches import TokenBatch
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.distributed.deepspeed.optimizer import uses_cpu_adam
+from rlhf_dist.distributed.group import WorkerSpec
+from rlhf_dist.distributed.inline import InlineSession
+from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
+from rlhf_dist.models.architecture import architecture
 from rlhf_dist.planning.sharding import Sharding, trained_states
+from rlhf_dist.sft.roles import LanguageModelRole
 
 FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -49,8 +51,7 @@ def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float
     mask = torch.ones(4, 8, dtype=torch.bool)
     mask[:, 0] = False
     batch = TokenBatch(tokens, torch.full((4,), 8), mask)
-    worker = "rlhf_dist.workers.language_model:LanguageModelWorker"
-    spec = WorkerSpec("model", worker, role, {"config": role, "num_steps": num_steps})
+    spec = WorkerSpec("model", role, partial(LanguageModelWorker, role, num_steps=num_steps))
     with InlineSession("cpu").place([spec], seed=0, logs_dir=lambda: tmp_path) as groups:
         model = LanguageModelRole(groups["model"], role.micro_batch_size)
         return [model.update(batch, step).result().metrics["sft/loss"] for step in range(num_steps)]

@@ -10,22 +10,22 @@ import pytest
 from support.tiny import save_tiny_lm, save_tiny_rm
 from transformers import LlamaConfig
 
-from rlhf_dist.cli import wiring
-from rlhf_dist.cli.arguments import CONFIG_COMMANDS, schema_of
 from rlhf_dist.cli.main import main
-from rlhf_dist.cli.pipeline import command as pipeline
-from rlhf_dist.cli.plan.arguments import parse
-from rlhf_dist.cli.plan.command import planned
-from rlhf_dist.cli.prepare import ppo_specs
-from rlhf_dist.config.curation.self_instruct import SelfInstructConfig
 from rlhf_dist.config.load import load_config
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.curation.config.self_instruct import SelfInstructConfig
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, read_seeds
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.errors import ConfigError
-from rlhf_dist.planning.placement import plan_placement
-from rlhf_dist.starter.recipes import RECIPES as QUICKSTARTS
-from rlhf_dist.starter.recipes import Stages, ppo_config, reward_config, sft_config
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.distributed.ray.placement import plan_placement
+from rlhf_dist.pipeline import command as pipeline
+from rlhf_dist.pipeline.arguments import CONFIG_COMMANDS, schema_of
+from rlhf_dist.pipeline.commands import validate
+from rlhf_dist.planning.arguments import parse
+from rlhf_dist.planning.command import planned
+from rlhf_dist.ppo.build import worker_specs
+from rlhf_dist.quickstart.recipes import RECIPES as QUICKSTARTS
+from rlhf_dist.quickstart.recipes import Stages, ppo_config, reward_config, sft_config
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
@@ -83,14 +83,14 @@ def test_its_header_says_how_to_run_it(name: str):
 
 def test_gsm8k(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "4096"]
-    facts = wiring.validate(load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
+    facts = validate(load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
     assert facts["training records"] == 1000
     assert facts["held-out records"] == 200
 
 
 def test_movie_reviews(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "512"]
-    facts = wiring.validate(load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
+    facts = validate(load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
     # Some 10,600 rated sentences make half as many pairs at the most; a few meet no other of another rating.
     total = facts["training records"] + facts["held-out records"]
     assert 5000 < total < 5310
@@ -100,7 +100,7 @@ def test_movie_reviews(shared_data: Path, models: dict[str, str], tmp_path: Path
 def test_movie_ppo(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
     overrides += ["--data.max_length_tokens", "512", "--run_dir", str(tmp_path / "run")]
-    facts = wiring.validate(load("movie_ppo", *overrides))
+    facts = validate(load("movie_ppo", *overrides))
     assert facts["prompts"] == 64
     assert facts["held-out prompts"] == 32
     assert facts["optimiser steps an iteration"] == 4
@@ -119,7 +119,7 @@ def test_movie_pipeline(shared_data: Path, models: dict[str, str], tmp_path: Pat
 
 def test_self_instruct(shared_data: Path, tmp_path: Path):
     config = load_config(SelfInstructConfig, RECIPES / "self_instruct.yaml", ["--out_dir", str(tmp_path / "out")])
-    seeds = read_seeds(config.seeds, Quarantine())
+    seeds = read_seeds(config.seeds, BadRows())
     state = SelfInstruct(config, seeds, PromptTemplate(config.prompt_path, PROMPT))
     assert len(seeds) == 175
     assert len(state.next_requests()) == config.generator.batch_size
@@ -198,11 +198,11 @@ def test_it_can_be_run_with_a_tiny_model(name: str, models: dict[str, str], tmp_
         overrides += ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
     else:
         overrides += ["--model.model_path", models["lm"]]
-    assert wiring.validate(load(name, *overrides))
+    assert validate(load(name, *overrides))
 
 
 def placement_of(config):
-    return plan_placement({spec.role: spec.placement for spec in ppo_specs(config)}, "cuda")
+    return plan_placement({spec.role: spec.placement for spec in worker_specs(config)}, "cuda")
 
 
 def test_the_8b_recipe_takes_eight_gpus():

@@ -182,11 +182,11 @@ def test_a_driver_that_meets_the_time_limit_before_the_script_does(job: Job):
 
 @pytest.mark.parametrize("job", [{"HEAD_S": "4"}], indirect=True)
 def test_a_warning_while_ray_starts_is_acted_on_at_once(job: Job):
-    job.wait_for("python -m rlhf_dist.cluster.slurm_node head")
+    job.wait_for("python -m rlhf_dist.distributed.ray.slurm_node head")
     job.send(signal.SIGUSR1)
     assert job.end() == 75, job.log
     started = [call.partition(str(job.folder))[0].strip() for call in job.calls]
-    assert started == ["python -m rlhf_dist.cluster.slurm_node head", "requeue 12"]
+    assert started == ["python -m rlhf_dist.distributed.ray.slurm_node head", "requeue 12"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_that_a_driver_ran_is_known_until_the_job_is_over(job: Job, kept: bool):
 
 @pytest.mark.parametrize("job", [{"HEAD_S": "4"}], indirect=True)
 def test_a_job_that_is_warned_before_its_driver_runs_says_of_none(job: Job):
-    job.wait_for("python -m rlhf_dist.cluster.slurm_node head")
+    job.wait_for("python -m rlhf_dist.distributed.ray.slurm_node head")
     job.send(signal.SIGUSR1)
     assert job.end() == 75, job.log
     assert not (job.folder / ".rlhf_dist" / "jobs" / "big-12.ran").exists()

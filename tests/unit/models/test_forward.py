@@ -11,7 +11,7 @@ from support.tiny import random_rows, token_batch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.batches import length_mask, pad_rows
+from rlhf_dist.core.batches import length_mask, pad_rows
 from rlhf_dist.models.forward import (
     ScalarHead,
     TargetLogprobs,

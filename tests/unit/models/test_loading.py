@@ -9,7 +9,7 @@ import torch
 from support.tiny import save_tiny_lm, save_tiny_rm
 from torch import nn
 
-from rlhf_dist.errors import ModelError
+from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.loading import (
     context_length,
     load_causal_lm,

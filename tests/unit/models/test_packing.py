@@ -28,8 +28,8 @@ from transformers import (
     XGLMConfig,
 )
 
-from rlhf_dist.batches import TokenBatch, length_mask
-from rlhf_dist.errors import ModelError
+from rlhf_dist.core.batches import TokenBatch, length_mask
+from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs
 from rlhf_dist.models.packing import (
     LEAK_TOLERANCE,

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.planning import doctor, machine
-from rlhf_dist.tracking.findings import Finding
+from rlhf_dist.planning.doctor import environment as doctor
+from rlhf_dist.planning.doctor import machine
+from rlhf_dist.planning.doctor.findings import Finding
 
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30

@@ -10,7 +10,7 @@ import pytest
 from support import census
 from support.tiny import save_tiny_lm, tiny_tokenizer, trained
 
-from rlhf_dist.planning.architecture import architecture
+from rlhf_dist.models.architecture import architecture
 from rlhf_dist.planning.sharding import Held, Sharding, average_bytes, trained_states
 
 DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"

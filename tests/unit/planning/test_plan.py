@@ -11,21 +11,25 @@ import torch
 from support.tiny import hosted, prompt_batch, save_tiny_lm, token_batch, trained, worker_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from rlhf_dist.cli.prepare import ppo_specs
-from rlhf_dist.cluster.partition import MicroBatching, partition
-from rlhf_dist.config import EvalConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_dist.config.load import load_config
-from rlhf_dist.engine import zero
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.distributed.deepspeed import zero
+from rlhf_dist.distributed.partition import MicroBatching, partition
+from rlhf_dist.distributed.ray.placement import Slot
+from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
+from rlhf_dist.evaluation.config import EvalConfig
+from rlhf_dist.models.architecture import architecture
 from rlhf_dist.planning import calibration, divisions, suggest
-from rlhf_dist.planning.architecture import architecture
 from rlhf_dist.planning.hardware import GPUS, Cluster, gpu_named, parse_bytes
 from rlhf_dist.planning.memory import largest_bucket
-from rlhf_dist.planning.placement import Slot
 from rlhf_dist.planning.plan import Plan, parse_counts, plan_run, scaled
 from rlhf_dist.planning.roles import Passes, Role, work_of
 from rlhf_dist.planning.tables import as_data, memory, scaling
 from rlhf_dist.planning.timeline import Rates
+from rlhf_dist.ppo.build import worker_specs
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.reward.config import RewardConfig
+from rlhf_dist.sft.config import SFTConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "launch" / "recipes"
@@ -54,9 +58,9 @@ def eight_billion() -> PPOConfig:
 def test_roles_are_those_that_a_run_hosts(tiny_lm: Path, tiny_rm: Path):
     config = ppo(tiny_lm, tiny_rm, "--value.num_ranks", "3", "--rollout.precision", "fp32")
     roles = work_of(config).roles
-    specs = ppo_specs(config)
+    specs = worker_specs(config)
     assert [(role.name, role.placement) for role in roles] == [(spec.role, spec.placement) for spec in specs]
-    assert roles[-1].precision == specs[-1].kwargs["precision"] == "fp32"
+    assert roles[-1].precision == specs[-1].build.keywords["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("tokens", [None, 500])
@@ -273,7 +277,7 @@ def test_checkpoints_are_as_large_as_planned(zero_stage: int, precision: Any, tm
         "data": {"train": [{"path": "t", "kind": "text"}], "max_length_tokens": 64},
     }
     planned = plan_run(SFTConfig.model_validate(settings), cluster()).memory["model"].checkpoint_bytes
-    with hosted("language_model:LanguageModelWorker", config=config, num_steps=2) as group:
+    with hosted(LanguageModelWorker, config=config, num_steps=2) as group:
         batch = token_batch([5, 6])
         worker_of(group).update(batch, [[0, 1]], batch.num_targets, 0)
         worker_of(group).save_checkpoint(tmp_path / "step")

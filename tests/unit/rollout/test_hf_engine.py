@@ -9,8 +9,8 @@ import torch
 from support.tiny import prompt_batch
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.algo.random import uniforms
-from rlhf_dist.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch
+from rlhf_dist.core.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch
+from rlhf_dist.core.random import uniforms
 from rlhf_dist.models.forward import TargetLogprobs, response_target_mask, scatter_responses
 from rlhf_dist.rollout.hf import HFEngine
 from rlhf_dist.rollout.sampling import sample_tokens

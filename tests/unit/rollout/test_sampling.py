@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_dist.algo.random import uniforms
+from rlhf_dist.core.random import uniforms
 from rlhf_dist.rollout.sampling import sample_tokens
 
 LARGEST = 1 - 2**-53

@@ -1,1 +1,0 @@
-"""Pure tensor maths: no process, no device, no file. Axes: B sequences, R response positions, V vocabulary entries."""

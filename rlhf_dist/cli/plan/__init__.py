@@ -1,1 +1,0 @@
-"""`rlhf-dist plan`: memory, placement and time of a run on paper."""

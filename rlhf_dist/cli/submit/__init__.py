@@ -1,1 +1,0 @@
-"""`rlhf-dist submit`: a run as a job of a Ray cluster or of Slurm."""

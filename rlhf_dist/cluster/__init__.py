@@ -1,1 +1,0 @@
-"""Where hosted models live: Ray actors, or this process. The one place that touches Ray."""

@@ -1,0 +1,1 @@
+"""What crosses rooms: errors, batches, role protocols, counter-based randomness, masking, log-probs."""

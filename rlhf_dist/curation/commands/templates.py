@@ -1,0 +1,39 @@
+"""`rlhf-dist data templates`: labelled sets → instruction records."""
+
+from __future__ import annotations
+
+from rlhf_dist.config.load import dump_yaml
+from rlhf_dist.core.errors import DataError
+from rlhf_dist.curation.config.templates import TemplatesConfig
+from rlhf_dist.curation.output import check_output, written
+from rlhf_dist.curation.templates import TemplateReport, render_sources
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.run.console import print_table
+
+
+def run(config: TemplatesConfig) -> None:
+    """Render all sources into `out_dir`, and print how many records each template made."""
+    check_output(config.out_dir, config.overwrite)
+    quarantine, report = BadRows(), TemplateReport()
+    with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
+        number = folder.write_records(render_sources(config.sources, quarantine, report))
+        if not number:
+            why = f"; the first bad one: {quarantine.rows[0].reason}" if quarantine else ""
+            raise DataError(f"none of {report.num_rows} rows became a record{why}. Mend the templates or the rows.")
+        folder.write_bad_rows(quarantine)
+        folder.write_report(
+            {
+                "rows": report.num_rows,
+                "records": number,
+                "bad": len(quarantine),
+                "passed_over": len(quarantine.filtered),
+                "templates": [
+                    {"task": task, "template": name, "records": count}
+                    for (task, name), count in sorted(report.num_records.items())
+                ],
+            }
+        )
+    rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
+    rows += [("rows read", str(report.num_rows)), ("bad, set aside", str(len(quarantine)))]
+    rows += [("passed over by every template", str(len(quarantine.filtered))), ("records", str(number))]
+    print_table(str(config.out_dir), rows)

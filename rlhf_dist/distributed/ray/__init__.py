@@ -1,0 +1,1 @@
+"""Ray: session, actors, placement, network. The one place that starts Ray."""

@@ -1,0 +1,1 @@
+"""Workers that several rooms host: ordinary classes, one instance a rank."""

@@ -1,0 +1,113 @@
+"""What every trained model's worker does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_dist.config.hosting import TrainedModel
+from rlhf_dist.core.errors import TrainingError
+from rlhf_dist.core.random import derived_seed
+from rlhf_dist.distributed.deepspeed import process_group as distributed
+from rlhf_dist.distributed.deepspeed import zero
+from rlhf_dist.distributed.deepspeed.average import WeightAverage
+from rlhf_dist.distributed.deepspeed.process_group import RankContext
+from rlhf_dist.distributed.deepspeed.saving import save_adapter, save_pretrained
+from rlhf_dist.distributed.deepspeed.train import TrainEngine, train_init
+from rlhf_dist.models.adapters import add_adapters, initialise_adapters
+from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
+from rlhf_dist.models.freeze import apply_freeze
+from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
+
+
+class TrainedWorker:
+    """A model under ZeRO, on one rank."""
+
+    def __init__(
+        self, module: ForwardPass, config: TrainedModel, context: RankContext, num_steps: int, tokenizer: Any
+    ) -> None:
+        self.context = context
+        self.config = config
+        self.tokenizer = tokenizer
+        self.engine = TrainEngine(module, config, context, num_steps)
+        check_now(self.engine, module)
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model inside."""
+        return self.engine.module.model
+
+    def seed_dropout(self, update: int) -> None:
+        """Dropout, where a model has any, is a function of (seed, update, rank): a resumed run draws the same."""
+        torch.manual_seed(derived_seed(self.context.seed, "dropout", update, self.context.rank))
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write this rank's shard."""
+        self.engine.save_checkpoint(path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Read this rank's shard."""
+        self.engine.load_checkpoint(path)
+
+    def save_model(self, path: Path, average: WeightAverage | None = None) -> None:
+        """Write model (or the moving average of its weights) and tokenizer in Hugging Face format."""
+        is_main = self.context.rank == 0
+        save_pretrained(self.model, path, is_main=is_main, average=average)
+        if is_main:
+            self.tokenizer.save_pretrained(path)
+        distributed.barrier()
+
+    def save_adapter(self, path: Path) -> None:
+        """Write the adapters alone, in peft's format.
+
+        Raises:
+            TrainingError: the model has none.
+        """
+        if self.config.lora is None:
+            raise TrainingError("this model was trained without adapters (lora is null), so there are none to save")
+        is_main = self.context.rank == 0
+        save_adapter(self.model, self.config.lora, self.config.model_path, path, is_main=is_main)
+        distributed.barrier()
+
+
+def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprobs:
+    """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
+    distributed.join_process_group(context)
+    with train_init(config, context):
+        # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
+        model = load_causal_lm(config.model_path, DTYPES[config.precision])
+    restore_buffers(model)
+    _choose_trained(model, config, context)
+    return TargetLogprobs(model, config.packed)
+
+
+def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id: int | None) -> ScalarHead:
+    """A scalar model ready for `TrainEngine`.
+
+    A new head is drawn from (seed, stream) rather than left to the loader, whose draws depend on the ZeRO stage. Its
+    scale 1/√(d+1) is that of Stiennon et al. 2020.
+    """
+    distributed.join_process_group(context)
+    with train_init(config, context):
+        model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id)
+    restore_buffers(model)
+    if head_is_new:
+        head = model.score
+        generator = torch.Generator().manual_seed(derived_seed(context.seed, "scalar head", 0))
+        width = head.in_features
+        zero.assign(head.weight, torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+        if head.bias is not None:
+            zero.assign(head.bias, torch.zeros(1))
+    _choose_trained(model, config, context)
+    return ScalarHead(model, config.packed)
+
+
+def _choose_trained(model: Any, config: TrainedModel, context: RankContext) -> None:
+    """Freeze what is not trained, and put adapters into the model where there are to be some: the same on every rank. Whole
+    adapters of a sharded model are sharded by DeepSpeed when it takes the model over."""
+    apply_freeze(model, config.freeze)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        initialise_adapters(model, context.seed)

@@ -1,0 +1,1 @@
+"""Evaluation of saved and of trained models on held-out records."""

@@ -1,0 +1,114 @@
+"""From a configuration to a finished evaluation: data and checks (`prepare`), then roles and numbers (`run_eval`)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from rlhf_dist.data.loading import load_pairs, load_prompts, load_sequences
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.distributed.group import Session, WorkerSpec
+from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.distributed.workers.reference import ReferenceWorker
+from rlhf_dist.distributed.workers.reward import RewardWorker
+from rlhf_dist.distributed.workers.rollout import RolloutWorker
+from rlhf_dist.evaluation.config import EvalConfig
+from rlhf_dist.evaluation.reward_report import evaluation, headline, show, write_report
+from rlhf_dist.evaluation.trainer import evaluate_all, score_pairs
+from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
+from rlhf_dist.run.checks import check_micro_batches, check_model, check_same_tokenizer
+from rlhf_dist.run.launch import check_run_folder, hosted
+from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
+from rlhf_dist.run.run_summary import describe_data
+
+
+def prepare(config: EvalConfig) -> Prepared[dict[str, Any]]:
+    """Checks, tokenized data and roles of an evaluation; starts nothing.
+
+    Raises:
+        RlhfDistError: what an evaluation of this configuration would end with.
+    """
+    settings = config.data
+    models = {name: getattr(config, name) for name in ("policy", "reference", "reward") if getattr(config, name)}
+    for name, model in models.items():
+        check_micro_batches(model, settings.max_length_tokens, name)
+    first = next(iter(models))
+    tokenizer = load_tokenizer(models[first].model_path, settings.template_path)
+    for name, model in models.items():
+        model_config = check_model(model.model_path, settings.max_length_tokens, name)
+        (check_scalar_model if name == "reward" else check_causal_lm)(model_config, name)
+        check_same_tokenizer(tokenizer, model.model_path, model_config, name)
+    limit = settings.max_length_tokens - config.rollout.max_response_tokens
+    data: dict[str, Any] = {"instructions": None, "preferences": None, "prompts": None}
+    if settings.instructions:
+        data["instructions"] = load_sequences(settings.instructions, settings, tokenizer)
+    if settings.preferences:
+        data["preferences"] = load_pairs(settings.preferences, settings, tokenizer, config.seed, use_margins=False)
+    if settings.prompts:
+        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings.on_too_long)
+    summary = describe_data(**{name: dataset for name, dataset in data.items() if dataset})
+    dropped = bad_rows(*data.values())
+    data["decode"] = decoder(tokenizer)
+    return Prepared(_worker_specs(config), data, summary, bad_rows=dropped)
+
+
+def _worker_specs(config: EvalConfig) -> list[WorkerSpec]:
+    policy, reward, reference, rollout = config.policy, config.reward, config.reference, config.rollout
+    specs = []
+    if policy and config.data.instructions:
+        specs.append(WorkerSpec("policy", policy, partial(ReferenceWorker, policy)))
+    if reward:
+        specs.append(WorkerSpec("reward", reward, partial(RewardWorker, reward)))
+    if policy and config.data.prompts:
+        worker = partial(
+            RolloutWorker,
+            rollout,
+            model_path=policy.model_path,
+            precision=rollout.precision or policy.precision,
+            template_path=config.data.template_path,
+        )
+        specs.append(WorkerSpec("rollout", rollout, worker))
+        if reference:
+            scorer = partial(ReferenceWorker, reference, temperature=rollout.temperature)
+            specs.append(WorkerSpec("reference", reference, scorer))
+    return specs
+
+
+def run_eval(
+    config: EvalConfig, session: Session | None = None, prepared: Prepared[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Evaluate a policy and/or a reward model on held-out records.
+
+    Args:
+        config: the evaluation.
+        session: host in this one (and leave it open) rather than in one of the run's own.
+        prepared: what `prepare` gave for `config`, where that is done already.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        RlhfDistError: an invalid configuration, data set, model or run folder.
+    """
+    check_run_folder(config)
+    prepared = prepared or prepare(config)
+    with hosted(config, prepared, session) as (run, groups):
+        roles: dict[str, Any] = {}
+        for name, role, model in (
+            ("policy", ReferenceRole, config.policy),
+            ("reference", ReferenceRole, config.reference),
+            ("reward", RewardRole, config.reward),
+        ):
+            if name in groups and model is not None:
+                roles[name] = role.of(groups[name], model)
+        if "rollout" in groups:
+            roles["rollout"] = RolloutRole(groups["rollout"], config.rollout.batch_size)
+        summary = evaluate_all(run, roles, prepared.data)
+        if prepared.data["preferences"] and "reward" in roles:
+            report = evaluation(
+                prepared.data["preferences"], lambda data, rows: score_pairs(roles["reward"], data.batch(rows))
+            )
+            write_report(config.run_dir, "reward_model", report)
+            show({"reward_model": report})
+            summary["reward"] = headline(report)
+        return run.finish(summary)

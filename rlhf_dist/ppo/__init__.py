@@ -1,0 +1,1 @@
+"""PPO with a KL penalty and a pretraining-mix term: configuration, formulas, trainer, workers, roles, construction."""

@@ -1,0 +1,204 @@
+"""From a configuration to a finished PPO run: data and checks (`prepare`), then roles, trainer and saved models (`run_ppo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.hosting import Precision
+from rlhf_dist.data.datasets import PromptDataset
+from rlhf_dist.data.loading import load_prompts, load_sequences
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.distributed.group import Session, WorkerSpec
+from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.distributed.workers.reference import ReferenceWorker
+from rlhf_dist.distributed.workers.reward import RewardWorker
+from rlhf_dist.distributed.workers.rollout import RolloutWorker
+from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
+from rlhf_dist.models.score_moments import read_score_moments
+from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.ppo.policy_worker import PolicyWorker
+from rlhf_dist.ppo.rewards import RunningMoments
+from rlhf_dist.ppo.roles import PolicyRole, ValueRole
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.value_worker import ValueWorker
+from rlhf_dist.run.checks import check_ds_config, check_micro_batches, check_model, check_ranks, check_same_tokenizer
+from rlhf_dist.run.launch import check_run_folder, checkpoints, hosted
+from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
+from rlhf_dist.run.run_summary import describe_data, describe_trained
+
+
+def load_data(config: PPOConfig, tokenizer: Any, keep_records: bool = False) -> dict[str, Any]:
+    """`prompts`, `eval_prompts` and `ptx` of a run; the latter two None where it has none.
+
+    `keep_records` and errors as in `load_sequences`.
+    """
+    data, limit = config.data, config.max_prompt_tokens
+
+    def prompts(sources: Sequence[DataSource]) -> PromptDataset | None:
+        return load_prompts(sources, tokenizer, limit, data.on_too_long, keep_records) if sources else None
+
+    return {
+        "prompts": prompts(data.prompts),
+        "eval_prompts": prompts(data.eval_prompts),
+        "ptx": load_sequences(data.ptx, data, tokenizer, keep_records) if data.ptx else None,
+    }
+
+
+def prepare(config: PPOConfig) -> Prepared[PPOData]:
+    """Checks, tokenized data and roles of a PPO run; starts nothing.
+
+    Raises:
+        RlhfDistError: what a run of this configuration would end with.
+    """
+    tokenizer = _check_models(config)
+    loaded = load_data(config, tokenizer)
+    data = PPOData(**loaded, decode=decoder(tokenizer), score_moments=_saved_moments(config))
+    settings = config.ppo
+    summary = {
+        **describe_data(prompts=data.prompts, held_out_prompts=data.eval_prompts, ptx_sequences=data.ptx),
+        "iterations": settings.num_iterations,
+        "responses an iteration": settings.responses_per_iteration,
+        "optimizer steps an iteration": settings.updates_per_iteration,
+        "longest prompt (tokens)": config.max_prompt_tokens,
+        **describe_trained(config.policy, "policy", scalar=False),
+        **describe_trained(config.value_model, "value", scalar=True),
+    }
+    return Prepared(worker_specs(config), data, summary, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
+
+
+def _check_models(config: PPOConfig) -> Any:
+    """Check the four models against the data's limits and each other; returns the tokenizer they share."""
+    limit = config.data.max_length_tokens
+    policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
+        check_micro_batches(model, limit, role)
+    tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
+    check_causal_lm(check_model(policy.model_path, limit, "policy"), "policy")
+    for role, model in (("reference", reference), ("reward", reward), ("value", value)):
+        model_config = check_model(model.model_path, limit, role)
+        if role == "reference":
+            check_causal_lm(model_config, role)
+        if role == "reward":
+            check_scalar_model(model_config, role)
+        check_same_tokenizer(tokenizer, model.model_path, model_config, role)
+    for role, model in (("policy", policy), ("value", value)):
+        check_ds_config(model)
+        check_ranks(config.ppo.mini_batch_size, model.num_ranks, "ppo.mini_batch_size", role)
+    return tokenizer
+
+
+def _saved_moments(config: PPOConfig) -> RunningMoments | None:
+    if config.ppo.normalise_scores != "saved":
+        return None
+    found = read_score_moments(config.reward.model_path)
+    return RunningMoments(count=1, mean=found.mean, sum_squares=found.std**2)
+
+
+def worker_specs(config: PPOConfig) -> list[WorkerSpec]:
+    """The five roles of a run, each with its worker."""
+    settings, template_path, temperature = config.ppo, config.data.template_path, config.rollout.temperature
+    policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    return [
+        WorkerSpec(
+            "policy",
+            policy,
+            partial(
+                PolicyWorker,
+                policy,
+                num_steps=settings.num_policy_updates,
+                temperature=temperature,
+                settings=settings,
+                template_path=template_path,
+            ),
+        ),
+        WorkerSpec(
+            "value",
+            value,
+            partial(
+                ValueWorker,
+                value,
+                num_steps=settings.num_updates,
+                clip_range=settings.value_clip_range,
+                tokenizer_path=policy.model_path,
+                template_path=template_path,
+            ),
+        ),
+        WorkerSpec("reference", reference, partial(ReferenceWorker, reference, temperature=temperature)),
+        WorkerSpec("reward", reward, partial(RewardWorker, reward)),
+        WorkerSpec(
+            "rollout",
+            config.rollout,
+            partial(
+                RolloutWorker,
+                config.rollout,
+                model_path=policy.model_path,
+                precision=config.rollout.precision or policy.precision,
+                template_path=template_path,
+            ),
+        ),
+    ]
+
+
+def run_ppo(
+    config: PPOConfig, session: Session | None = None, prepared: Prepared[PPOData] | None = None
+) -> dict[str, Any]:
+    """PPO against a reward model.
+
+    Args:
+        config: the run.
+        session: host in this one (and leave it open) rather than in one of the run's own.
+        prepared: what `prepare` gave for `config`, where that is done already.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        RlhfDistError: an invalid configuration, data set, model or run folder; a failed or preempted run.
+    """
+    check_run_folder(config)
+    prepared = prepared or prepare(config)
+    with hosted(config, prepared, session) as (run, groups):
+        policy = PolicyRole.of(groups["policy"], config.policy)
+        roles = PPORoles(
+            policy=policy,
+            reference=ReferenceRole.of(groups["reference"], config.reference_model),
+            reward=RewardRole.of(groups["reward"], config.reward),
+            value=ValueRole.of(groups["value"], config.value_model),
+            rollout=RolloutRole(groups["rollout"], config.rollout.batch_size),
+            weight_sync=GroupWeightSync(groups["policy"], groups["rollout"]),
+        )
+        trainer = PPOTrainer(
+            run,
+            roles,
+            prepared.data,
+            config.ppo,
+            checkpoints(config, prepared),
+            config.checkpoint.every_steps,
+            max_response_tokens=config.rollout.max_response_tokens,
+            precisions=_precisions(config),
+        )
+        summary = trainer.run(resume=config.resume == "auto")
+        run.save_model(policy)
+        if config.policy.lora is not None:
+            run.save_adapter(policy)
+        if config.ppo.ema_decay is not None:
+            run.save_average(policy)
+        return run.finish(summary)
+
+
+def _precisions(config: PPOConfig) -> Precisions:
+    """The lower precision of each pair of models whose log-probs the sanity checks compare."""
+    policy, reference = config.policy, config.reference_model
+    rollout = config.rollout.precision or policy.precision
+    same = reference.model_path == policy.model_path
+    return Precisions(
+        rollout=_lower(policy.precision, rollout),
+        same_start=_lower(policy.precision, reference.precision) if same else None,
+    )
+
+
+def _lower(*precisions: Precision) -> Precision:
+    return next(name for name in ("bf16", "fp16", "fp32") if name in precisions)

@@ -1,0 +1,226 @@
+"""Configuration of `rlhf-dist ppo`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Schema
+from rlhf_dist.config.data import PPOData
+from rlhf_dist.config.hosting import (
+    FrozenModel,
+    InheritedFrozenModel,
+    InheritedTrainedModel,
+    RunConfig,
+    TrainedModel,
+)
+from rlhf_dist.rollout.config import RolloutConfig
+
+
+class PPOSettings(Schema):
+    """The algorithm. Equations: rlhf_dist/algo."""
+
+    num_iterations: PositiveInt = 100
+    """Iterations of generate → score → advantages → update → sync."""
+    prompts_per_iteration: PositiveInt = 64
+    """Prompts drawn an iteration."""
+    responses_per_prompt: PositiveInt = 1
+    """Responses sampled for each prompt."""
+    mini_batch_size: PositiveInt = 32
+    """Responses in one optimiser step, over all ranks; must divide the responses of an iteration."""
+    num_epochs: PositiveInt = 2
+    """Passes over an iteration's responses."""
+    kl_coef: NonNegative = 0.05
+    """β, weight of the per-token KL penalty against the reference (with `kl_target`: at the start)."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty stands: in the token rewards, as in InstructGPT, or as a term of the policy's loss, as in GRPO."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL per token (rlhf_dist/core/kl.py). In the loss k2 or k3."""
+    kl_target: Positive | None = None
+    """Adapt β so that the KL to the reference (nats a response) comes to this (Ziegler et al. 2019); null keeps β."""
+    kl_horizon: PositiveInt = 10_000
+    """Responses over which an adapted β can change by a factor of about e^±0.2."""
+    kl_stop: Positive | None = None
+    """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
+    mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
+    discount: Fraction = 1.0
+    """Discount of future token rewards (γ of GAE)."""
+    gae_lambda: Fraction = 0.95
+    """λ of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages to mean 0, variance 1 over all response tokens of the iteration."""
+    bootstrap_truncated: bool = False
+    """Treat a cut-off response as unfinished, not as ended: the return of its last token includes the value of what follows."""
+    clip_range: float = Field(default=0.2, gt=0, lt=1)
+    """ε of the clipped policy objective."""
+    clip_range_high: Positive | None = None
+    """Upper ε (ratio up to 1 + this), for a range that is not symmetric; null takes `clip_range`."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """c of dual-clip PPO: a token with a negative advantage A loses at most c·|A|; null switches it off."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    value_clip_range: Positive | None = 0.2
+    """Range around the old value within which a new value is trusted; null switches value clipping off."""
+    value_warmup_iterations: Count = 0
+    """Iterations at the start that train the value function only, on responses of the unchanged policy."""
+    normalise_scores: Literal["no", "std", "mean_std", "saved"] = "no"
+    """Divide reward-model scores by the standard deviation of all scores of the run so far (`std`), after subtracting their
+    mean (`mean_std`), or by the mean and standard deviation that `rlhf-dist reward` saved with the model (`saved`); before
+    anything else is done to them."""
+    score_clip: Positive | None = None
+    """Clip (normalised) scores to ±this before they enter the rewards."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the clipped score of a response that was cut off before its EOS."""
+    overlong_penalty: NonNegative = 0.0
+    """Subtracted from the clipped score of a response at the length limit; less for the `overlong_buffer_tokens` before it."""
+    overlong_buffer_tokens: PositiveInt = 16
+    """Tokens before the length limit over which the overlong penalty grows from 0."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the policy's weights, with this decay an optimiser step, and save it as
+    `model_ema/`; null keeps none."""
+    ptx_coef: NonNegative = 0.0
+    """γ of InstructGPT eq. 2: weight of the pretraining-mix (PTX) loss, a mean over its own tokens. `policy.optimizer.
+    max_grad_norm` clips the gradient of both together."""
+    ptx_batch_size: PositiveInt = 32
+    """PTX sequences in one optimiser step, over all ranks."""
+    ptx_ratio_every_iterations: Count = 10
+    """Measure the gradient norm of PTX against that of PPO every so many iterations, for one more forward and backward pass of
+    the first optimiser step; 0 never."""
+    self_checks: bool = True
+    """Stop where the numbers cannot be right: an update that starts off policy, rollouts that are not the policy's, a first
+    iteration whose policy is not its reference. (What is not finite stops a run in any case.)"""
+    eval_every_iterations: Count = 0
+    """Generate from and score the held-out prompts every so many iterations; 0 only before the first and after the last."""
+
+    @property
+    def responses_per_iteration(self) -> int:
+        """Responses generated in one iteration."""
+        return self.prompts_per_iteration * self.responses_per_prompt
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimiser steps in one iteration."""
+        return self.num_epochs * (self.responses_per_iteration // self.mini_batch_size)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimiser steps of the value function in the run."""
+        return self.num_iterations * self.updates_per_iteration
+
+    @property
+    def num_policy_updates(self) -> int:
+        """Optimiser steps of the policy in the run: none while the value function warms up."""
+        return (self.num_iterations - self.value_warmup_iterations) * self.updates_per_iteration
+
+    @model_validator(mode="after")
+    def _mini_batches_are_whole(self) -> PPOSettings:
+        if self.responses_per_iteration % self.mini_batch_size:
+            raise ValueError(
+                f"mini_batch_size {self.mini_batch_size} does not divide the {self.responses_per_iteration} responses of an "
+                f"iteration (prompts_per_iteration {self.prompts_per_iteration} x responses_per_prompt "
+                f"{self.responses_per_prompt}); choose a divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> PPOSettings:
+        if self.value_warmup_iterations >= self.num_iterations:
+            raise ValueError(
+                f"value_warmup_iterations {self.value_warmup_iterations} leaves none of the {self.num_iterations} iterations "
+                "to train the policy; lower it or raise num_iterations"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_has_a_gradient(self) -> PPOSettings:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_in is loss and kl_estimator is k1, whose gradient is 0 in expectation; use k2 (on policy the gradient of "
+                "each token's KL) or k3"
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"kl_target is {self.kl_target} but kl_coef is 0, and an adapted coefficient is multiplied; start from a "
+                "positive kl_coef, or set kl_target to null"
+            )
+        if self.kl_target is not None and self.responses_per_iteration > self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is shorter than one iteration of {self.responses_per_iteration} responses, "
+                "after which the KL coefficient would overshoot; raise it, best to many iterations"
+            )
+        if self.kl_stop is not None and self.updates_per_iteration == 1:
+            raise ValueError(
+                f"kl_stop is {self.kl_stop}, but an iteration has one optimiser step, which starts at a KL of 0 and cannot be "
+                "stopped; raise num_epochs, lower mini_batch_size, or set kl_stop to null"
+            )
+        return self
+
+
+class PPOStage(Schema):
+    """What a PPO run does, without where and how it is hosted."""
+
+    policy: TrainedModel
+    reward: FrozenModel
+    value: InheritedTrainedModel = InheritedTrainedModel()
+    reference: InheritedFrozenModel = InheritedFrozenModel()
+    rollout: RolloutConfig = RolloutConfig()
+    data: PPOData
+    ppo: PPOSettings = PPOSettings()
+
+    @model_validator(mode="after")
+    def _ptx_has_text(self) -> PPOStage:
+        if self.ppo.ptx_coef > 0 and not self.data.ptx:
+            raise ValueError(
+                f"ppo.ptx_coef is {self.ppo.ptx_coef} but data.ptx names no text; add a source or set ptx_coef to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_is_of_weights(self) -> PPOStage:
+        if self.policy.lora is not None and self.ppo.ema_decay is not None:
+            raise ValueError(
+                f"ppo.ema_decay is {self.ppo.ema_decay} and policy.lora is set, but averages of the two factors of an adapter "
+                "make no average of their product; set one of the two to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _response_fits(self) -> PPOStage:
+        if self.rollout.max_response_tokens >= self.data.max_length_tokens:
+            raise ValueError(
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens} leaves no room for a prompt in "
+                f"data.max_length_tokens {self.data.max_length_tokens}; lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlong_buffer_fits(self) -> PPOStage:
+        limit, buffer = self.rollout.max_response_tokens, self.ppo.overlong_buffer_tokens
+        if self.ppo.overlong_penalty > 0 and buffer > limit:
+            raise ValueError(
+                f"ppo.overlong_buffer_tokens {buffer} is more than rollout.max_response_tokens {limit}; lower it to at most "
+                f"{limit}"
+            )
+        return self
+
+    @property
+    def value_model(self) -> TrainedModel:
+        """The value function with its starting weights filled in."""
+        fields = self.value.model_dump(exclude={"model_path"})
+        return TrainedModel(model_path=self.value.model_path or self.reward.model_path, **fields)
+
+    @property
+    def reference_model(self) -> FrozenModel:
+        """The reference with its weights filled in."""
+        fields = self.reference.model_dump(exclude={"model_path"})
+        return FrozenModel(model_path=self.reference.model_path or self.policy.model_path, **fields)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt in tokens."""
+        return self.data.max_length_tokens - self.rollout.max_response_tokens
+
+
+class PPOConfig(PPOStage, RunConfig):
+    """PPO with a KL penalty and a pretraining-mix term."""

@@ -1,0 +1,169 @@
+"""From what the models say of an iteration's responses to what policy and value function learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_dist.core.batches import TRUNCATED, Experience, RolloutBatch
+from rlhf_dist.core.errors import SampleError
+from rlhf_dist.core.kl import KL_ESTIMATORS, kl_k1
+from rlhf_dist.core.masking import masked_mean, masked_whiten
+from rlhf_dist.evaluation.generation import generation_metrics
+from rlhf_dist.ppo.advantages import gae
+from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.ppo.kl_controller import adapted_kl_coef
+from rlhf_dist.ppo.losses import explained_variance
+from rlhf_dist.ppo.rewards import RunningMoments, normalise_scores, overlong_penalty, shape_scores, token_rewards
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the models say of a `RolloutBatch`."""
+
+    scores: Tensor
+    """[B] fp32."""
+    logprobs: Tensor
+    """[B, R] fp32, under the policy that is about to be updated."""
+    ref_logprobs: Tensor
+    """[B, R] fp32."""
+    state_values: Tensor
+    """[B, R + 1] fp32: of the state before each response token and after the last."""
+
+    @property
+    def values(self) -> Tensor:
+        """[B, R] fp32: of the state before each response token (column R holds the end of the longest response)."""
+        return self.state_values[:, :-1]
+
+    def end_values(self, response_lengths: Tensor) -> Tensor:
+        """[B] fp32: of the state after the last response token."""
+        return self.state_values.gather(1, response_lengths[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class PPOState:
+    """What the algorithm carries from one iteration to the next, beside the models."""
+
+    kl_coef: float
+    """β."""
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    """Of all scores so far, or those saved with the reward model."""
+    moments_are_fixed: bool = False
+
+    @classmethod
+    def start(cls, settings: PPOSettings, moments: RunningMoments | None) -> PPOState:
+        """Before the first iteration; `moments`: fixed ones."""
+        return cls(settings.kl_coef, moments or RunningMoments(), moments_are_fixed=moments is not None)
+
+    def with_scores(self, scores: Tensor) -> PPOState:
+        """Knowing one more iteration's scores [B]."""
+        if self.moments_are_fixed:
+            return self
+        return replace(self, moments=self.moments.updated(scores))
+
+    def adapted(self, kl: float, num_responses: int, settings: PPOSettings) -> PPOState:
+        """β of the next iteration, after one whose responses have a mean KL of `kl` nats."""
+        if settings.kl_target is None:
+            return self
+        kl_coef = adapted_kl_coef(
+            self.kl_coef, kl, target=settings.kl_target, horizon=settings.kl_horizon, num_responses=num_responses
+        )
+        return replace(self, kl_coef=kl_coef)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint; Python's JSON keeps every bit of a float."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> PPOState:
+        """What `to_json` gave."""
+        return cls(state["kl_coef"], RunningMoments(**state["moments"]), state["moments_are_fixed"])
+
+
+def check_finite(rollout: RolloutBatch, scored: Scored) -> None:
+    """Refuse responses of which a model says something that is not a number.
+
+    Raises:
+        SampleError: names the models and the responses.
+    """
+    mask = rollout.response_mask
+    state_mask = torch.nn.functional.pad(mask, (1, 0), value=True)
+    parts = {
+        "reward score": scored.scores[:, None].isfinite(),
+        "policy log-prob": scored.logprobs.isfinite() | ~mask,
+        "reference log-prob": scored.ref_logprobs.isfinite() | ~mask,
+        "value": scored.state_values.isfinite() | ~state_mask,
+    }
+    bad = {name: [row for row, fine in enumerate(finite.all(1).tolist()) if not fine] for name, finite in parts.items()}
+    bad = {name: rows for name, rows in bad.items() if rows}
+    if bad:
+        what = "; ".join(f"{name} of responses {', '.join(map(str, rows))}" for name, rows in bad.items())
+        raise SampleError(
+            f"not finite: {what}. No weight was touched. Look at these samples; a model that overflows needs precision: fp32",
+            {"rollouts": sorted({row for rows in bad.values() for row in rows})},
+        )
+
+
+def shaped_scores(
+    rollout: RolloutBatch, scores: Tensor, settings: PPOSettings, state: PPOState, max_response_tokens: int
+) -> Tensor:
+    """[B] fp32: the scores as they enter the rewards; the order of operations stands in `algo.rewards`."""
+    if settings.normalise_scores != "no":
+        scores = normalise_scores(scores, state.moments, subtract_mean=settings.normalise_scores != "std")
+    overlong = None
+    if settings.overlong_penalty > 0:
+        overlong = overlong_penalty(
+            rollout.response_lengths,
+            max_response_tokens=max_response_tokens,
+            buffer_tokens=settings.overlong_buffer_tokens,
+            penalty=settings.overlong_penalty,
+        )
+    return shape_scores(
+        scores,
+        rollout.finish_reasons == TRUNCATED,
+        score_clip=settings.score_clip,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        overlong=overlong,
+    )
+
+
+def make_experience(
+    rollout: RolloutBatch, scored: Scored, settings: PPOSettings, state: PPOState, max_response_tokens: int
+) -> tuple[Experience, dict[str, float]]:
+    """KL → token rewards → GAE → whitening over the whole batch; and the metrics of the iteration."""
+    mask, values = rollout.response_mask, scored.values
+    kl = KL_ESTIMATORS[settings.kl_estimator](scored.logprobs, scored.ref_logprobs)
+    shaped = shaped_scores(rollout, scored.scores, settings, state, max_response_tokens)
+    rewards = token_rewards(shaped, kl, mask, state.kl_coef if settings.kl_in == "reward" else 0.0)
+    end_values = None
+    if settings.bootstrap_truncated:
+        truncated = rollout.finish_reasons == TRUNCATED
+        end_values = torch.where(truncated, scored.end_values(rollout.response_lengths), 0.0)
+    advantages, returns = gae(rewards, values, mask, settings.discount, settings.gae_lambda, end_values)
+    experience = Experience(
+        tokens=rollout.tokens,
+        prompt_lengths=rollout.prompt_lengths,
+        response_lengths=rollout.response_lengths,
+        old_logprobs=scored.logprobs,
+        old_values=torch.where(mask, values, 0.0),
+        advantages=masked_whiten(advantages, mask) if settings.whiten_advantages else advantages,
+        returns=returns,
+        ref_logprobs=scored.ref_logprobs,
+    )
+    log_ratio = kl_k1(scored.logprobs, scored.ref_logprobs)
+    mismatch = torch.where(mask, (rollout.behaviour_logprobs - scored.logprobs).abs(), 0.0)
+    metrics = {
+        **generation_metrics(rollout, scored.scores),
+        "reward/shaped_mean": float(shaped.mean()),
+        "reward/total_mean": float(rewards.sum(1).mean()),
+        "kl/ref_mean": float(torch.where(mask, log_ratio, 0.0).sum(1).mean()),
+        "kl/ref_per_token": float(masked_mean(log_ratio, mask)),
+        "kl/coef": state.kl_coef,
+        "value/explained_variance": explained_variance(values, returns, mask),
+        "rollout/behaviour_mismatch": float(mismatch.max()),
+    }
+    return experience, metrics

@@ -1,0 +1,285 @@
+"""PPO with a KL penalty and a pretraining-mix term (InstructGPT, Ouyang et al. 2022, eq. 2).
+
+prompts ──► rollout.generate ──► RolloutBatch
+                                    │
+         ┌───────────────┬──────────┴─────┬───────────────┐
+   reward.score   reference.logprobs  policy.logprobs  value.values      at the same time
+         └───────────────┴──────────┬─────┴───────────────┘
+                          make_experience                               on the driver
+                     KL → token rewards → GAE → whitening               (trainers/experience.py)
+                                    │
+                       ┌────────────┴────────────┐
+                 policy.update (+ PTX)      value.update                at the same time
+                       └────────────┬────────────┘
+                           weight_sync.push ──► rollout engines
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_dist.config.hosting import Precision
+from rlhf_dist.core.batches import Experience, PromptBatch, RolloutBatch, TokenBatch
+from rlhf_dist.core.errors import SampleError, TrainingError
+from rlhf_dist.core.random import permutation
+from rlhf_dist.core.roles import Policy, Reference, RewardScorer, RolloutEngine, ValueFunction, WeightSync
+from rlhf_dist.data.sampler import EpochSampler
+from rlhf_dist.evaluation.generation import Decode, sample_rows, score_responses
+from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.ppo.experience import PPOState, Scored, check_finite, make_experience
+from rlhf_dist.ppo.rewards import RunningMoments
+from rlhf_dist.ppo.sanity_checks import disagreement
+from rlhf_dist.run.checkpoint import Checkpoints
+from rlhf_dist.run.failures import sample_dump
+from rlhf_dist.run.run import Run
+
+
+@dataclass(frozen=True)
+class PPORoles:
+    """The models, wherever they live."""
+
+    policy: Policy
+    reference: Reference
+    reward: RewardScorer
+    value: ValueFunction
+    rollout: RolloutEngine
+    weight_sync: WeightSync
+
+
+@dataclass(frozen=True)
+class PPOData:
+    """Tokenised records."""
+
+    prompts: Any
+    eval_prompts: Any | None
+    ptx: Any | None
+    decode: Decode
+    """[n] token ids → text."""
+    score_moments: RunningMoments | None = None
+    """What scores are normalised by, where that is fixed."""
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """How closely models that should agree can be expected to: the lower precision of the two."""
+
+    rollout: Precision
+    """Of policy and rollout engine."""
+    same_start: Precision | None = None
+    """Of policy and reference, where the reference is a copy of the untrained policy; None where it is another model."""
+
+
+class PPOTrainer:
+    """The central driver of PPO."""
+
+    def __init__(
+        self,
+        run: Run,
+        roles: PPORoles,
+        data: PPOData,
+        settings: PPOSettings,
+        checkpoints: Checkpoints,
+        every_iterations: int,
+        *,
+        max_response_tokens: int,
+        precisions: Precisions,
+    ) -> None:
+        """`max_response_tokens`: where the rollout engine cuts off."""
+        self.run_log = run
+        self.roles = roles
+        self.data = data
+        self.settings = settings
+        self.checkpoints = checkpoints
+        self.every_iterations = every_iterations
+        self.max_response_tokens = max_response_tokens
+        self.precisions = precisions
+        self.state = PPOState.start(settings, data.score_moments)
+        self.prompt_sampler = EpochSampler(len(data.prompts), run.seed, "prompts")
+        self.ptx_sampler = EpochSampler(len(data.ptx), run.seed, "ptx") if data.ptx else None
+
+    def step(self, iteration: int) -> dict[str, float]:
+        """Iteration `iteration` (0-based): generate → score → advantages → update → sync."""
+        phase = self.run_log.phase
+        with phase("generate"):
+            prompts = self.draw_prompts(iteration)
+            rollout = self.roles.rollout.generate(prompts, stream="rollout", iteration=iteration).result()
+        with phase("score"):
+            scored = self.score(rollout)
+            self.check(iteration, rollout, scored)
+        with phase("advantages"):
+            state = self.state.with_scores(scored.scores)
+            experience, metrics = make_experience(rollout, scored, self.settings, state, self.max_response_tokens)
+        with phase("update"):
+            metrics |= self.update(iteration, experience, state.kl_coef)
+            if self.trains_policy(iteration):
+                state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings)
+            self.state = state
+        with phase("sync"):
+            self.roles.weight_sync.push(iteration + 1).result()
+        self.log_samples(iteration, rollout, scored)
+        times = self.run_log.take_times()
+        tokens = int(rollout.response_lengths.sum())
+        return {**metrics, **times, "throughput/response_tokens_per_s": tokens / times["time/step_s"]}
+
+    def update(self, iteration: int, experience: Experience, kl_coef: float) -> dict[str, float]:
+        """All epochs and mini-batches of an iteration; the policy's only once the value function is warm."""
+        steps, ptx = self.draw_steps(iteration), None
+        updates = []
+        if self.trains_policy(iteration):
+            ptx = self.draw_ptx(iteration)
+            kl_loss_coef = kl_coef if self.settings.kl_in == "loss" else 0.0
+            every = self.settings.ptx_ratio_every_iterations
+            measure = ptx is not None and every > 0 and iteration % every == 0
+            updates.append(self.roles.policy.update(experience, steps, ptx, kl_loss_coef, measure))
+        updates.append(self.roles.value.update(experience, steps))
+        metrics: dict[str, float] = {}
+        with self._dumping(iteration, experience, ptx):
+            for update in updates:
+                metrics |= update.result().metrics
+        return metrics
+
+    def trains_policy(self, iteration: int) -> bool:
+        """Whether the value function is warm."""
+        return iteration >= self.settings.value_warmup_iterations
+
+    def check(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
+        """Nothing of the scored responses is NaN or infinite; rollouts come from the policy; the untrained policy is its
+        reference.
+
+        Raises:
+            SampleError: something is not finite; the samples are written down.
+            TrainingError: two models that should be the same differ.
+        """
+        with self._dumping(iteration, rollout):
+            check_finite(rollout, scored)
+        if not self.settings.self_checks:
+            return
+        mask, precisions = rollout.response_mask, self.precisions
+        pairs: list[tuple[str, Tensor, Precision]] = [
+            ("rollout engine", rollout.behaviour_logprobs, precisions.rollout)
+        ]
+        if iteration == 0 and precisions.same_start:
+            pairs.append(("reference", scored.ref_logprobs, precisions.same_start))
+        for name, logprobs, precision in pairs:
+            if wrong := disagreement(scored.logprobs, logprobs, mask, precision):
+                raise TrainingError(
+                    f"policy and {name} have the same weights in iteration {iteration}, but their log-probs of the same tokens "
+                    f"differ by {wrong}: one of them was loaded or is run wrongly. Compare the roles' settings (precision, "
+                    "packed, attention); ppo.self_checks: false switches the check off"
+                )
+
+    @contextlib.contextmanager
+    def _dumping(
+        self, iteration: int, batch: RolloutBatch | Experience, ptx: list[TokenBatch] | None = None
+    ) -> Iterator[None]:
+        """Write down the samples that a step is refused for."""
+        try:
+            yield
+        except SampleError as error:
+            rows = [
+                row
+                for source, numbers in error.rows.items()
+                for row in sample_dump(
+                    source, ptx[error.step or 0] if source == "ptx" and ptx else batch, numbers, self.data.decode
+                )
+            ]
+            raise self.run_log.refused(iteration + 1, error, rows) from error
+
+    def log_samples(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
+        """A few responses with their scores."""
+        few = torch.arange(min(self.run_log.num_samples, len(rollout)))
+        rows = sample_rows(
+            self.data.decode, rollout.rows(few), scored.scores[few], scored.logprobs[few], scored.ref_logprobs[few]
+        )
+        self.run_log.log_samples(iteration + 1, rows)
+
+    def score(self, rollout: RolloutBatch) -> Scored:
+        """Everything the models say of the responses; the four work at the same time."""
+        scores = self.roles.reward.score(rollout.sequences)
+        ref_logprobs = self.roles.reference.logprobs(rollout)
+        logprobs = self.roles.policy.logprobs(rollout)
+        values = self.roles.value.values(rollout)
+        return Scored(scores.result(), logprobs.result(), ref_logprobs.result(), values.result())
+
+    def draw_prompts(self, iteration: int) -> PromptBatch:
+        """The iteration's prompts, each repeated `responses_per_prompt` times."""
+        num, repeats = self.settings.prompts_per_iteration, self.settings.responses_per_prompt
+        indices = self.prompt_sampler.indices(iteration * num, num).repeat_interleave(repeats)
+        return self.data.prompts.batch(indices, sample_ids=torch.arange(num * repeats))
+
+    def draw_steps(self, iteration: int) -> list[Tensor]:
+        """Rows of each optimiser step: a permutation an epoch, cut into mini-batches."""
+        num, epochs = self.settings.responses_per_iteration, self.settings.num_epochs
+        orders = [
+            permutation(self.run_log.seed, "mini-batches", iteration * epochs + epoch, num) for epoch in range(epochs)
+        ]
+        return [rows for order in orders for rows in order.split(self.settings.mini_batch_size)]
+
+    def draw_ptx(self, iteration: int) -> list[TokenBatch] | None:
+        """A batch of pretraining text for each optimiser step of an iteration that trains the policy; None without PTX."""
+        if self.ptx_sampler is None or self.data.ptx is None or self.settings.ptx_coef == 0:
+            return None
+        size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration
+        trained = (
+            iteration - self.settings.value_warmup_iterations
+        )  # no text is passed over while the value function warms up
+        indices = self.ptx_sampler.indices(trained * num * size, num * size)
+        return [self.data.ptx.batch(part) for part in indices.split(size)]
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """Train to the end; returns the summary."""
+        iteration, before = self._start(resume)
+        after = before if iteration < self.settings.num_iterations else self.evaluate(iteration)
+        with self.run_log.progress("ppo", total=self.settings.num_iterations, completed=iteration):
+            while iteration < self.settings.num_iterations:
+                metrics = self.step(iteration)
+                iteration += 1
+                every = self.settings.eval_every_iterations
+                if iteration == self.settings.num_iterations or (every and iteration % every == 0):
+                    with self.run_log.phase("evaluate"):
+                        after = self.evaluate(iteration)
+                    metrics |= {f"eval/{name}": value for name, value in after.items()}
+                    metrics["time/evaluate_s"] = self.run_log.take_times()["time/evaluate_s"]
+                self.run_log.log(iteration, metrics)
+                self.run_log.checkpoint(
+                    self.checkpoints,
+                    iteration,
+                    {"before": before, "ppo": self.state.to_json()},
+                    self._trained(),
+                    every=self.every_iterations,
+                    total=self.settings.num_iterations,
+                )
+        return {"num_iterations": iteration, "before": before, "after": after}
+
+    def _start(self, resume: bool) -> tuple[int, dict[str, float]]:
+        """(first iteration, evaluation before training), with every rollout engine on the policy's weights."""
+        latest = self.checkpoints.latest() if resume else None
+        state = self.checkpoints.load(latest, self._trained()) if latest else None
+        iteration = state["step"] if state else 0
+        self.roles.weight_sync.push(iteration).result()
+        if state:
+            self.state = PPOState.from_json(state["ppo"])
+            return iteration, state["before"]
+        before = self.evaluate(0)
+        self.run_log.log(0, {f"eval/{name}": value for name, value in before.items()})
+        return 0, before
+
+    def _trained(self) -> dict[str, Any]:
+        return {"policy": self.roles.policy, "value": self.roles.value}
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Generate from and score the held-out prompts. The random numbers are the same at every evaluation, so that
+        differences are the policy's."""
+        if self.data.eval_prompts is None:
+            return {}
+        rows, metrics = score_responses(
+            self.data.eval_prompts, self.data.decode, self.roles.rollout, self.roles.reward, self.roles.reference
+        )
+        self.run_log.log_eval(iteration, rows)
+        return metrics

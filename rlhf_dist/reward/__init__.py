@@ -1,0 +1,1 @@
+"""Reward modelling: configuration, loss, trainer, worker, roles, construction."""

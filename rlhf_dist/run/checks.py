@@ -1,0 +1,78 @@
+"""Refusals of models and numbers that do not fit together, before a process is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_dist.config.deepspeed import read_ds_config
+from rlhf_dist.config.hosting import ModelHost, TrainedModel
+from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.models.loading import context_length, load_model_config
+
+
+def check_model(path: str, max_length_tokens: int, role: str) -> Any:
+    """The model's config, if it can hold the run's sequences.
+
+    Raises:
+        ModelError: no model at `path`, or its context is shorter than `max_length_tokens`.
+    """
+    config = load_model_config(path)
+    limit = context_length(config)
+    if limit is not None and max_length_tokens > limit:
+        raise ModelError(
+            f"data.max_length_tokens is {max_length_tokens} but the {role} model at {path!r} has a context of {limit} tokens; "
+            f"lower data.max_length_tokens to at most {limit}"
+        )
+    return config
+
+
+def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num_sequences: int = 1) -> None:
+    """Refuse a token budget that one row of a batch may exceed.
+
+    Args:
+        model: the hosted model.
+        max_length_tokens: of a sequence.
+        role: the model's section of the configuration.
+        num_sequences: sequences that a row puts into one forward pass (a preference pair: 2).
+
+    Raises:
+        ConfigError: micro_batch_tokens is set, and too small.
+    """
+    budget, needed = model.micro_batch_tokens, num_sequences * max_length_tokens
+    if budget is not None and budget < needed:
+        why = f"{num_sequences} sequences of a row in one forward pass" if num_sequences > 1 else "one sequence"
+        raise ConfigError(
+            f"{role}.micro_batch_tokens is {budget} but {why} may take {needed} tokens (data.max_length_tokens is "
+            f"{max_length_tokens}); raise the first to at least {needed} or lower the second"
+        )
+
+
+def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -> None:
+    """Roles exchange token ids: their tokenizers must be one, and every id must have an embedding."""
+    other = load_tokenizer(path)
+    if other.get_vocab() != policy.get_vocab():
+        raise ModelError(
+            f"the tokenizer of the {role} model at {path!r} ({len(other)} tokens) is not the policy's ({len(policy)} tokens); "
+            "all models of a run must share one: train the reward model from the policy's base model"
+        )
+    if model_config.get_text_config().vocab_size < len(policy):
+        raise ModelError(
+            f"the {role} model at {path!r} has embeddings for {model_config.get_text_config().vocab_size} tokens but the "
+            f"tokenizer has {len(policy)}; resize its embeddings"
+        )
+
+
+def check_ds_config(model: TrainedModel) -> None:
+    """Refuse a DeepSpeed file that contradicts its role."""
+    if model.ds_config_path is not None:
+        read_ds_config(model.ds_config_path, model.zero_stage, model.precision, model.num_ranks)
+
+
+def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
+    """Refuse a batch that leaves ranks without work at every step."""
+    if batch_size < num_ranks:
+        raise ConfigError(
+            f"{name} is {batch_size} but {role}.num_ranks is {num_ranks}: some ranks would never have work; raise the first "
+            "or lower the second"
+        )

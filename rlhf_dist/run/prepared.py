@@ -1,0 +1,41 @@
+"""A run that passed every check and has started nothing: its roles, its data, its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.distributed.group import WorkerSpec
+
+D = TypeVar("D")
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[D]):
+    """What a room's `prepare` gives to its `run`."""
+
+    specs: list[WorkerSpec]
+    data: D
+    run_summary: dict[str, Any]
+    """Derived numbers, for the start of the run and for `validate`."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """Path in the configuration → hash of what is there. A checkpoint then belongs to the contents, wherever they
+    are stored."""
+    bad_rows: tuple[str, ...] = ()
+    """Lines of bad_rows.jsonl: rows skipped under `on_bad_row: skip`."""
+    shares: tuple[dict[str, Any], ...] = ()
+    """Of each set that is trained on; empty where there is one and no mixing."""
+
+
+def bad_rows(*datasets: Any) -> tuple[str, ...]:
+    """Lines of bad_rows.jsonl, of all data sets."""
+    return tuple(line for found in datasets if found is not None for line in BadRows(list(found.report.bad)).lines())
+
+
+def decoder(tokenizer: Any) -> Callable[[Tensor], str]:
+    """[n] token ids → text, without special tokens."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,1 +1,0 @@
-"""The embedded default: starter data made from human word ratings, a tiny model, and the quickstart's recipes."""

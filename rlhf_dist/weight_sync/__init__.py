@@ -1,1 +1,0 @@
-"""Policy weights → rollout engines, bucket by bucket, with a version and a checksum."""
