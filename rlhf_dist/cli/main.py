@@ -85,7 +85,7 @@ def _overview() -> str:
 usage: {PROG} COMMAND ...
        {PROG} [--help | --version]
 
-Distributed RLHF: instruction tuning, reward modelling and PPO on Ray and DeepSpeed.
+Distributed RLHF: instruction tuning, reward modeling and PPO on Ray and DeepSpeed.
 
 commands with a configuration ({PROG} COMMAND CONFIG.yaml [--section.key value ...]):
 {lines(CONFIG_COMMANDS)}

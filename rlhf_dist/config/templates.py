@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_dist.config.base import AbsolutePath, Count, PositiveInt, Schema
 
 BuiltinTemplates = Literal[
-    "classification", "pair_classification", "question_answering", "summarisation", "translation", "generation"
+    "classification", "pair_classification", "question_answering", "summarization", "translation", "generation"
 ]
 
 

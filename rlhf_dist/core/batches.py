@@ -203,7 +203,7 @@ class RolloutBatch(_Rows):
     """[B] int64, ≥ 1."""
     response_lengths: Tensor
     """[B] int64, ≥ 1, EOS included."""
-    behaviour_logprobs: Tensor
+    rollout_logprobs: Tensor
     """[B, R] fp32, log-probs of the response tokens under the distribution they were sampled from."""
     finish_reasons: Tensor
     """[B] int64, `FINISHED` or `TRUNCATED`."""
@@ -212,7 +212,7 @@ class RolloutBatch(_Rows):
 
     _widths: ClassVar[dict[str, str]] = {
         "tokens": "prompt_lengths+response_lengths",
-        "behaviour_logprobs": "response_lengths",
+        "rollout_logprobs": "response_lengths",
     }
 
     @property
@@ -223,7 +223,7 @@ class RolloutBatch(_Rows):
     @property
     def response_mask(self) -> Tensor:
         """[B, R] bool, True on response tokens."""
-        return length_mask(self.response_lengths, self.behaviour_logprobs.shape[1])
+        return length_mask(self.response_lengths, self.rollout_logprobs.shape[1])
 
     @property
     def sequences(self) -> SequenceBatch:

@@ -79,7 +79,7 @@ class SampleError(TrainingError):
 
     def __init__(self, message: str, rows: Mapping[str, Sequence[int]] | None = None, step: int | None = None) -> None:
         """`rows`: what they are rows of (a loss term's batch, the rollouts) → row numbers in it; `step`: which of an update's
-        optimiser steps."""
+        optimizer steps."""
         super().__init__(message)
         self.rows = {name: list(numbers) for name, numbers in (rows or {}).items()}
         self.step = step

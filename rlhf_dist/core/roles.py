@@ -19,22 +19,19 @@ from rlhf_dist.core.steps import UpdateReport
 
 
 class Trained(Protocol):
-    """A model with optimiser state."""
+    """A model with optimizer state."""
 
     def save_checkpoint(self, path: Path) -> Future[None]:
-        """Write parameters, optimiser and schedule under `path` (every rank its shard)."""
+        """Write parameters, optimizer and schedule under `path` (every rank its shard)."""
         ...
 
     def load_checkpoint(self, path: Path) -> Future[None]:
         """Restore what `save_checkpoint` wrote, bit for bit."""
         ...
 
-    def save_model(self, path: Path) -> Future[None]:
-        """Write the model in Hugging Face format (safetensors, config, tokenizer), adapters merged into it."""
-        ...
-
-    def save_adapter(self, path: Path) -> Future[None]:
-        """Write the adapters of a model that has some, in peft's format."""
+    def save(self, folder: Path) -> Future[None]:
+        """Write what a run leaves of the model: `folder`/model in Hugging Face format (safetensors, config, tokenizer; adapters
+        merged), and beside it what the model has more, such as adapter/ or model_ema/."""
         ...
 
 
@@ -44,7 +41,7 @@ class LanguageModel(Trained, Protocol):
     def update(
         self, batch: TokenBatch, step: int, text: TokenBatch | None = None, text_coef: float = 0.0
     ) -> Future[UpdateReport]:
-        """Optimiser step number `step` (0-based): on the mean negative log-likelihood of the batch's targets, plus `text_coef`
+        """Optimizer step number `step` (0-based): on the mean negative log-likelihood of the batch's targets, plus `text_coef`
         times that of the targets of `text`."""
         ...
 
@@ -57,7 +54,7 @@ class PreferenceModel(Trained, Protocol):
     """A reward model under training."""
 
     def update(self, batch: PreferenceBatch, step: int) -> Future[UpdateReport]:
-        """Optimiser step number `step` (0-based): on the mean over prompts of the mean loss of a prompt's pairs."""
+        """Optimizer step number `step` (0-based): on the mean over prompts of the mean loss of a prompt's pairs."""
         ...
 
     def score_pairs(self, batch: PreferenceBatch) -> Future[Tensor]:
@@ -80,13 +77,9 @@ class Policy(Trained, Protocol):
         kl_loss_coef: float = 0.0,
         measure_terms: bool = False,
     ) -> Future[UpdateReport]:
-        """One optimiser step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i and
+        """One optimizer step for each entry of `steps` (row indices into `experience`), with `ptx[i]` mixed into step i and
         `kl_loss_coef` times the KL to the reference; fewer where the policy has moved too far. `measure_terms`: report the
         gradient norm of PTX against that of PPO in the first step."""
-        ...
-
-    def save_average(self, path: Path) -> Future[None]:
-        """Write the moving average of the weights, where one is kept, in Hugging Face format."""
         ...
 
 
@@ -98,7 +91,7 @@ class ValueFunction(Trained, Protocol):
         ...
 
     def update(self, experience: Experience, steps: Sequence[Tensor]) -> Future[UpdateReport]:
-        """One optimiser step for each entry of `steps`."""
+        """One optimizer step for each entry of `steps`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What an optimiser step is asked for, and what it reports."""
+"""What an optimizer step is asked for, and what it reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TextShare:
 
 @dataclass(frozen=True)
 class StepShare:
-    """One rank's share of an optimiser step: micro-batches of row indices, an idle one being empty."""
+    """One rank's share of an optimizer step: micro-batches of row indices, an idle one being empty."""
 
     micro_batches: list[list[int]]
     num_tokens: int
@@ -34,13 +34,13 @@ class StepShare:
 
 NON_FINITE_LOSS, NON_FINITE_GRADIENT = "a loss is not finite", "the gradient is not finite"
 """Why a step is refused whatever the algorithm."""
-KL_STOP = "the KL to the old policy is above ppo.kl_stop"
+EARLY_STOP_KL = "the KL to the old policy is above ppo.early_stop_kl"
 """Why the rest of an update is left out, on request."""
 
 
 @dataclass
 class StepReport:
-    """What one optimiser step did on one rank."""
+    """What one optimizer step did on one rank."""
 
     sums: dict[str, dict[str, float]] = field(default_factory=dict)
     """Loss term → metric → sum over this rank's tokens or pairs."""
@@ -49,7 +49,7 @@ class StepReport:
     learning_rate: float = 0.0
     term_grad_norms: dict[str, float] = field(default_factory=dict)
     """Loss term → global L2 norm of its own gradient, coefficient included; where it was measured."""
-    refused: str = ""
+    aborted: str = ""
     """Why the step was not taken (the same on every rank); "" if it was."""
     suspects: list[tuple[str, int, int]] = field(default_factory=list)
     """(loss term, micro-batch, row in it) of this rank whose loss or gradient by itself is not finite; where no row's is, all
@@ -58,8 +58,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What an update did, already averaged over ranks, tokens and optimiser steps."""
+    """What an update did, already averaged over ranks, tokens and optimizer steps."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
-    """Optimiser steps taken."""
+    """Optimizer steps taken."""

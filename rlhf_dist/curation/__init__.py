@@ -1,1 +1,1 @@
-"""Making data: instruction records and preferences out of labelled sets, models and people."""
+"""Making data: instruction records and preferences out of labeled sets, models and people."""

@@ -69,7 +69,7 @@ def _drawn(item: str, pair: tuple[int, int]) -> int:
 
 
 def cohen(first: Sequence[Hashable], second: Sequence[Hashable]) -> Kappa:
-    """Cohen's kappa of two annotators who both labelled these units (Cohen 1960), by scikit-learn.
+    """Cohen's kappa of two annotators who both labeled these units (Cohen 1960), by scikit-learn.
 
     Raises:
         ConfigError: scikit-learn is not installed.

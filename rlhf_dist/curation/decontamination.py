@@ -126,7 +126,7 @@ def matches(texts: Sequence[str], index: Path) -> dict[int, list[Match]]:
     """The texts of a chunk that share a run with an evaluation record, by their hashes.
 
     Args:
-        texts: as they are, not normalised.
+        texts: as they are, not normalized.
         index: folder of a finished `EvaluationIndex`.
     """
     rows = [words(text) for text in texts]

@@ -3,7 +3,7 @@
     verdicts = find_duplicates(dataset, DedupSettings(), fields=("instruction", "output"))
     dataset.select(verdicts.kept())
 
-The stream is read once. Texts are normalised, hashed and signed in other processes where that is asked for
+The stream is read once. Texts are normalized, hashed and signed in other processes where that is asked for
 (`fingerprints.py`), and kept on disk; what is in memory grows by some 30 bytes a record, and by 12 for each bucket that it
 shares with another (`near_duplicates.py`).
 
@@ -28,7 +28,7 @@ from rlhf_dist.config.data import RecordKind
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.dedup import DedupSettings
 from rlhf_dist.curation.decontamination import EvaluationIndex, Match, matches
-from rlhf_dist.curation.fingerprints import SEPARATOR, Signatures, encoded, normalised, signatures
+from rlhf_dist.curation.fingerprints import SEPARATOR, Signatures, encoded, normalized, signatures
 from rlhf_dist.curation.near_duplicates import BandFiles, NearVerdicts, find_near
 from rlhf_dist.curation.parallel import ordered_map
 from rlhf_dist.curation.spool import Spool
@@ -67,7 +67,7 @@ class Verdicts:
     """What becomes of each record of a stream."""
 
     equal_to: np.ndarray
-    """[records] int64: the first record with the same normalised text; its own number where there is no earlier one."""
+    """[records] int64: the first record with the same normalized text; its own number where there is no earlier one."""
     near: NearVerdicts
     contaminated: dict[int, Match]
     num_empty: int
@@ -145,7 +145,7 @@ class _Prints:
     """Of a chunk of n texts."""
 
     texts: list[bytes]
-    """Normalised; empty where there is nothing to compare."""
+    """Normalized; empty where there is nothing to compare."""
     digests: np.ndarray
     """[n] uint64."""
     signatures: Signatures | None
@@ -154,7 +154,7 @@ class _Prints:
 
 def _fingerprint(settings: DedupSettings, index: Path | None, chunk: Sequence[tuple[str, str]]) -> _Prints:
     """`chunk`: of each record the text that is compared with other records, and the one compared with evaluation sets."""
-    plain = [normalised(text, settings.normalise) for text, _ in chunk]
+    plain = [normalized(text, settings.normalize) for text, _ in chunk]
     plain = [text if text.strip(SEPARATOR + " \t\r\n") else "" for text in plain]
     texts = [encoded(text) for text in plain]
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)

@@ -1,4 +1,4 @@
-"""What a text is compared by: its normalised form, its shingles, its MinHash signature in bands.
+"""What a text is compared by: its normalized form, its shingles, its MinHash signature in bands.
 
 Runs in processes of their own, so it imports neither torch nor the data package. Texts come in chunks, and numpy works on a
 chunk at a time: a text's length costs, its number does not.
@@ -22,7 +22,7 @@ from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.curation.config.dedup import NearDuplicates
 
 SEPARATOR = "\0"
-"""Between the fields of a compared text. It is no whitespace, so normalisation keeps it."""
+"""Between the fields of a compared text. It is no whitespace, so normalization keeps it."""
 
 _INVISIBLE: dict[int, None] = {0x00AD: None, 0x200B: None, 0xFEFF: None}
 """Soft hyphen, zero-width space and byte-order mark, which NFKC leaves."""
@@ -34,8 +34,8 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SIGNATURE_SEED = 1
 
 
-def normalised(text: str, steps: Sequence[str]) -> str:
-    """`text` without the differences that `steps` (of `DedupSettings.normalise`) name; in a fixed order."""
+def normalized(text: str, steps: Sequence[str]) -> str:
+    """`text` without the differences that `steps` (of `DedupSettings.normalize`) name; in a fixed order."""
     if "unicode" in steps and not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(_INVISIBLE)
     if "case" in steps:
@@ -81,7 +81,7 @@ def windows(values: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndar
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: every bit depends on every bit."""
+    """The finalizer of SplitMix64: every bit depends on every bit."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
@@ -93,7 +93,7 @@ def word_hashes(found: Sequence[str]) -> np.ndarray:
 
 
 def shingles(texts: Sequence[str], settings: NearDuplicates) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the shingles of normalised texts, text after text, repeated ones too, and the number of each text.
+    """Hashes of the shingles of normalized texts, text after text, repeated ones too, and the number of each text.
 
     A text that is shorter than a shingle is one shingle.
     """
@@ -110,7 +110,7 @@ def shingles(texts: Sequence[str], settings: NearDuplicates) -> tuple[np.ndarray
 
 
 def shingle_set(text: str, settings: NearDuplicates) -> np.ndarray:
-    """Sorted hashes of the different shingles of a normalised text."""
+    """Sorted hashes of the different shingles of a normalized text."""
     return np.unique(shingles([text], settings)[0])
 
 
@@ -161,7 +161,7 @@ class Signatures:
 
 
 def signatures(texts: Sequence[str], settings: NearDuplicates) -> Signatures:
-    """MinHash signatures of normalised texts.
+    """MinHash signatures of normalized texts.
 
     Raises:
         ConfigError: rensa is not installed.

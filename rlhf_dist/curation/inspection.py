@@ -6,7 +6,7 @@
     report.numbers["duplicates"], report.examples
 
 It looks at the very data sets that the trainers' loaders make, so nothing here can differ from training. Of texts everything is
-looked at that the record says, before a tokenizer's normalisation; of tokens, what the model is given.
+looked at that the record says, before a tokenizer's normalization; of tokens, what the model is given.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from rlhf_dist.curation.config.inspect import InspectSettings
 from rlhf_dist.curation.dataset_view import View, margin
 from rlhf_dist.curation.dedup import find_duplicates
 from rlhf_dist.curation.examples import Example, draw_examples
-from rlhf_dist.curation.fingerprints import encoded, normalised
+from rlhf_dist.curation.fingerprints import encoded, normalized
 from rlhf_dist.curation.text_quality import MEANINGS, MOJIBAKE, count_oddities, looks_for_mojibake, printable, scripts
 from rlhf_dist.data.bad_rows import BadRow
 
 MAX_LISTED = 20
 """Duplicates, tasks, places and bad rows that a report lists; the rest is only counted."""
 NUM_BINS = 32
-_NORMALISED = DedupSettings().normalise
+_NORMALIZED = DedupSettings().normalize
 _QUOTED, _NUMBER = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -162,7 +162,7 @@ def duplicate_numbers(view: View, first: Sequence[int], settings: InspectSetting
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(encoded(normalised(text, _NORMALISED)), digest_size=12).digest()
+    return hashlib.blake2b(encoded(normalized(text, _NORMALIZED)), digest_size=12).digest()
 
 
 def _num_repeated(texts: Iterable[str]) -> int:

@@ -1,6 +1,6 @@
 """Pairs of candidates, judged by a model or a function in both orders.
 
-Models favour a position (Zheng et al. 2023, "Judging LLM-as-a-judge", section 3.4), so that each pair is asked about twice,
+Models favor a position (Zheng et al. 2023, "Judging LLM-as-a-judge", section 3.4), so that each pair is asked about twice,
 with the responses exchanged. Only answers that agree count as a preference; what differs is a tie. What is written are
 judgements as people's are (`judgements.py`), under the judge's name.
 """
@@ -18,7 +18,7 @@ from rlhf_dist.curation.candidates import Item, Messages
 from rlhf_dist.curation.config.generator import Sampling
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
 from rlhf_dist.curation.judgements import Judgement
-from rlhf_dist.curation.labelling import Unit
+from rlhf_dist.curation.labeling import Unit
 from rlhf_dist.curation.prompts import PromptTemplate
 
 PROMPT = "judge.jinja"

@@ -1,4 +1,4 @@
-"""Numbers about a labelling task: progress, choices, seconds, position bias, agreement."""
+"""Numbers about a labeling task: progress, choices, seconds, position bias, agreement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_dist.curation.agreement import agreement_report, as_json, position_bias
 from rlhf_dist.curation.judgements import CHOICES, Judgement, latest
-from rlhf_dist.curation.labelling import LabelTask
+from rlhf_dist.curation.labeling import LabelTask
 
 _LEVEL = 0.05
 """Of the tests for position bias."""

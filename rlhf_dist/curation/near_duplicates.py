@@ -143,7 +143,7 @@ def find_near(files: BandFiles, active: np.ndarray, text_of: Callable[[int], str
     Args:
         files: signatures of all texts.
         active: [texts] bool, those that take part.
-        text_of: a normalised text by its number.
+        text_of: a normalized text by its number.
     """
     settings = files.settings
     found = buckets(files.columns(), active)

@@ -30,7 +30,7 @@ from rlhf_dist.data.reader import read_fields
 
 PROMPT = "self_instruct.jinja"
 _NEAREST_SAMPLE = 500
-"""Kept instructions whose nearest neighbour the report tells."""
+"""Kept instructions whose nearest neighbor the report tells."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Instruction records out of labelled data sets (as FLAN and promptsource make them), ready to be written.
+"""Instruction records out of labeled data sets (as FLAN and promptsource make them), ready to be written.
 
 The rendering itself is in `data/templating.py`, so that a trainer's source can use it without a file in between.
 """

@@ -89,7 +89,7 @@ def shortened(those: Sequence[Piece], max_pieces: int) -> list[Piece]:
 
 
 def runs(those: Sequence[Piece]) -> list[list[Piece]]:
-    """Neighbours that are shown alike, together."""
+    """Neighbors that are shown alike, together."""
     return [list(run) for _, run in groupby(those, key=lambda p: replace(p, text="", num_tokens=1))]
 
 

@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, length_mask, pad_rows
+from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.data.bad_rows import DataReport
-from rlhf_dist.data.near_ties import NearTieCounts
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
 
 T = TypeVar("T")
 Indices = Sequence[int] | Tensor
-_COUNTED_AT_ONCE = 4096
-"""Records whose margins are looked at together."""
 
 
 class Ragged:
@@ -226,16 +223,6 @@ class PreferenceDataset:
     def records(self) -> list[Preference]:
         """The record of each item, with the responses that are used; [] unless they were kept."""
         return [self._preferences[row] for row in self._rows] if self._preferences else []
-
-    def near_ties(self, below: float) -> NearTieCounts:
-        """How many pairs have a smaller margin than `below`, and how much they weigh."""
-        counts = NearTieCounts(below)
-        for rows in np.split(self._rows, range(_COUNTED_AT_ONCE, len(self._rows), _COUNTED_AT_ONCE)):
-            ranks = pad_rows([row.tolist() for row in self._ranks.pick(rows.tolist())])
-            ratings = pad_rows([row.tolist() for row in self._ratings.pick(rows.tolist())], dtype=torch.float32)
-            sizes = torch.from_numpy(np.diff(self._starts)[rows])
-            counts.add(length_mask(sizes, ranks.shape[1]), ranks, ratings, torch.from_numpy(self._rated[rows]))
-        return counts
 
     def response_tokens(self, indices: Indices) -> Tensor:
         """[len(indices), K] int64 tokens of each response of the items `indices`, its end included; 0 is padding."""

@@ -1,4 +1,4 @@
-"""What the ranks report of optimiser steps → what a trainer is told, in numbers that do not depend on the split."""
+"""What the ranks report of optimizer steps → what a trainer is told, in numbers that do not depend on the split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rlhf_dist.core.errors import SampleError, TrainingError
-from rlhf_dist.core.steps import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport, UpdateReport
+from rlhf_dist.core.steps import EARLY_STOP_KL, NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport, UpdateReport
 
 Shares = list[list[list[int]]]
 """Rank → micro-batch → rows."""
@@ -19,8 +19,6 @@ class MetricNames(NamedTuple):
     """Of its gradient norm and learning rate."""
     sums: dict[str, tuple[str, str]]
     """Metric → (loss term, sum) of a `StepReport`."""
-    ratios: dict[str, tuple[str, str, str]] = {}
-    """Metric → (loss term, sum, the sum that it is divided by in place of the term's count); left out where that is 0."""
     num_updates: str = ""
     """Metric for the number of optimizer steps taken, where a role reports one."""
 
@@ -37,7 +35,7 @@ def update_report(
     shares: Mapping[str, Sequence[Shares]],
     names: MetricNames,
 ) -> UpdateReport:
-    """Mean over the optimiser steps taken of Σ_ranks sum / global count.
+    """Mean over the optimizer steps taken of Σ_ranks sum / global count.
 
     Args:
         role: the model's name, for messages.
@@ -49,20 +47,20 @@ def update_report(
         SampleError: a loss or the gradient was not finite; names the rows.
         TrainingError: the step was refused for another reason.
     """
-    reason = steps[-1][0].refused if steps else ""
-    if reason and reason != KL_STOP:
+    reason = steps[-1][0].aborted if steps else ""
+    if reason and reason != EARLY_STOP_KL:
         raise _refusal(role, reason, steps, shares)
-    taken = steps[:-1] if reason == KL_STOP else steps
-    metrics = _means(taken, counts, names.sums) | _ratios(taken, names.ratios)
+    taken = steps[:-1] if reason == EARLY_STOP_KL else steps
+    metrics = _means(taken, counts, names.sums)
     if taken:
         metrics[f"{names.prefix}/grad_norm"] = sum(ranks[0].grad_norm for ranks in taken) / len(taken)
         metrics[f"{names.prefix}/learning_rate"] = taken[-1][0].learning_rate
         norms = taken[0][0].term_grad_norms
         if "ptx" in norms:
             metrics["policy/ptx_grad_ratio"] = norms["ptx"] / norms["ppo"] if norms["ppo"] else float("nan")
-    if reason == KL_STOP:
+    if reason == EARLY_STOP_KL:
         last = {name: ppo[len(taken) :] for name, ppo in counts.items()}
-        metrics["policy/stop_kl"] = _means(steps[-1:], last, {"kl": names.sums["policy/approx_kl"]})["kl"]
+        metrics["policy/early_stop_kl"] = _means(steps[-1:], last, {"kl": names.sums["policy/approx_kl"]})["kl"]
     if names.num_updates:
         metrics[names.num_updates] = float(len(taken))
     return UpdateReport(metrics, len(taken))
@@ -82,17 +80,6 @@ def _means(
     return metrics
 
 
-def _ratios(steps: list[list[StepReport]], names: Mapping[str, tuple[str, str, str]]) -> dict[str, float]:
-    """Of sums over all ranks and steps."""
-    metrics = {}
-    for metric, (term, above, below) in names.items():
-        found = [report.sums.get(term, {}) for ranks in steps for report in ranks]
-        total = sum(sums.get(below, 0.0) for sums in found)
-        if total:
-            metrics[metric] = sum(sums.get(above, 0.0) for sums in found) / total
-    return metrics
-
-
 def _refusal(
     role: str, reason: str, steps: list[list[StepReport]], shares: Mapping[str, Sequence[Shares]]
 ) -> TrainingError:
@@ -106,7 +93,7 @@ def _refusal(
     rows = {term: sorted(set(numbers)) for term, numbers in rows.items()}
     where = "; ".join(f"{term}: rows {', '.join(map(str, numbers))}" for term, numbers in rows.items())
     return SampleError(
-        f"{role}: {reason} in optimiser step {number + 1} of the update ({where}). The step was "
+        f"{role}: {reason} in optimizer step {number + 1} of the update ({where}). The step was "
         "not taken and no weight was touched by it. Look at these samples. A checkpoint continues with its own configuration: "
         "to lower the learning rate or to use precision: fp32, start a new run.",
         rows,

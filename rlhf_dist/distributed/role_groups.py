@@ -78,13 +78,9 @@ class TrainedRole(Role):
         """See `roles.Trained`."""
         return nothing(self.group.call("load_checkpoint", path))
 
-    def save_model(self, path: Path) -> Future[None]:
+    def save(self, folder: Path) -> Future[None]:
         """See `roles.Trained`."""
-        return nothing(self.group.call("save_model", path))
-
-    def save_adapter(self, path: Path) -> Future[None]:
-        """See `roles.Trained`."""
-        return nothing(self.group.call("save_adapter", path))
+        return nothing(self.group.call("save", folder))
 
     def one_step(
         self,
@@ -184,7 +180,7 @@ def evaluate_nll(role: Role, batch: TokenBatch) -> Future[dict[str, float]]:
 
 
 def shares_of_step(role: Role, lengths: Tensor, rows: Tensor) -> Shares:
-    """The rows of one optimiser step, split; as row numbers of the whole experience."""
+    """The rows of one optimizer step, split; as row numbers of the whole experience."""
     return [[[int(rows[i]) for i in micro] for micro in share] for share in role.split(lengths[rows])]
 
 

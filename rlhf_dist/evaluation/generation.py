@@ -69,7 +69,7 @@ def score_responses(
             decode,
             rollout,
             scores.result() if scores else None,
-            rollout.behaviour_logprobs,
+            rollout.rollout_logprobs,
             ref.result() if ref else None,
         )
     metrics: dict[str, float] = {"num_prompts": len(rows)}

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): put into a model by peft, initialised and merged here so that no layout shows.
+"""Low-rank adapters (LoRA): put into a model by peft, initialized and merged here so that no layout shows.
 
 y = W x + s B A x with s = alpha / rank (Hu et al. 2021). peft's modules are put into the model in place, so that it stays the
 transformers model it was: forward passes, packing, gradient checkpointing and ZeRO meet nothing new. An adapted matrix
@@ -56,7 +56,7 @@ class PlainParameter:
 def add_adapters(model: Any, config: LoRAConfig) -> None:
     """Put adapters into `model` (in place) and freeze all but them and a scalar head.
 
-    A is left as drawn by `initialise_adapters`, B is 0, so that the model computes what it did before. May be called with a
+    A is left as drawn by `initialize_adapters`, B is 0, so that the model computes what it did before. May be called with a
     model on the meta device, or sharded by ZeRO-3: adapters are made whole.
 
     Raises:
@@ -85,7 +85,7 @@ def add_adapters(model: Any, config: LoRAConfig) -> None:
 
 
 @torch.no_grad()
-def initialise_adapters(model: Any, seed: int) -> None:
+def initialize_adapters(model: Any, seed: int) -> None:
     """A ~ U(−1/√in, 1/√in), as LoRA's authors and peft draw it, but as a function of (seed, name of the matrix, row): the same
     on any rank, number of ranks and ZeRO stage. B = 0. The adapters must be whole."""
     for parameter in plain_parameters(model):

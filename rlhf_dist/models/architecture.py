@@ -58,7 +58,7 @@ class Architecture:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the parameters of each optimiser group (`engine.optimizer`: with and without weight decay) that is not
+        """Sizes of the parameters of each optimizer group (`engine.optimizer`: with and without weight decay) that is not
         empty."""
         decay = tuple(math.prod(shape) for shape in self.trained if len(shape) > 1)
         rest = tuple(math.prod(shape) for shape in self.trained if len(shape) <= 1)

@@ -78,7 +78,7 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
         pad_token_id: written into the config, so that transformers' own pooling finds the last real token.
 
     Returns:
-        The model, and whether its head is new (its weights are then arbitrary and the caller initialises them).
+        The model, and whether its head is new (its weights are then arbitrary and the caller initializes them).
     """
     config = load_model_config(path)
     if _is_classifier(config):

@@ -27,7 +27,7 @@ LEAK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}
 LEAK_TOLERANCE_HALF = 1e-3
 """Largest relative change of a token's hidden state when other sequences of its row change, by the parameters' dtype. Both
 passes have the same shapes, so that where nothing leaks nothing moves: 0 for dense architectures; 1e-6 in fp32 where a mixture
-of experts multiplies matrices of other heights. Newly initialised architectures that leak: from 3e-4 in fp32, 3e-3 in bf16."""
+of experts multiplies matrices of other heights. Newly initialized architectures that leak: from 3e-4 in fp32, 3e-3 in bf16."""
 
 _ROUNDING_MARGIN = 10
 _PROBE_LENGTHS = (5, 3, 6, 2, 4, 1, 3, 5)

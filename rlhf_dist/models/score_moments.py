@@ -39,11 +39,11 @@ def read_score_moments(model_path: str) -> ScoreMoments:
         ModelError: nothing was, or something that cannot be divided by.
     """
     path = Path(model_path).expanduser() / FILE
-    remedy = "give a model/ folder of `rlhf-dist reward`, or set ppo.normalise_scores to std or mean_std"
+    remedy = "give a model/ folder of `rlhf-dist reward`, or set ppo.normalize_scores to std or mean_std"
     try:
         found = ScoreMoments(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise ModelError(f"ppo.normalise_scores is saved, but {model_path} has no {FILE}; {remedy}") from error
+        raise ModelError(f"ppo.normalize_scores is saved, but {model_path} has no {FILE}; {remedy}") from error
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} cannot be read ({error}); {remedy}") from error
     if not (math.isfinite(found.mean) and math.isfinite(found.std) and found.std > 0):

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from rlhf_dist.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_dist.evaluation.config import EvalConfig
+    from rlhf_dist.pipeline.config import PipelineConfig
+    from rlhf_dist.ppo.config import PPOConfig
+    from rlhf_dist.reward.config import RewardConfig
+    from rlhf_dist.sft.config import SFTConfig
 
 PROG = "rlhf-dist"
 INTERRUPTED = 130
@@ -44,6 +52,34 @@ def schema_of(command: str) -> type[Any]:
         "pipeline": PipelineConfig,
     }
     return schemas[command]
+
+
+@overload
+def load_config(command: Literal["sft"], path: str | Path | None, overrides: Sequence[str] = ()) -> SFTConfig: ...
+@overload
+def load_config(command: Literal["reward"], path: str | Path | None, overrides: Sequence[str] = ()) -> RewardConfig: ...
+@overload
+def load_config(command: Literal["ppo"], path: str | Path | None, overrides: Sequence[str] = ()) -> PPOConfig: ...
+@overload
+def load_config(command: Literal["eval"], path: str | Path | None, overrides: Sequence[str] = ()) -> EvalConfig: ...
+@overload
+def load_config(
+    command: Literal["pipeline"], path: str | Path | None, overrides: Sequence[str] = ()
+) -> PipelineConfig: ...
+def load_config(command: str, path: str | Path | None, overrides: Sequence[str] = ()) -> Any:
+    """The checked configuration of a command.
+
+    Args:
+        command: `sft`, `reward`, `ppo`, `eval` or `pipeline`.
+        path: a YAML file; None: no file, `overrides` alone.
+        overrides: as on the command line, e.g. ["--ppo.kl_coef", "0.1", "--seed=3"].
+
+    Raises:
+        ConfigError: every problem, each with its key, value, constraint and remedy.
+    """
+    from rlhf_dist.config import load as loader
+
+    return loader.load_config(schema_of(command), Path(path) if path is not None else None, overrides)
 
 
 def load(command: str, prog: str, arguments: list[str]) -> Any | None:

@@ -197,7 +197,7 @@ class _Runner:
             self._note(note, state="running")
         try:
             yield
-        except BaseException as error:  # Ctrl-C and pre-emption, too: the record says why it goes no further
+        except BaseException as error:  # Ctrl-C and preemption, too: the record says why it goes no further
             self._note(note, state="stopped", reason=f"{type(error).__name__}: {error}")
             raise
         self._note(note, state="done", seconds=self._lineages[stage.name].get("seconds"))

@@ -70,7 +70,7 @@ class PipelineSFT(SFTStage, TrainedStageSettings):
 
 
 class PipelineReward(RewardStage, TrainedStageSettings):
-    """Reward modelling; starts from the SFT stage's model unless `model.model_path` is set."""
+    """Reward modeling; starts from the SFT stage's model unless `model.model_path` is set."""
 
     model: LinkedTrainedModel = LinkedTrainedModel()  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -12,7 +12,7 @@ from rlhf_dist.pipeline.arguments import Parser
 
 
 def parse(prog: str, about: str, commands: Sequence[str], arguments: Sequence[str]) -> argparse.Namespace | None:
-    """The options, with `command` (None: to be recognised), `config` and `overrides`; None when help was asked for and printed.
+    """The options, with `command` (None: to be recognized), `config` and `overrides`; None when help was asked for and printed.
 
     Raises:
         ConfigError: the arguments are not those of the command.

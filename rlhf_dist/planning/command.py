@@ -32,7 +32,7 @@ def run(command: str | None, path: Path, options: Namespace, overrides: Sequence
         PlacementError: it does not fit (all tables are printed before).
         RlhfDistError: the configuration, a model's config or an option is wrong.
     """
-    command = command or recognised(path)
+    command = command or recognized(path)
     config = load(command, path, overrides)
     if command != "pipeline":
         data, problem = report(config, options)
@@ -112,7 +112,7 @@ def load(command: str, path: Path, overrides: Sequence[str]) -> Any:
     return load_config(schema_of(command), path, overrides)
 
 
-def recognised(path: Path) -> str:
+def recognized(path: Path) -> str:
     """The command that a configuration file is for, by its sections.
 
     Raises:
@@ -136,7 +136,7 @@ def recognised(path: Path) -> str:
     if {"policy", "reward"} <= keys.keys():
         return "ppo"
     raise ConfigError(
-        f"{path} has the sections {', '.join(keys) or 'none'}, by which no command is recognised; name it: rlhf-dist plan "
+        f"{path} has the sections {', '.join(keys) or 'none'}, by which no command is recognized; name it: rlhf-dist plan "
         "{sft,reward,ppo,eval,pipeline} CONFIG"
     )
 
@@ -159,7 +159,7 @@ def rates_of(options: Namespace, cluster: Cluster) -> Rates:
         return calibration.read_rates(path)
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     settings = metrics.parent / "config.yaml"
-    command = recognised(settings)
+    command = recognized(settings)
     if command == "pipeline":
         raise ConfigError(
             f"--rates {path} is a pipeline's; give the folder of one of its stages, such as {path / 'ppo'}"

@@ -1,6 +1,6 @@
 """What one rank of a role holds, phase by phase: bytes on its GPU and in host memory, on disk and on the way.
 
-Parameters, gradients, optimiser states and what DeepSpeed keeps for them are exact (`sharding`), activations are an estimate
+Parameters, gradients, optimizer states and what DeepSpeed keeps for them are exact (`sharding`), activations are an estimate
 with a measured error (`activations`). What comes and goes besides (buckets, gathered layers, AdamW's intermediate results)
 follows the code that allocates it.
 """
@@ -36,7 +36,7 @@ class RoleMemory:
     role: Role
     model: Architecture
     phases: dict[str, Items]
-    """load, generate, score, update (backward passes), step (optimiser), sync, save → what is held then."""
+    """load, generate, score, update (backward passes), step (optimizer), sync, save → what is held then."""
     checkpoint_bytes: int
     """On disk, of all ranks, for one checkpoint."""
     model_bytes: int
@@ -138,7 +138,7 @@ def _resting(states: ModelStates) -> Items:
     items = {
         "parameters": states.parameters + states.persistent,
         "gradients": states.gradients_kept,
-        "optimiser": states.optimizer,
+        "optimizer": states.optimizer,
         "buffers": states.buffers,
     }
     return {name: size for name, size in items.items() if size.total}
@@ -201,12 +201,12 @@ def _loading(rest: Items, model: Architecture, sharding: Sharding) -> Items:
     else:
         twice = size * model.num_trained if sharding.zero_stage else 0
     # Moments come with the first step only.
-    optimizer = Held(rest["optimiser"].gpu // 3, rest["optimiser"].host // 3)
-    return {**rest, "optimiser": optimizer, "checkpoint": checkpoint, "second copy": held(twice)}
+    optimizer = Held(rest["optimizer"].gpu // 3, rest["optimizer"].host // 3)
+    return {**rest, "optimizer": optimizer, "checkpoint": checkpoint, "second copy": held(twice)}
 
 
 def _backward(role: Role) -> Items:
-    """The largest of an optimiser step's micro-batches."""
+    """The largest of an optimizer step's micro-batches."""
     host = role.trained
     assert host is not None
     found = [training_activations(_training_pass(role, passes)) for passes in role.update]

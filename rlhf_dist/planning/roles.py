@@ -21,7 +21,7 @@ AnyConfig = SFTConfig | RewardConfig | PPOConfig | EvalConfig
 
 @dataclass(frozen=True)
 class Passes:
-    """Sequences that go through a role's model together, over all ranks: what is scored, or one optimiser step."""
+    """Sequences that go through a role's model together, over all ranks: what is scored, or one optimizer step."""
 
     sequences: int
     length: int
@@ -45,9 +45,9 @@ class Role:
     score: Passes | None = None
     """Forward passes an iteration."""
     update: tuple[Passes, ...] = ()
-    """Forward and backward passes of one optimiser step (PPO and PTX are two)."""
+    """Forward and backward passes of one optimizer step (PPO and PTX are two)."""
     updates: int = 0
-    """Optimiser steps an iteration."""
+    """Optimizer steps an iteration."""
     average: bool = False
     """Keeps a moving average of its weights."""
     key: str = ""
@@ -127,7 +127,7 @@ class Work:
     responses: int
     """Generated an iteration; in supervised runs 0."""
     updates: int
-    """Optimiser steps an iteration."""
+    """Optimizer steps an iteration."""
 
     def role(self, name: str) -> Role | None:
         """The role of that name, if the run has it."""

@@ -1,4 +1,4 @@
-"""Bytes of parameters, gradients and optimiser states under DeepSpeed, exact for every rank.
+"""Bytes of parameters, gradients and optimizer states under DeepSpeed, exact for every rank.
 
 The sizes of the tensors that DeepSpeed 0.19 allocates, its padding included. `tests/unit/planning/test_exact_bytes.py` holds
 them against the tensors of real engines, byte for byte.

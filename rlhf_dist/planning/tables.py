@@ -13,7 +13,7 @@ from rlhf_dist.planning.plan import Plan
 from rlhf_dist.planning.roles import Role
 
 PHASES = ("load", "generate", "score", "update", "step", "sync", "save")
-_COLUMNS = ("parameters", "gradients", "optimiser", "buffers", "activations", "logits")
+_COLUMNS = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def sizes(plan: Plan) -> Table:
             cells = (str(plan.work.responses), f"{tokens:,}", str(role.num_ranks), str(each))
             rows.append((role.name, "generating", *cells, f"{batches} × {min(each, role.rollout.batch_size)}", idle))
     header = ("role", "work", "sequences", "tokens at most", "ranks", "a rank", "micro-batches a rank", "idle ranks")
-    return Table("Batches", header, rows, f"Optimiser steps an iteration: {plan.work.updates}.")
+    return Table("Batches", header, rows, f"Optimizer steps an iteration: {plan.work.updates}.")
 
 
 def _size_row(role: Role, name: str, passes: Any) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def memory(plan: Plan) -> Table:
         rows.append((name, _layout_words(needs.role), needs.worst_phase, *known, *last, gigabytes(whole)))
     below, above = ERROR_BAND
     note = (
-        "GB (10^9 bytes) of one rank. Parameters, gradients and optimiser states are exact; real peaks of activations and "
+        "GB (10^9 bytes) of one rank. Parameters, gradients and optimizer states are exact; real peaks of activations and "
         f"logits lay between {below:+.0%} and {above:+.0%} of the estimate. Other: KV cache, gathered parameters, sync "
         f"buckets, AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB "
         f"NCCL, {FRAGMENTATION:.0%} fragmentation."
@@ -121,7 +121,7 @@ def phases(plan: Plan) -> Table:
         ("role", *there),
         rows,
         "GB of one rank: GPU, and after + host memory, without allowance. A process's allocator keeps what it once had, so "
-        "that a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimiser.",
+        "that a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimizer.",
     )
 
 
@@ -201,7 +201,7 @@ def times(plan: Plan) -> Table:
     note = (
         f"Seconds, from {source}; prompts of {plan.lengths.prompt:g} and responses of {plan.lengths.response:g} tokens."
         if plan.work.response
-        else f"Seconds of one optimiser step, from {source}."
+        else f"Seconds of one optimizer step, from {source}."
     )
     return Table("Time of an iteration", ("phase", "s", "share", "most of it goes into"), rows, note)
 

@@ -24,7 +24,7 @@ Seconds = dict[str, float]
 
 COMPUTING = "computing"
 COLLECTIVES = "ZeRO's collectives"
-OPTIMISER = "the optimiser's memory traffic"
+OPTIMIZER = "the optimizer's memory traffic"
 PREFILL = "reading prompts"
 WEIGHTS = "reading weights and KV cache for every token"
 LAUNCHES = "launching each layer's kernels for every token"
@@ -52,7 +52,7 @@ class Rates:
     host_copy_bytes_per_s: float = 8e9
     """Between a GPU and pageable host memory."""
     host_memory_bytes_per_s: float = 10e9
-    """That a rank's AdamW gets where optimiser states are offloaded."""
+    """That a rank's AdamW gets where optimizer states are offloaded."""
     store_bytes_per_s: float = 2e9
     """Into Ray's object store, and between the stores of two nodes."""
     factors: Mapping[str, float] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class Timeline:
 
 
 def timeline(work: Work, layout: Layout, cluster: Cluster, rates: Rates, lengths: Lengths) -> Timeline:
-    """Estimate an iteration (of a supervised run: an optimiser step; of an evaluation: one batch)."""
+    """Estimate an iteration (of a supervised run: an optimizer step; of an evaluation: one batch)."""
     clock = _Clock(work, layout, cluster, rates, lengths)
     phases: dict[str, Seconds] = {}
     if work.responses:
@@ -186,7 +186,7 @@ class _Clock:
         }
 
     def update(self, role: Role) -> Seconds:
-        """All optimiser steps: forward, backward (twice the forward, less what weights that are frozen save; and once more with
+        """All optimizer steps: forward, backward (twice the forward, less what weights that are frozen save; and once more with
         checkpointing), collectives, AdamW."""
         if not role.update or role.trained is None:
             return {}
@@ -213,7 +213,7 @@ class _Clock:
         return {
             COMPUTING: role.updates * flops / (self.cluster.gpu.flops * self.rates.train_efficiency),
             COLLECTIVES: role.updates * self._collective(role, moved),
-            OPTIMISER: role.updates * (traffic / bandwidth + copied),
+            OPTIMIZER: role.updates * (traffic / bandwidth + copied),
         }
 
     def sync(self) -> Seconds:

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation."""
+"""Generalized advantage estimation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def gae(
     rewards: Tensor,
     values: Tensor,
     response_mask: Tensor,
-    discount: float,
+    gamma: float,
     gae_lambda: float,
     end_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def gae(
     Args:
         rewards, values: [B, R] fp32.
         response_mask: [B, R] bool, a prefix of each row.
-        discount: γ.
+        gamma: γ.
         gae_lambda: λ.
         end_values: [B] fp32, V_end: the value of the state after the last response token where the response was truncated,
             0 where it ended. None: 0 everywhere.
@@ -42,8 +42,8 @@ def gae(
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + discount * torch.where(is_last[:, t], ends, next_value) - values[:, t]
-        next_advantage = (delta + discount * gae_lambda * next_advantage) * keep[:, t]
+        delta = rewards[:, t] + gamma * torch.where(is_last[:, t], ends, next_value) - values[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * keep[:, t]
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, torch.where(response_mask, advantages + values, 0.0)

@@ -91,7 +91,7 @@ def _check_models(config: PPOConfig) -> Any:
 
 
 def _saved_moments(config: PPOConfig) -> RunningMoments | None:
-    if config.ppo.normalise_scores != "saved":
+    if config.ppo.normalize_scores != "saved":
         return None
     found = read_score_moments(config.reward.model_path)
     return RunningMoments(count=1, mean=found.mean, sum_squares=found.std**2)
@@ -181,11 +181,7 @@ def run_ppo(
             precisions=_precisions(config),
         )
         summary = trainer.run(resume=config.resume == "auto")
-        run.save_model(policy)
-        if config.policy.lora is not None:
-            run.save_adapter(policy)
-        if config.ppo.ema_decay is not None:
-            run.save_average(policy)
+        run.save(policy)
         return run.finish(summary)
 
 

@@ -28,26 +28,26 @@ class PPOSettings(Schema):
     responses_per_prompt: PositiveInt = 1
     """Responses sampled for each prompt."""
     mini_batch_size: PositiveInt = 32
-    """Responses in one optimiser step, over all ranks; must divide the responses of an iteration."""
+    """Responses in one optimizer step, over all ranks; must divide the responses of an iteration."""
     num_epochs: PositiveInt = 2
     """Passes over an iteration's responses."""
     kl_coef: NonNegative = 0.05
-    """β, weight of the per-token KL penalty against the reference (with `kl_target`: at the start)."""
+    """β, weight of the per-token KL penalty against the reference (with `adaptive_kl_target`: at the start)."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL penalty stands: in the token rewards, as in InstructGPT, or as a term of the policy's loss, as in GRPO."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL per token (rlhf_dist/core/kl.py). In the loss k2 or k3."""
-    kl_target: Positive | None = None
+    adaptive_kl_target: Positive | None = None
     """Adapt β so that the KL to the reference (nats a response) comes to this (Ziegler et al. 2019); null keeps β."""
     kl_horizon: PositiveInt = 10_000
     """Responses over which an adapted β can change by a factor of about e^±0.2."""
-    kl_stop: Positive | None = None
+    early_stop_kl: Positive | None = None
     """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
     mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
-    discount: Fraction = 1.0
+    gamma: Fraction = 1.0
     """Discount of future token rewards (γ of GAE)."""
     gae_lambda: Fraction = 0.95
-    """λ of generalised advantage estimation."""
+    """λ of generalized advantage estimation."""
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0, variance 1 over all response tokens of the iteration."""
     bootstrap_truncated: bool = False
@@ -64,12 +64,12 @@ class PPOSettings(Schema):
     """Range around the old value within which a new value is trusted; null switches value clipping off."""
     value_warmup_iterations: Count = 0
     """Iterations at the start that train the value function only, on responses of the unchanged policy."""
-    normalise_scores: Literal["no", "std", "mean_std", "saved"] = "no"
+    normalize_scores: Literal["no", "std", "mean_std", "saved"] = "no"
     """Divide reward-model scores by the standard deviation of all scores of the run so far (`std`), after subtracting their
     mean (`mean_std`), or by the mean and standard deviation that `rlhf-dist reward` saved with the model (`saved`); before
     anything else is done to them."""
     score_clip: Positive | None = None
-    """Clip (normalised) scores to ±this before they enter the rewards."""
+    """Clip (normalized) scores to ±this before they enter the rewards."""
     missing_eos_penalty: NonNegative = 0.0
     """Subtracted from the clipped score of a response that was cut off before its EOS."""
     overlong_penalty: NonNegative = 0.0
@@ -77,16 +77,16 @@ class PPOSettings(Schema):
     overlong_buffer_tokens: PositiveInt = 16
     """Tokens before the length limit over which the overlong penalty grows from 0."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Keep an exponential moving average of the policy's weights, with this decay an optimiser step, and save it as
+    """Keep an exponential moving average of the policy's weights, with this decay an optimizer step, and save it as
     `model_ema/`; null keeps none."""
     ptx_coef: NonNegative = 0.0
     """γ of InstructGPT eq. 2: weight of the pretraining-mix (PTX) loss, a mean over its own tokens. `policy.optimizer.
     max_grad_norm` clips the gradient of both together."""
     ptx_batch_size: PositiveInt = 32
-    """PTX sequences in one optimiser step, over all ranks."""
+    """PTX sequences in one optimizer step, over all ranks."""
     ptx_ratio_every_iterations: Count = 10
     """Measure the gradient norm of PTX against that of PPO every so many iterations, for one more forward and backward pass of
-    the first optimiser step; 0 never."""
+    the first optimizer step; 0 never."""
     self_checks: bool = True
     """Stop where the numbers cannot be right: an update that starts off policy, rollouts that are not the policy's, a first
     iteration whose policy is not its reference. (What is not finite stops a run in any case.)"""
@@ -100,17 +100,17 @@ class PPOSettings(Schema):
 
     @property
     def updates_per_iteration(self) -> int:
-        """Optimiser steps in one iteration."""
+        """Optimizer steps in one iteration."""
         return self.num_epochs * (self.responses_per_iteration // self.mini_batch_size)
 
     @property
     def num_updates(self) -> int:
-        """Optimiser steps of the value function in the run."""
+        """Optimizer steps of the value function in the run."""
         return self.num_iterations * self.updates_per_iteration
 
     @property
     def num_policy_updates(self) -> int:
-        """Optimiser steps of the policy in the run: none while the value function warms up."""
+        """Optimizer steps of the policy in the run: none while the value function warms up."""
         return (self.num_iterations - self.value_warmup_iterations) * self.updates_per_iteration
 
     @model_validator(mode="after")
@@ -139,20 +139,20 @@ class PPOSettings(Schema):
                 "kl_in is loss and kl_estimator is k1, whose gradient is 0 in expectation; use k2 (on policy the gradient of "
                 "each token's KL) or k3"
             )
-        if self.kl_target is not None and self.kl_coef == 0:
+        if self.adaptive_kl_target is not None and self.kl_coef == 0:
             raise ValueError(
-                f"kl_target is {self.kl_target} but kl_coef is 0, and an adapted coefficient is multiplied; start from a "
-                "positive kl_coef, or set kl_target to null"
+                f"adaptive_kl_target is {self.adaptive_kl_target} but kl_coef is 0, and an adapted coefficient is "
+                "multiplied; start from a positive kl_coef, or set adaptive_kl_target to null"
             )
-        if self.kl_target is not None and self.responses_per_iteration > self.kl_horizon:
+        if self.adaptive_kl_target is not None and self.responses_per_iteration > self.kl_horizon:
             raise ValueError(
                 f"kl_horizon {self.kl_horizon} is shorter than one iteration of {self.responses_per_iteration} responses, "
                 "after which the KL coefficient would overshoot; raise it, best to many iterations"
             )
-        if self.kl_stop is not None and self.updates_per_iteration == 1:
+        if self.early_stop_kl is not None and self.updates_per_iteration == 1:
             raise ValueError(
-                f"kl_stop is {self.kl_stop}, but an iteration has one optimiser step, which starts at a KL of 0 and cannot be "
-                "stopped; raise num_epochs, lower mini_batch_size, or set kl_stop to null"
+                f"early_stop_kl is {self.early_stop_kl}, but an iteration has one optimizer step, which starts at a KL of "
+                "0 and cannot be stopped; raise num_epochs, lower mini_batch_size, or set early_stop_kl to null"
             )
         return self
 

@@ -18,7 +18,7 @@ from rlhf_dist.ppo.advantages import gae
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.kl_controller import adapted_kl_coef
 from rlhf_dist.ppo.losses import explained_variance
-from rlhf_dist.ppo.rewards import RunningMoments, normalise_scores, overlong_penalty, shape_scores, token_rewards
+from rlhf_dist.ppo.rewards import RunningMoments, normalize_scores, overlong_penalty, shape_scores, token_rewards
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,14 @@ class PPOState:
 
     def adapted(self, kl: float, num_responses: int, settings: PPOSettings) -> PPOState:
         """β of the next iteration, after one whose responses have a mean KL of `kl` nats."""
-        if settings.kl_target is None:
+        if settings.adaptive_kl_target is None:
             return self
         kl_coef = adapted_kl_coef(
-            self.kl_coef, kl, target=settings.kl_target, horizon=settings.kl_horizon, num_responses=num_responses
+            self.kl_coef,
+            kl,
+            target=settings.adaptive_kl_target,
+            horizon=settings.kl_horizon,
+            num_responses=num_responses,
         )
         return replace(self, kl_coef=kl_coef)
 
@@ -112,8 +116,8 @@ def shaped_scores(
     rollout: RolloutBatch, scores: Tensor, settings: PPOSettings, state: PPOState, max_response_tokens: int
 ) -> Tensor:
     """[B] fp32: the scores as they enter the rewards; the order of operations stands in `algo.rewards`."""
-    if settings.normalise_scores != "no":
-        scores = normalise_scores(scores, state.moments, subtract_mean=settings.normalise_scores != "std")
+    if settings.normalize_scores != "no":
+        scores = normalize_scores(scores, state.moments, subtract_mean=settings.normalize_scores != "std")
     overlong = None
     if settings.overlong_penalty > 0:
         overlong = overlong_penalty(
@@ -143,7 +147,7 @@ def make_experience(
     if settings.bootstrap_truncated:
         truncated = rollout.finish_reasons == TRUNCATED
         end_values = torch.where(truncated, scored.end_values(rollout.response_lengths), 0.0)
-    advantages, returns = gae(rewards, values, mask, settings.discount, settings.gae_lambda, end_values)
+    advantages, returns = gae(rewards, values, mask, settings.gamma, settings.gae_lambda, end_values)
     experience = Experience(
         tokens=rollout.tokens,
         prompt_lengths=rollout.prompt_lengths,
@@ -155,7 +159,7 @@ def make_experience(
         ref_logprobs=scored.ref_logprobs,
     )
     log_ratio = kl_k1(scored.logprobs, scored.ref_logprobs)
-    mismatch = torch.where(mask, (rollout.behaviour_logprobs - scored.logprobs).abs(), 0.0)
+    mismatch = torch.where(mask, (rollout.rollout_logprobs - scored.logprobs).abs(), 0.0)
     metrics = {
         **generation_metrics(rollout, scored.scores),
         "reward/shaped_mean": float(shaped.mean()),
@@ -164,6 +168,6 @@ def make_experience(
         "kl/ref_per_token": float(masked_mean(log_ratio, mask)),
         "kl/coef": state.kl_coef,
         "value/explained_variance": explained_variance(values, returns, mask),
-        "rollout/behaviour_mismatch": float(mismatch.max()),
+        "rollout/logprob_mismatch": float(mismatch.max()),
     }
     return experience, metrics

@@ -1,6 +1,6 @@
 """Losses, as *sums* over the tokens or pairs they are given.
 
-`engine/` alone divides, by the count over the whole optimiser step on all ranks, so that no loss depends on how a
+`engine/` alone divides, by the count over the whole optimizer step on all ranks, so that no loss depends on how a
 batch is split. Each function also returns the sums that metrics are made of.
 """
 
@@ -79,7 +79,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, estim
 
 
 def entropy_loss(entropies: Tensor, response_mask: Tensor) -> tuple[Tensor, Sums]:
-    """−Σ H: minimising it is the entropy bonus (Williams and Peng 1991; Schulman et al. 2017, eq. 9).
+    """−Σ H: minimizing it is the entropy bonus (Williams and Peng 1991; Schulman et al. 2017, eq. 9).
 
     Args:
         entropies: [B, R] nats, with a gradient.

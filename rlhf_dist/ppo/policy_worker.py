@@ -10,8 +10,10 @@ from torch import Tensor
 from rlhf_dist.config.hosting import Precision, TrainedModel
 from rlhf_dist.core.batches import Experience, RolloutBatch, TokenBatch
 from rlhf_dist.core.losses import Sums
-from rlhf_dist.core.steps import KL_STOP, StepReport, StepShare
+from rlhf_dist.core.steps import EARLY_STOP_KL, StepReport, StepShare
+from rlhf_dist.distributed.deepspeed import process_group as distributed
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
+from rlhf_dist.distributed.deepspeed.saving import SHARD_BYTES
 from rlhf_dist.distributed.deepspeed.train import LossTerm, Veto
 from rlhf_dist.distributed.weight_sync import WeightSource
 from rlhf_dist.distributed.workers.inference import IDLE_EXPERIENCE, MicroBatches, pick, response_logprobs
@@ -57,7 +59,7 @@ class PolicyWorker(LanguageModelWorker):
         kl_loss_coef: float = 0.0,
         measure_terms: bool = False,
     ) -> list[StepReport]:
-        """One optimiser step an entry of `steps`, up to one that is refused.
+        """One optimizer step an entry of `steps`, up to one that is refused.
 
         Args:
             kl_loss_coef: weight of the KL to the reference as a term of the loss; 0 leaves it out.
@@ -73,9 +75,9 @@ class PolicyWorker(LanguageModelWorker):
                 terms.append(self.nll_term("ptx", texts, step.num_ptx_targets, self.settings.ptx_coef))
             veto = self._veto(i == 0, step.num_tokens)
             reports.append(self.engine.step(terms, veto=veto, measure_terms=measure_terms and i == 0))
-            if reports[-1].refused == KL_STOP:
+            if reports[-1].aborted == EARLY_STOP_KL:
                 self.engine.pass_over(len(steps) - i)
-            if reports[-1].refused:
+            if reports[-1].aborted:
                 break
         return reports
 
@@ -86,14 +88,17 @@ class PolicyWorker(LanguageModelWorker):
             ppo = means["ppo"]
             if first and self.settings.self_checks:
                 return off_policy(ppo["ratio_deviation"], ppo["clip_fraction"], num_tokens, self.precision)
-            limit = self.settings.kl_stop
-            return KL_STOP if limit is not None and ppo["approx_kl"] > limit else ""
+            limit = self.settings.early_stop_kl
+            return EARLY_STOP_KL if limit is not None and ppo["approx_kl"] > limit else ""
 
         return decide
 
-    def save_average(self, path: Path) -> None:
-        """Write the moving average of the weights as a model in Hugging Face format."""
-        self.save_model(path, average=self.engine.average)
+    def save(self, folder: Path) -> None:
+        """Beside the model, `folder`/model_ema: the moving average of its weights, where one is kept."""
+        super().save(folder)
+        if self.engine.average is not None:
+            self.save_weights(folder / "model_ema", self.engine.average.whole_parameters(SHARD_BYTES))
+            distributed.barrier()
 
     def num_buckets(self) -> int:
         """How many weight buckets hold the model."""

@@ -2,10 +2,10 @@
 
 Order of operations, whichever of them are on:
 
-    score ─► 1. normalise ─► 2. clip ─► 3. − missing-EOS penalty ─► 4. − overlong penalty ─► 5. on the last token
+    score ─► 1. normalize ─► 2. clip ─► 3. − missing-EOS penalty ─► 4. − overlong penalty ─► 5. on the last token
     KL    ─► 6. × −β, on every token                                                     ─► r_t = 5 + 6
 
-Penalties come after normalising and clipping, so that they always count in full; the KL penalty is never scaled by them.
+Penalties come after normalizing and clipping, so that they always count in full; the KL penalty is never scaled by them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RunningMoments:
         return (self.sum_squares / self.count) ** 0.5 if self.count else 0.0
 
 
-def normalise_scores(scores: Tensor, moments: RunningMoments, *, subtract_mean: bool) -> Tensor:
+def normalize_scores(scores: Tensor, moments: RunningMoments, *, subtract_mean: bool) -> Tensor:
     """(s − mean) / std, or s / std; without the division while all scores so far are the same.
 
     Dividing alone keeps the sign and the zero of the reward model; subtracting too removes what is common to all responses.
@@ -89,7 +89,7 @@ def shape_scores(
     """Steps 2 to 4 of the order of operations: clip, then the two penalties.
 
     Args:
-        scores: [B] fp32, normalised where that is on.
+        scores: [B] fp32, normalized where that is on.
         truncated: [B] bool, True where the response was cut off before its EOS.
         score_clip: clip to ±this; None does not clip.
         missing_eos_penalty: subtracted where `truncated`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from rlhf_dist.core.steps import (
 )
 from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.metrics_reduce import MetricNames, by_step, update_report
-from rlhf_dist.distributed.role_groups import TrainedRole, nothing, pick_rows, shares_of_step
+from rlhf_dist.distributed.role_groups import TrainedRole, pick_rows, shares_of_step
 
 
 class PolicyRole(TrainedRole):
@@ -62,10 +61,6 @@ class PolicyRole(TrainedRole):
             self.group.scatter("update_ppo", calls),
             lambda ranks: update_report(self.group.role, by_step(ranks), counts, shares, POLICY_METRICS),
         )
-
-    def save_average(self, path: Path) -> Future[None]:
-        """See `roles.Policy`."""
-        return nothing(self.group.call("save_average", path))
 
 
 class ValueRole(TrainedRole):

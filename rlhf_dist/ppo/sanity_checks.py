@@ -1,7 +1,7 @@
 """What the numbers of a sound run cannot be. Each check returns what is wrong, or "".
 
 A tolerance is what rounding explains: the log-probs that are compared come from forward passes of different shapes (other
-padding, other neighbours in the batch, a KV cache), whose sums are added in another order. Differences are cut off at 1 a
+padding, other neighbors in the batch, a KV cache), whose sums are added in another order. Differences are cut off at 1 a
 token, and in bf16 the tolerance grows as the number of tokens n falls, for there a single token can be far off.
 
 Measured (tests/bench/README.md), mean over tokens of min(|ρ − 1|, 1): in bf16 on SmolLM2-135M 0.002 between two splits of a
@@ -38,7 +38,7 @@ def off_policy(ratio_deviation: float, clip_fraction: float, num_tokens: int, pr
     if ratio_deviation <= limit and (clip_fraction == 0 or precision != "fp32"):
         return ""
     return (
-        f"the first optimiser step of an update is off policy: mean |ratio - 1| over its {num_tokens} tokens is "
+        f"the first optimizer step of an update is off policy: mean |ratio - 1| over its {num_tokens} tokens is "
         f"{ratio_deviation:.3g} (at most {limit:.3g} in {precision}), the clip fraction {clip_fraction:.3g} (0 in fp32). Old "
         "and new log-probs must come from the same weights, positions and temperature; a model with dropout or other "
         "randomness in its forward pass cannot be trained by PPO. ppo.self_checks: false switches the check off"

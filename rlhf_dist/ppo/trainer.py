@@ -54,7 +54,7 @@ class PPORoles:
 
 @dataclass(frozen=True)
 class PPOData:
-    """Tokenised records."""
+    """Tokenized records."""
 
     prompts: Any
     eval_prompts: Any | None
@@ -62,7 +62,7 @@ class PPOData:
     decode: Decode
     """[n] token ids → text."""
     score_moments: RunningMoments | None = None
-    """What scores are normalised by, where that is fixed."""
+    """What scores are normalized by, where that is fixed."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,7 @@ class PPOTrainer:
         if not self.settings.self_checks:
             return
         mask, precisions = rollout.response_mask, self.precisions
-        pairs: list[tuple[str, Tensor, Precision]] = [
-            ("rollout engine", rollout.behaviour_logprobs, precisions.rollout)
-        ]
+        pairs: list[tuple[str, Tensor, Precision]] = [("rollout engine", rollout.rollout_logprobs, precisions.rollout)]
         if iteration == 0 and precisions.same_start:
             pairs.append(("reference", scored.ref_logprobs, precisions.same_start))
         for name, logprobs, precision in pairs:
@@ -189,7 +187,7 @@ class PPOTrainer:
                     source, ptx[error.step or 0] if source == "ptx" and ptx else batch, numbers, self.data.decode
                 )
             ]
-            raise self.run_log.refused(iteration + 1, error, rows) from error
+            raise self.run_log.aborted(iteration + 1, error, rows) from error
 
     def log_samples(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
         """A few responses with their scores."""
@@ -214,7 +212,7 @@ class PPOTrainer:
         return self.data.prompts.batch(indices, sample_ids=torch.arange(num * repeats))
 
     def draw_steps(self, iteration: int) -> list[Tensor]:
-        """Rows of each optimiser step: a permutation an epoch, cut into mini-batches."""
+        """Rows of each optimizer step: a permutation an epoch, cut into mini-batches."""
         num, epochs = self.settings.responses_per_iteration, self.settings.num_epochs
         orders = [
             permutation(self.run_log.seed, "mini-batches", iteration * epochs + epoch, num) for epoch in range(epochs)
@@ -222,7 +220,7 @@ class PPOTrainer:
         return [rows for order in orders for rows in order.split(self.settings.mini_batch_size)]
 
     def draw_ptx(self, iteration: int) -> list[TokenBatch] | None:
-        """A batch of pretraining text for each optimiser step of an iteration that trains the policy; None without PTX."""
+        """A batch of pretraining text for each optimizer step of an iteration that trains the policy; None without PTX."""
         if self.ptx_sampler is None or self.data.ptx is None or self.settings.ptx_coef == 0:
             return None
         size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration

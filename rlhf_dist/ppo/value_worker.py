@@ -45,13 +45,13 @@ class ValueWorker(TrainedWorker):
         return response_values(self.engine, rollout, micro_batches)
 
     def update(self, experience: Experience, steps: list[StepShare]) -> list[StepReport]:
-        """One optimiser step an entry of `steps`, up to one that is refused."""
+        """One optimizer step an entry of `steps`, up to one that is refused."""
         reports = []
         for step in steps:
             micro_batches = pick(experience, step.micro_batches)
             term = LossTerm("value", micro_batches, self._value_loss, IDLE_EXPERIENCE, step.num_tokens)
             reports.append(self.engine.step([term]))
-            if reports[-1].refused:
+            if reports[-1].aborted:
                 break
         return reports
 

@@ -63,7 +63,7 @@ class GoldSummary:
         return asdict(self)
 
 
-def summarise_gold(texts: Sequence[str], lexicon: Mapping[str, RatedWord] | None = None) -> GoldSummary:
+def summarize_gold(texts: Sequence[str], lexicon: Mapping[str, RatedWord] | None = None) -> GoldSummary:
     """Gold scores of `texts` with their standard error. A response without any word counts: valence 0, share 0."""
     lexicon = human_ratings() if lexicon is None else lexicon
     scores = [gold_score(text, lexicon) for text in texts]

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.ppo.build import run_ppo
-from rlhf_dist.quickstart.gold import gold_score, summarise_gold
+from rlhf_dist.quickstart.gold import gold_score, summarize_gold
 from rlhf_dist.quickstart.lexicon import human_ratings
 from rlhf_dist.quickstart.recipes import (
     ClusterKind,
@@ -75,7 +75,7 @@ def run(
     if base_model is None:
         base_model = _timed(seconds, "init", lambda: _make_tiny_model(stages, files, seed))
     results = _train(recipe, stages, base_model, seed, cluster, seconds)
-    summary = _summarise(recipe, stages, files, results)
+    summary = _summarize(recipe, stages, files, results)
     summary = {"model": model, "seed": seed, "cluster": cluster, **summary, "seconds": seconds}
     seconds["total"] = time.perf_counter() - started
     folder.write_summary(summary)
@@ -187,7 +187,7 @@ def compare_gold(answers: Answers) -> Summary:
     mean = sum(gains) / len(gains)
     variance = sum((gain - mean) ** 2 for gain in gains) / max(len(gains) - 1, 1)
     sides = {
-        when: summarise_gold(responses).to_dict()
+        when: summarize_gold(responses).to_dict()
         | {
             "follows_prompt_share": sum(map(follows_prompt, answers.prompts, responses)) / len(responses),
         }
@@ -201,7 +201,7 @@ def compare_gold(answers: Answers) -> Summary:
     }
 
 
-def _summarise(recipe: Recipe, stages: Stages, files: Mapping[str, Path], results: Mapping[str, Summary]) -> Summary:
+def _summarize(recipe: Recipe, stages: Stages, files: Mapping[str, Path], results: Mapping[str, Summary]) -> Summary:
     prompts = [row["prompt"] for row in _read_jsonl(files["prompts_eval"])][: recipe.eval_prompts]
     answers = read_answers(stages.ppo, prompts)
     rows = [

@@ -1,4 +1,4 @@
-"""A randomly initialised Llama, small enough to be trained from nothing on two CPU cores in under a minute."""
+"""A randomly initialized Llama, small enough to be trained from nothing on two CPU cores in under a minute."""
 
 from __future__ import annotations
 

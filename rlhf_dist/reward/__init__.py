@@ -1,1 +1,1 @@
-"""Reward modelling: configuration, loss, trainer, worker, roles, construction."""
+"""Reward modeling: configuration, loss, trainer, worker, roles, construction."""

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.core.near_ties import NearTieRule
 from rlhf_dist.data.datasets import PreferenceDataset, Split
 from rlhf_dist.data.loading import load_preferences
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -19,7 +18,7 @@ from rlhf_dist.evaluation.bag_of_words import BagOfWords
 from rlhf_dist.evaluation.reward_report import report_trained, score_moments_of
 from rlhf_dist.models import score_moments
 from rlhf_dist.reward.config import RewardConfig
-from rlhf_dist.reward.near_ties import tell_apart
+from rlhf_dist.reward.low_margin import LowMargin
 from rlhf_dist.reward.roles import PreferenceModelRole
 from rlhf_dist.reward.trainer import RewardTask
 from rlhf_dist.reward.worker import PreferenceModelWorker
@@ -36,16 +35,16 @@ class PreparedReward(Prepared[Split[PreferenceDataset]]):
 
     schedule: Schedule
     tokenizer: Any
-    near_ties: NearTieRule | None
+    low_margin: LowMargin | None
     baseline: BagOfWords | None
     """Fitted before anything is trained, since fitting may fail."""
 
 
 def load_data(config: RewardConfig, tokenizer: Any, keep_records: bool = False) -> Split[PreferenceDataset]:
-    """The preferences of a run, before near-ties are told apart. `keep_records` and errors as in `load_preferences`."""
-    told_apart = config.reward.near_ties is not None
-    use_margins = config.reward.margin_coef > 0 or told_apart
-    return load_preferences(config.data, tokenizer, config.seed, use_margins, told_apart, keep_records)
+    """The preferences of a run, before low-margin pairs are dropped. `keep_records` and errors as in `load_preferences`."""
+    by_margin = config.reward.low_margin is not None
+    use_margins = config.reward.margin_coef > 0 or by_margin
+    return load_preferences(config.data, tokenizer, config.seed, use_margins, by_margin, keep_records)
 
 
 def prepare(config: RewardConfig) -> PreparedReward:
@@ -67,16 +66,17 @@ def prepare(config: RewardConfig) -> PreparedReward:
             f"reward.margin_coef is {settings.margin_coef} but no record of data.train has a margin above 0; set it to 0, or "
             "give records a margin (pairs) or ratings (rankings)"
         )
-    near_ties, near_tie_summary = None, {}
-    if settings.near_ties is not None:
-        data, near_ties, near_tie_summary = tell_apart(settings.near_ties, data)
+    low_margin, low_margin_summary = None, {}
+    if settings.low_margin is not None:
+        low_margin = LowMargin(settings.low_margin.below, settings.low_margin.weight)
+        data, low_margin_summary = low_margin.apply(data)
     schedule = Schedule.of(settings, "reward", data.train, config.model, config.seed, None)
     summary = {
         **describe_data(training_records=data.train, held_out_records=data.eval),
         **describe_trained(config.model, "model", scalar=True),
         **schedule.describe(settings, mixed=False),
         **({"training records with margins": num_with_margins} if settings.margin_coef > 0 else {}),
-        **near_tie_summary,
+        **low_margin_summary,
     }
     worker = partial(
         PreferenceModelWorker,
@@ -85,7 +85,7 @@ def prepare(config: RewardConfig) -> PreparedReward:
         template_path=config.data.template_path,
         margin_coef=settings.margin_coef,
         centering_coef=settings.centering_coef,
-        near_ties=near_ties,
+        pair_weights=low_margin,
     )
     return PreparedReward(
         [WorkerSpec("model", config.model, worker)],
@@ -94,26 +94,26 @@ def prepare(config: RewardConfig) -> PreparedReward:
         bad_rows=bad_rows(data.train, data.eval),
         schedule=schedule,
         tokenizer=tokenizer,
-        near_ties=near_ties,
-        baseline=_baseline(config, data, tokenizer, near_ties) if settings.bag_of_words_baseline else None,
+        low_margin=low_margin,
+        baseline=_baseline(config, data, tokenizer, low_margin) if settings.bag_of_words_baseline else None,
     )
 
 
 def _baseline(
-    config: RewardConfig, data: Split[PreferenceDataset], tokenizer: Any, near_ties: NearTieRule | None
+    config: RewardConfig, data: Split[PreferenceDataset], tokenizer: Any, low_margin: LowMargin | None
 ) -> BagOfWords:
     if data.eval is None:
         raise ConfigError(
             "reward.bag_of_words_baseline is true but there are no held-out records to compare on; set data.eval, or "
             "data.eval_fraction above 0"
         )
-    return BagOfWords(data.train, decoder(tokenizer), near_ties, config.seed)
+    return BagOfWords(data.train, decoder(tokenizer), low_margin, config.seed)
 
 
 def run_reward(
     config: RewardConfig, session: Session | None = None, prepared: PreparedReward | None = None
 ) -> dict[str, Any]:
-    """Reward modelling.
+    """Reward modeling.
 
     Args:
         config: the run.
@@ -130,10 +130,10 @@ def run_reward(
     prepared = prepared or prepare(config)
     with hosted(config, prepared, session) as (run, groups):
         model = PreferenceModelRole.of(groups["model"], config.model)
-        below = config.reward.near_ties.below if config.reward.near_ties is not None else None
+        classes = prepared.low_margin.classes if prepared.low_margin is not None else None
         trainer = SupervisedTrainer(
             run,
-            RewardTask(model, prepared.data.train, prepared.data.eval, below),
+            RewardTask(model, prepared.data.train, prepared.data.eval, classes),
             config.reward,
             prepared.schedule,
             config.checkpoint.every_steps,
@@ -147,9 +147,7 @@ def run_reward(
 
         # The model first: hours of training must not hang on a report.
         moments = score_moments_of(prepared.data, score, config.seed)
-        run.save_model(model, {score_moments.FILE: moments.to_json()})
-        if config.model.lora is not None:
-            run.save_adapter(model)
+        run.save(model, {score_moments.FILE: moments.to_json()})
         if prepared.data.eval is not None:
             summary |= report_trained(config.run_dir, prepared.data.eval, score, prepared.baseline)
         return run.finish(summary)

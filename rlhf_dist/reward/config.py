@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field
 
 from rlhf_dist.config.base import NonNegative, Positive, Schema
 from rlhf_dist.config.data import RewardData
@@ -12,17 +12,15 @@ from rlhf_dist.config.hosting import RunConfig, TrainedModel
 from rlhf_dist.config.supervised import SupervisedSettings
 
 
-class NearTiesConfig(Schema):
-    """What is done about pairs whose margin is small, which often outnumber the clear ones. Formulas and sources:
-    rlhf_dist/core/near_ties.py."""
+class LowMarginConfig(Schema):
+    """What is done about pairs whose margin is small, whose labels are often wrong: rlhf_dist/reward/low_margin.py."""
 
     below: Positive
-    """A pair with a margin (difference of ratings, for ranked records) below this is a near-tie. One whose record states no
-    margin is not."""
-    treat: Literal["keep", "drop", "down_weight", "soft_labels"] = "down_weight"
-    """`keep` trains on near-ties like on all others; `drop` leaves them out, and prompts that have no other pair; `down_weight`
-    lowers their weight until in total they weigh no more than the clear pairs of the training set; `soft_labels` trains towards
-    a preference of 50 % at margin 0, rising to 100 % at `below`. Accuracy is reported for both classes in any case."""
+    """A pair with a margin (difference of ratings, for ranked records) below this is a low-margin pair. One whose record states
+    no margin is not."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """What the loss of a low-margin pair is multiplied by. 0 drops these pairs, and prompts that have no other; 1 trains on
+    them like on all others. Accuracy on held-out pairs is reported for both classes in any case."""
 
 
 class RewardSettings(SupervisedSettings):
@@ -37,18 +35,8 @@ class RewardSettings(SupervisedSettings):
     bag_of_words_baseline: bool = False
     """Also fit a linear model of the words of the responses (TF-IDF and logistic regression, scikit-learn) on the training
     records, and say what it reaches on the held-out ones. A reward model that does not beat it has learnt little."""
-    near_ties: NearTiesConfig | None = None
-    """How pairs of small margins are treated; null does not tell them apart."""
-
-    @model_validator(mode="after")
-    def _margins_are_used_once(self) -> RewardSettings:
-        if self.near_ties is not None and self.near_ties.treat == "soft_labels" and self.margin_coef > 0:
-            raise ValueError(
-                f"margin_coef is {self.margin_coef} and near_ties.treat is soft_labels: the one asks for differences of "
-                "scores above the margin, the other for small ones at small margins; set margin_coef to 0 or choose another "
-                "treatment"
-            )
-        return self
+    low_margin: LowMarginConfig | None = None
+    """How pairs of small margins are treated; null treats them as all others, and does not report on them."""
 
 
 class RewardStage(Schema):
@@ -60,4 +48,4 @@ class RewardStage(Schema):
 
 
 class RewardConfig(RewardStage, RunConfig):
-    """Reward modelling on preferences: pairs, or rankings of more responses."""
+    """Reward modeling on preferences: pairs, or rankings of more responses."""

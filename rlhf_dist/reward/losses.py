@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_dist.core.losses import Sums
-from rlhf_dist.core.near_ties import NearTieRule
 from rlhf_dist.core.rankings import ranked_pairs
 
 
@@ -17,8 +16,7 @@ def ranking_loss(
     ratings: Tensor | None = None,
     centering_coef: float = 0.0,
     ranks: Tensor | None = None,
-    near_ties: NearTieRule | None = None,
-    margins: tuple[Tensor, Tensor] | None = None,
+    pair_weights: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """−Σ_prompts 1/C(K,2) Σ_{i<j} log σ(r_i − r_j − m_ij), plus λ (r_i + r_j)² in the inner sum.
 
@@ -32,32 +30,25 @@ def ranking_loss(
         present: as in `ranked_pairs`.
         ratings: [P, K], in whose differences m_ij = ratings_i − ratings_j margins are given; None: no margins.
         centering_coef: λ.
-        ranks: as in `ranked_pairs`; the pairs that ties leave out do not count in C(K,2) either.
-        near_ties: what is done about pairs of small margins (`algo/near_ties.py`).
-        margins: of `near_ties.pair_margins`, where a rule is given.
+        ranks: as in `ranked_pairs`; tied pairs do not count in C(K,2) either.
+        pair_weights: [P, C(K,2)] what the loss of each pair is multiplied by; a pair of weight 0 does not count in C(K,2)
+            either. None: 1.
 
     Returns:
-        (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`; with a rule also
-        `near_accuracy`, `clear_accuracy` and what they are means over, `near_pairs` and `clear_pairs`).
+        (sum over prompts, sums over prompts of each prompt's mean over pairs: `loss`, `accuracy`, `margin`).
     """
-    near = margins[1] if margins is not None else None
-    left_out = near if near_ties is not None and near_ties.treat == "drop" else None
-    better, worse, weights = ranked_pairs(present, ranks, left_out)
+    excluded = pair_weights == 0 if pair_weights is not None else None
+    better, worse, weights = ranked_pairs(present, ranks, excluded)
     # Absent ones are replaced first: a NaN there would reach the gradients even when masked after.
     scores = torch.where(present, scores, 0.0)
     ratings = torch.zeros_like(scores) if ratings is None else torch.where(present, ratings, 0.0).to(scores.dtype)
     margin = scores[:, better] - scores[:, worse]
     required = ratings[:, better] - ratings[:, worse]
     losses = -logsigmoid(margin - required)
-    factors = None
-    if near_ties is not None and margins is not None:
-        certainty, factors = near_ties.certainty(*margins), near_ties.weights(margins[1])
-        if certainty is not None:
-            losses = certainty * losses - (1 - certainty) * logsigmoid(required - margin)
     if centering_coef:
         losses = losses + centering_coef * (scores[:, better] + scores[:, worse]).square()
-    if factors is not None:
-        losses = losses * factors
+    if pair_weights is not None:
+        losses = losses * pair_weights
     # Where, not a product alone: a margin that a wrong rating made infinite must not meet a weight of 0.
     loss = torch.where(weights > 0, losses * weights, 0.0).sum()
     with torch.no_grad():
@@ -66,11 +57,6 @@ def ranking_loss(
             "accuracy": ((margin > 0) * weights).sum(),
             "margin": (margin * weights).sum(),
         }
-        if near is not None:
-            _, _, shares = ranked_pairs(present, ranks)  # of all pairs, those that are dropped among them
-            for name, of_class in (("near", near), ("clear", ~near)):
-                sums[f"{name}_accuracy"] = ((margin > 0) * shares * of_class).sum()
-                sums[f"{name}_pairs"] = (shares * of_class).sum()
     return loss, sums
 
 

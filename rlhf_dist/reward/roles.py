@@ -36,8 +36,4 @@ RM_METRICS = MetricNames(
         "reward_model/accuracy": ("rm", "accuracy"),
         "reward_model/margin": ("rm", "margin"),
     },
-    {
-        "reward_model/near_tie_accuracy": ("rm", "near_accuracy", "near_pairs"),
-        "reward_model/clear_accuracy": ("rm", "clear_accuracy", "clear_pairs"),
-    },
 )

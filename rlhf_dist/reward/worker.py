@@ -10,8 +10,7 @@ from torch import Tensor
 from rlhf_dist.config.hosting import TrainedModel
 from rlhf_dist.core.batches import PreferenceBatch
 from rlhf_dist.core.losses import Sums
-from rlhf_dist.core.near_ties import NearTieRule, pair_margins
-from rlhf_dist.core.rankings import ranked_pairs
+from rlhf_dist.core.rankings import PairWeights, ranked_pairs
 from rlhf_dist.core.steps import StepReport
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
@@ -35,17 +34,17 @@ class PreferenceModelWorker(TrainedWorker):
         template_path: Path | None = None,
         margin_coef: float = 0.0,
         centering_coef: float = 0.0,
-        near_ties: NearTieRule | None = None,
+        pair_weights: PairWeights | None = None,
     ) -> None:
         tokenizer: Any = load_tokenizer(config.model_path, template_path)
         module = build_scalar_model(config, context, tokenizer.pad_token_id)
         super().__init__(module, config, context, num_steps, tokenizer)
         self.margin_coef = margin_coef
         self.centering_coef = centering_coef
-        self.near_ties = near_ties
+        self.pair_weights = pair_weights
 
     def update(self, batch: PreferenceBatch, micro_batches: MicroBatches, num_prompts: int, step: int) -> StepReport:
-        """One optimiser step; `num_prompts` counts those of all ranks."""
+        """One optimizer step; `num_prompts` counts those of all ranks."""
         self.seed_dropout(step)
         micro = pick(batch, micro_batches)
         return self.engine.step([LossTerm("rm", micro, self._ranking_loss, _IDLE_PAIR, num_prompts)])
@@ -60,12 +59,12 @@ class PreferenceModelWorker(TrainedWorker):
 
     def _ranking_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
         ratings = self.margin_coef * batch.ratings if self.margin_coef else None
-        margins = None
-        if self.near_ties is not None:
+        weights = None
+        if self.pair_weights is not None:
             better, worse, _ = ranked_pairs(batch.present, batch.ranks)
-            margins = pair_margins(batch.ratings, batch.rated, better, worse, self.near_ties.below)
+            weights = self.pair_weights(batch, better, worse)
         scores = _scores(self.engine, batch)
-        return ranking_loss(scores, batch.present, ratings, self.centering_coef, batch.ranks, self.near_ties, margins)
+        return ranking_loss(scores, batch.present, ratings, self.centering_coef, batch.ranks, weights)
 
 
 def _scores(forward: Any, batch: PreferenceBatch) -> Tensor:

@@ -21,6 +21,6 @@ class RolloutConfig(Placement):
     max_response_tokens: PositiveInt = 128
     """Longest response in tokens; one that reaches it without EOS is truncated."""
     temperature: Positive = 1.0
-    """Softmax temperature. The same temperature enters every log-prob of PPO (behaviour, old, new, reference)."""
+    """Softmax temperature. The same temperature enters every log-prob of PPO (behavior, old, new, reference)."""
     batch_size: PositiveInt = 64
     """Sequences generated at the same time by one rank."""

@@ -48,7 +48,7 @@ class HFEngine:
             tokens=_join(prompts, tokens, lengths),
             prompt_lengths=prompts.lengths,
             response_lengths=lengths,
-            behaviour_logprobs=torch.where(length_mask(lengths, tokens.shape[1]), logprobs, 0.0),
+            rollout_logprobs=torch.where(length_mask(lengths, tokens.shape[1]), logprobs, 0.0),
             finish_reasons=torch.where(finished, FINISHED, TRUNCATED),
             policy_version=policy_version,
         )

@@ -1,1 +1,1 @@
-"""One run: folder, checkpoints, trackers, metrics, console, pre-emption, lineage."""
+"""One run: folder, checkpoints, trackers, metrics, console, preemption, lineage."""

@@ -128,14 +128,14 @@ def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str]
 
 
 def print_styled(*content: RenderableType) -> None:
-    """Print Rich's texts and tables, wrapped; where stdout is no terminal, without colours."""
+    """Print Rich's texts and tables, wrapped; where stdout is no terminal, without colors."""
     console = _console()
     for part in content:
         console.print(part)
 
 
-def shows_colours() -> bool:
-    """Whether what is printed has colours: a terminal that has some, and no `NO_COLOR`."""
+def shows_colors() -> bool:
+    """Whether what is printed has colors: a terminal that has some, and no `NO_COLOR`."""
     console = _console()
     return console.color_system is not None and not console.no_color
 

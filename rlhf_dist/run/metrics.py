@@ -40,19 +40,11 @@ METRICS: dict[str, Metric] = {
         "fraction", "pairs of the step whose better response scores higher; a prompt counts 1"
     ),
     "reward_model/margin": Metric("score", "mean of score better - score worse of the step's pairs; a prompt counts 1"),
-    "reward_model/near_tie_accuracy": Metric(
-        "fraction",
-        "near-ties of the step (reward.near_ties) whose better response scores higher; weights as in accuracy",
+    "reward_model/eval_low_margin_accuracy": Metric(
+        "fraction", "eval_accuracy of the held-out low-margin pairs (reward.low_margin) alone"
     ),
-    "reward_model/clear_accuracy": Metric(
-        "fraction",
-        "pairs of the step that are no near-ties whose better response scores higher; weights as in accuracy",
-    ),
-    "reward_model/eval_near_tie_accuracy": Metric(
-        "fraction", "eval_accuracy of the held-out near-ties (reward.near_ties) alone"
-    ),
-    "reward_model/eval_clear_accuracy": Metric(
-        "fraction", "eval_accuracy of the held-out pairs that are no near-ties alone"
+    "reward_model/eval_other_accuracy": Metric(
+        "fraction", "eval_accuracy of the other held-out pairs alone, where reward.low_margin is set"
     ),
     "reward_model/eval_loss": Metric(
         "nats", "mean of -log sigmoid(score better - score worse) of the held-out pairs; a prompt counts 1"
@@ -64,41 +56,43 @@ METRICS: dict[str, Metric] = {
         "score", "mean of score better - score worse of the held-out pairs; a prompt counts 1"
     ),
     # PPO: policy
-    "policy/loss": Metric("", "clipped policy objective, negated; mean over response tokens and optimiser steps"),
+    "policy/loss": Metric("", "clipped policy objective, negated; mean over response tokens and optimizer steps"),
     "policy/approx_kl": Metric("nats/token", "KL(old policy, new policy) during the update, estimated on its tokens"),
     "policy/clip_fraction": Metric(
         "fraction", "response tokens outside the clip range for which the clipped branch is the larger loss"
     ),
     "policy/ratio_mean": Metric("", "mean probability ratio new / old policy over response tokens"),
     "policy/entropy": Metric("nats/token", "entropy of the policy at the response tokens"),
-    "policy/grad_norm": Metric("", "global gradient norm before clipping, mean over optimiser steps"),
+    "policy/grad_norm": Metric("", "global gradient norm before clipping, mean over optimizer steps"),
     "policy/num_updates": Metric(
-        "steps", "optimiser steps of the policy in the iteration; fewer than planned after a ppo.kl_stop"
+        "steps", "optimizer steps of the policy in the iteration; fewer than planned after a ppo.early_stop_kl"
     ),
-    "policy/stop_kl": Metric("nats/token", "policy/approx_kl of the mini-batch at which ppo.kl_stop ended the update"),
+    "policy/early_stop_kl": Metric(
+        "nats/token", "policy/approx_kl of the mini-batch at which ppo.early_stop_kl ended the update"
+    ),
     "policy/dual_clip_fraction": Metric("fraction", "response tokens whose loss ppo.dual_clip bounds"),
     "policy/kl_loss": Metric(
         "nats/token", "KL to the reference as a term of the loss, before it is weighted with kl/coef"
     ),
     "policy/ptx_grad_ratio": Metric(
         "",
-        "gradient norm of the weighted PTX term / that of the PPO loss, in the first optimiser step of some iterations",
+        "gradient norm of the weighted PTX term / that of the PPO loss, in the first optimizer step of some iterations",
     ),
     "policy/ptx_loss": Metric("nats/token", "pretraining-mix loss before it is weighted with ppo.ptx_coef"),
-    "policy/learning_rate": Metric("", "learning rate of the policy's last optimiser step"),
+    "policy/learning_rate": Metric("", "learning rate of the policy's last optimizer step"),
     # PPO: value function
     "value/loss": Metric("score^2", "clipped squared error of the values; mean over response tokens and steps"),
     "value/clip_fraction": Metric(
         "fraction", "response tokens outside the value clip range for which the clipped branch is the larger loss"
     ),
     "value/explained_variance": Metric("", "1 - Var(return - value) / Var(return) over response tokens; 1 is perfect"),
-    "value/grad_norm": Metric("", "global gradient norm before clipping, mean over optimiser steps"),
-    "value/learning_rate": Metric("", "learning rate of the value function's last optimiser step"),
+    "value/grad_norm": Metric("", "global gradient norm before clipping, mean over optimizer steps"),
+    "value/learning_rate": Metric("", "learning rate of the value function's last optimizer step"),
     # PPO: reward, KL
     "reward/score_mean": Metric("score", "mean reward-model score of the iteration's responses"),
     "reward/score_std": Metric("score", "standard deviation of the scores over the iteration's responses"),
     "reward/shaped_mean": Metric(
-        "score", "mean score as it enters the rewards: normalised, clipped, less the penalties"
+        "score", "mean score as it enters the rewards: normalized, clipped, less the penalties"
     ),
     "reward/total_mean": Metric("score", "mean sum of token rewards of a response: score and KL penalty"),
     "kl/ref_mean": Metric("nats/response", "mean over responses of log policy - log reference, summed over tokens"),
@@ -108,7 +102,7 @@ METRICS: dict[str, Metric] = {
     "rollout/response_length_mean": Metric("tokens", "mean response length, EOS included"),
     "rollout/eos_fraction": Metric("fraction", "responses that end in EOS"),
     "rollout/truncated_fraction": Metric("fraction", "responses cut off at the length limit"),
-    "rollout/behaviour_mismatch": Metric(
+    "rollout/logprob_mismatch": Metric(
         "nats", "largest |log-prob at sampling - old log-prob| over response tokens; 0 but for rounding"
     ),
     # Evaluation

@@ -7,8 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,11 +14,14 @@ from typing_extensions import Self
 
 from rlhf_dist.config.hosting import HostedRun
 from rlhf_dist.core.errors import Preempted, SampleError
-from rlhf_dist.core.roles import Policy, Trained
+from rlhf_dist.core.roles import Trained
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.console import RunProgress
 from rlhf_dist.run.run_folder import RunFolder, write_atomically
 from rlhf_dist.run.trackers import Tracker
+
+MODEL = "model"
+"""Folder of the result in Hugging Face format."""
 
 LINE_METRICS = (
     "sft/loss",
@@ -120,9 +121,9 @@ class Run:
         lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
         write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
-    def refused(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
+    def aborted(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
         """Write down the samples that step `step` was refused for, and return the error with the place added."""
-        path = self.folder.path / f"refused_step_{step:06d}.jsonl"
+        path = self.folder.path / f"aborted_step_{step:06d}.jsonl"
         write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
         return SampleError(f"{error} Samples: {path}", error.rows, error.step)
 
@@ -152,29 +153,19 @@ class Run:
                 "same command with --resume auto continues from there."
             )
 
-    def save_model(self, model: Trained, files: Mapping[str, str] | None = None) -> None:
-        """Write the model to model/, with `files` (name → text) beside its own."""
-        self._write_model(self.folder.model_dir, model.save_model, files or {})
-
-    def save_adapter(self, model: Trained) -> None:
-        """Write the model's adapters to adapter/."""
-        self._write_model(self.folder.adapter_dir, model.save_adapter)
-
-    def save_average(self, policy: Policy) -> None:
-        """Write the moving average of the policy's weights to model_ema/."""
-        self._write_model(self.folder.model_ema_dir, policy.save_average)
-
-    def _write_model(
-        self, final: Path, write: Callable[[Path], Future[None]], files: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        """Under a temporary name, renamed when whole."""
-        temporary = final.with_name(f".writing_{final.name}")
+    def save(self, model: Trained, files: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write what the run leaves of its model: model/, with `files` (name → text) beside its own, and adapter/ or model_ema/
+        where the model has them. Under a temporary name, renamed when whole, model/ last."""
+        temporary = self.folder.path / ".writing_result"
         shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary).result()
+        model.save(temporary).result()
         for name, text in files.items():
-            write_atomically(temporary / name, text)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
+            write_atomically(temporary / MODEL / name, text)
+        for written in sorted(temporary.iterdir(), key=lambda path: path.name == MODEL):
+            final = self.folder.path / written.name
+            shutil.rmtree(final, ignore_errors=True)
+            written.replace(final)
+        temporary.rmdir()
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json; the wall time is the one number in it that a second run does not repeat."""

@@ -10,7 +10,7 @@ RUN_DIR/
   adapter/         the adapters alone, in peft's format, where the model was trained with some (`lora`)
   model_ema/       the moving average of a policy's weights, where `ppo.ema_decay` is set
   bad_rows.jsonl   data rows that were left out under `on_bad_row: skip`, with the reasons
-  refused_step_*.jsonl   the samples that a step was refused for
+  aborted_step_*.jsonl   the samples that a step was refused for
   logs/            logs of the actors, TensorBoard and wandb files
 """
 
@@ -129,16 +129,6 @@ class RunFolder:
     def model_dir(self) -> Path:
         """The trained model in Hugging Face format."""
         return self.path / "model"
-
-    @property
-    def adapter_dir(self) -> Path:
-        """The adapters of the trained model in peft's format, where it has some."""
-        return self.path / "adapter"
-
-    @property
-    def model_ema_dir(self) -> Path:
-        """The moving average of a policy's weights in Hugging Face format, where one is kept."""
-        return self.path / "model_ema"
 
     @property
     def logs_dir(self) -> Path:

@@ -37,7 +37,7 @@ class Task(Protocol):
         ...
 
     def update(self, step: int, indices: torch.Tensor) -> Future[UpdateReport]:
-        """Optimiser step `step` on these training records."""
+        """Optimizer step `step` on these training records."""
         ...
 
     def drawn(self, step: int, indices: torch.Tensor) -> dict[str, tuple[Any, torch.Tensor]]:
@@ -50,7 +50,7 @@ class Task(Protocol):
 
 
 def num_steps(settings: SupervisedSettings, num_records: int, section: str) -> int:
-    """Optimiser steps of the run.
+    """Optimizer steps of the run.
 
     Raises:
         ConfigError: a batch is larger than the training set.
@@ -167,7 +167,7 @@ class SupervisedTrainer:
             try:
                 report = self.task.update(step, indices).result()
             except SampleError as error:
-                raise self.run_log.refused(step + 1, error, self._dump(error, step, indices)) from error
+                raise self.run_log.aborted(step + 1, error, self._dump(error, step, indices)) from error
         return {**report.metrics, **self.run_log.take_times()}
 
     def _dump(self, error: SampleError, step: int, indices: torch.Tensor) -> list[dict[str, Any]]:

@@ -103,9 +103,7 @@ def run_sft(config: SFTConfig, session: Session | None = None, prepared: Prepare
         summary = trainer.run(resume=config.resume == "auto")
         if prepared.shares:
             summary["shares"] = list(prepared.shares)
-        run.save_model(model)
-        if config.model.lora is not None:
-            run.save_adapter(model)
+        run.save(model)
         return run.finish(summary)
 
 

@@ -24,7 +24,7 @@ class SFTSettings(SupervisedSettings):
 
     @property
     def pretraining_per_step(self) -> int:
-        """Sequences of plain text in an optimiser step, over all ranks."""
+        """Sequences of plain text in an optimizer step, over all ranks."""
         return math.floor(self.pretraining_ratio * self.batch_size + 0.5)
 
     @property

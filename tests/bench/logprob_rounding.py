@@ -49,7 +49,7 @@ def main(path: str, precision: Any = "bf16") -> None:
         others = {
             "one response a pass": logprobs(path, precision, rollout, temperature, 1, packed=False),
             "packed": logprobs(path, precision, rollout, temperature, 64, packed=True),
-            "decoded with a KV cache": rollout.behaviour_logprobs,
+            "decoded with a KV cache": rollout.rollout_logprobs,
             "mistake: shifted by a token": torch.roll(base, 1, dims=1),
         }
         if temperature != 1:

@@ -38,9 +38,9 @@ class Ragged:
         self.lengths = torch.tensor(lengths)
         self.mask = length_mask(self.lengths, longest + 2)
 
-    def rows(self, scale: float = 1.0, centre: float = 0.0) -> Rows:
+    def rows(self, scale: float = 1.0, center: float = 0.0) -> Rows:
         """fp32 numbers: both sides must start from the same."""
-        drawn = [[self.random.gauss(centre, scale) for _ in range(n)] for n in self.lengths.tolist()]
+        drawn = [[self.random.gauss(center, scale) for _ in range(n)] for n in self.lengths.tolist()]
         return [torch.tensor(row, dtype=torch.float32).tolist() for row in drawn]
 
     def scores(self, scale: float = 2.0) -> list[float]:

@@ -33,7 +33,7 @@ What the fixtures mean (B sequences, R response positions, V vocabulary entries;
         model as they were when the rollout was scored.
 `trl_reward.json`: `cases`, each one `compute_loss` of a training step: `chosen`, `rejected` [P] scores, `margins` [P] or null,
     `centering_coef` or null, `loss`, and the `accuracy` and `margin` that the trainer reports.
-`trl_sft.json`: `steps`, each an optimiser step of `micro_batches`: `labels` [b, T] (−100: ignored), `attention_mask`, `logits`
+`trl_sft.json`: `steps`, each an optimizer step of `micro_batches`: `labels` [b, T] (−100: ignored), `attention_mask`, `logits`
     [b, T, V] of the unmodified model, `logprobs` [b, T − 1] as TRL's fused head gives them (0 where ignored), `num_items` that
     TRL divides by, `loss`, and the reported mean `entropy`.
 

@@ -123,7 +123,7 @@ def ppo_run(**settings: Any) -> dict[str, Any]:
             for parameter in reference.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         policy.generation_config.pad_token_id = PAD
-        # Twice what is drawn: on the last batch of its data loader, accelerate steps the optimiser after every micro-batch.
+        # Twice what is drawn: on the last batch of its data loader, accelerate steps the optimizer after every micro-batch.
         data = Dataset.from_dict({"input_ids": prompts(2 * batch_size, seed=5)})
         models_ = {"policy": policy, "reference": reference, "reward": reward, "value": value}
         weights = {k: {n: p.clone() for n, p in m.state_dict().items()} for k, m in models_.items()}

@@ -1,6 +1,6 @@
 """The RLHF maths as loops over Python floats (float64), written to be read beside the papers and for nothing else.
 
-No tensor, no mask, no vectorisation: a response is a list as long as it is, so padding cannot enter. Written from the papers,
+No tensor, no mask, no vectorization: a response is a list as long as it is, so padding cannot enter. Written from the papers,
 not from `rlhf_dist.algo`, which `test_golden_loops.py` compares with it.
 """
 
@@ -123,15 +123,15 @@ def mean(values: Row) -> float:
 
 def variance(values: Row) -> float:
     """Population variance."""
-    centre = mean(values)
-    return math.fsum((v - centre) ** 2 for v in values) / len(values)
+    center = mean(values)
+    return math.fsum((v - center) ** 2 for v in values) / len(values)
 
 
 def whiten(rows: Sequence[Row], eps: float = 1e-8) -> list[list[float]]:
     """Mean 0 and variance 1 over the tokens of all rows together."""
     tokens = [x for row in rows for x in row]
-    centre, scale = mean(tokens), math.sqrt(variance(tokens) + eps)
-    return [[(x - centre) / scale for x in row] for row in rows]
+    center, scale = mean(tokens), math.sqrt(variance(tokens) + eps)
+    return [[(x - center) / scale for x in row] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

@@ -149,8 +149,8 @@ def test_trl_averages_the_entropy_over_padding():
     assert abs(float(masked_mean(entropies, mask)) - first["entropy"]) > 0.01
 
 
-def optimiser_steps(run: PpoRun) -> list[list[dict[str, Any]]]:
-    """TRL's micro-batches, by the optimiser step that they belong to."""
+def optimizer_steps(run: PpoRun) -> list[list[dict[str, Any]]]:
+    """TRL's micro-batches, by the optimizer step that they belong to."""
     steps: list[list[dict[str, Any]]] = [[]]
     for m in run.micro_batches:
         steps[-1].append(m)
@@ -163,8 +163,8 @@ def optimiser_steps(run: PpoRun) -> list[list[dict[str, Any]]]:
 def test_trl_averages_micro_batches_of_different_lengths_alike(run):
     """Its loss is the mean of its micro-batches' means (accelerate divides each by `gradient_accumulation_steps`), so a token
     of a short micro-batch weighs more, and the result depends on the micro-batch size. Ours is a sum, divided by the count of
-    the optimiser step: the loss of all its rows at once."""
-    steps, seen = optimiser_steps(run), []
+    the optimizer step: the loss of all its rows at once."""
+    steps, seen = optimizer_steps(run), []
     assert len(steps) == run.config["num_ppo_epochs"]
     for step in steps:
         assert len(step) == run.config["gradient_accumulation_steps"]

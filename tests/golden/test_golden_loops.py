@@ -17,7 +17,7 @@ from rlhf_dist.core.logprobs import taken_logprobs
 from rlhf_dist.core.masking import masked_mean, masked_var, masked_whiten
 from rlhf_dist.ppo import losses
 from rlhf_dist.ppo.advantages import gae
-from rlhf_dist.ppo.rewards import RunningMoments, normalise_scores, overlong_penalty, shape_scores, token_rewards
+from rlhf_dist.ppo.rewards import RunningMoments, normalize_scores, overlong_penalty, shape_scores, token_rewards
 
 SEEDS = (0, 1, 2)
 
@@ -87,7 +87,7 @@ def test_scores_from_the_reward_model_to_the_tokens(ragged, clip, with_overlong)
     assert torch.all(rewards[~ragged.mask] == 0)
 
 
-def test_running_score_normalisation(ragged):
+def test_running_score_normalization(ragged):
     batches = [ragged.scores(3.0), ragged.scores(0.5)[:4], ragged.scores(1.0)]
     moments = RunningMoments()
     for batch in batches:
@@ -95,32 +95,32 @@ def test_running_score_normalisation(ragged):
     seen = [score for batch in batches for score in batch]
     close(moments.std, loops.running_std(batches))
     close(moments.mean, loops.mean(seen))
-    # What normalising is for: of all scores so far, the spread is 1, and the mean 0 where it is subtracted.
-    scaled = normalise_scores(torch.tensor(seen), moments, subtract_mean=False)
-    centred = normalise_scores(torch.tensor(seen), moments, subtract_mean=True)
-    for normal in (scaled, centred):
+    # What normalizing is for: of all scores so far, the spread is 1, and the mean 0 where it is subtracted.
+    scaled = normalize_scores(torch.tensor(seen), moments, subtract_mean=False)
+    centered = normalize_scores(torch.tensor(seen), moments, subtract_mean=True)
+    for normal in (scaled, centered):
         close(loops.variance(normal.tolist()), 1)
-    close(loops.mean(centred.tolist()), 0)
+    close(loops.mean(centered.tolist()), 0)
     # Dividing alone keeps signs and ratios; subtracting moves every score by the same.
     for score, normal in zip(seen, scaled, strict=True):
         close(normal * seen[0], score * float(scaled[0]))
-    apart = (scaled - centred).tolist()
+    apart = (scaled - centered).tolist()
     assert max(apart) - min(apart) < 1e-5
     # Nothing of that is particular to the scores it was made of: a batch by itself is mapped as it was among them.
-    last = normalise_scores(torch.tensor(batches[-1]), moments, subtract_mean=True)
-    assert torch.equal(last, centred[-len(batches[-1]) :])
+    last = normalize_scores(torch.tensor(batches[-1]), moments, subtract_mean=True)
+    assert torch.equal(last, centered[-len(batches[-1]) :])
 
 
-def test_running_score_normalisation_by_hand():
+def test_running_score_normalization_by_hand():
     moments = (
         RunningMoments().updated(torch.tensor([1.0, 3.0])).updated(torch.tensor([5.0, 7.0, 9.0]))
     )  # mean 5, variance 8
     scores = torch.tensor([5.0, 5.0 + 8**0.5, -(8**0.5)])
-    assert_close(normalise_scores(scores, moments, subtract_mean=False), torch.tensor([5 / 8**0.5, 1 + 5 / 8**0.5, -1]))
-    assert_close(normalise_scores(scores, moments, subtract_mean=True), torch.tensor([0, 1, -1 - 5 / 8**0.5]))
+    assert_close(normalize_scores(scores, moments, subtract_mean=False), torch.tensor([5 / 8**0.5, 1 + 5 / 8**0.5, -1]))
+    assert_close(normalize_scores(scores, moments, subtract_mean=True), torch.tensor([0, 1, -1 - 5 / 8**0.5]))
 
 
-@pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_gae(ragged, discount, lam, cut_off):
     rewards, values = ragged.rows(), ragged.rows(2.0)

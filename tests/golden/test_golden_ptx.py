@@ -55,12 +55,12 @@ def step_of(group: Any, with_ptx: bool, measure_terms: bool = False) -> StepRepo
     )
     texts = [PTX] if with_ptx else None
     (report,) = worker_of(group).update_ppo(Experience(**fields), [share], texts, 0.0, measure_terms)
-    assert not report.refused
+    assert not report.aborted
     return report
 
 
 def gradient_of_step(path: Path, with_ptx: bool) -> Gradient:
-    """What the optimiser finds when the step is taken."""
+    """What the optimizer finds when the step is taken."""
     found: Gradient = {}
     with policy(path) as group:
         worker = worker_of(group)

@@ -1,4 +1,4 @@
-"""The SFT loss against real optimiser steps of TRL 1.16.0's `SFTTrainer`, prompts ignored, rows padded, two micro-batches."""
+"""The SFT loss against real optimizer steps of TRL 1.16.0's `SFTTrainer`, prompts ignored, rows padded, two micro-batches."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_logprobs_and_entropy_of_targets(micro_batch):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_the_loss_is_a_sum_over_the_count_of_the_whole_optimiser_step(step):
-    """TRL divides each micro-batch by the count of all of them: the same normalisation as the engine's."""
+def test_the_loss_is_a_sum_over_the_count_of_the_whole_optimizer_step(step):
+    """TRL divides each micro-batch by the count of all of them: the same normalization as the engine's."""
     num_targets = sum(int(targets_of(m)[2].sum()) for m in step)
     assert len({int(targets_of(m)[2].sum()) for m in step}) > 1, "micro-batches with as many targets would not tell"
     for m in step:

@@ -98,5 +98,5 @@ def test_training_moves_the_numbers_it_is_meant_to_move(inline_runs: dict[str, P
     assert [step for step, _ in ppo_lines] == [0, 1, 2, 3]
     # Before the first update the policy is the reference, and its rollouts came from the same weights.
     assert ppo_lines[1][1]["kl/ref_mean"] == pytest.approx(0, abs=1e-4)
-    assert ppo_lines[1][1]["rollout/behaviour_mismatch"] < 1e-4
+    assert ppo_lines[1][1]["rollout/logprob_mismatch"] < 1e-4
     assert len((inline_runs["ppo"] / "eval" / "step_000003.jsonl").read_text().splitlines()) == 5

@@ -164,9 +164,9 @@ def test_a_run_that_diverges_stops_in_plain_words_and_keeps_the_samples(make_con
     assert "Traceback" not in output
     said = " ".join(output.split())
     assert re.search(
-        r"a loss is not finite in optimiser step 1 of the update \(lm: rows [\d, ]+\)\. The step was not", said
+        r"a loss is not finite in optimizer step 1 of the update \(lm: rows [\d, ]+\)\. The step was not", said
     )
-    (kept,) = (tmp_path / "run").glob("refused_step_*.jsonl")
+    (kept,) = (tmp_path / "run").glob("aborted_step_*.jsonl")
     records = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     assert {"record", "tokens", "loss_mask"} <= records[0].keys()
     assert not (tmp_path / "run" / "model").exists()

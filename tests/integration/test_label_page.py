@@ -1,4 +1,4 @@
-"""The labelling page in a real browser: judged by keys and clicks, killed, gone on with, exported, trained on."""
+"""The labeling page in a real browser: judged by keys and clicks, killed, gone on with, exported, trained on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Server:
                 break
         found = re.findall(r"(http://\S+)", self.said)
         assert len(found) == 2, self.said
-        self.annotators, self.organiser = found
+        self.annotators, self.organizer = found
         self.port = urlsplit(self.annotators).port
 
     def end(self, how: signal.Signals) -> int:
@@ -113,7 +113,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def labelling(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
+def labeling(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
     path = tmp_path / "candidates.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = {
@@ -171,7 +171,7 @@ def test_ten_pairs_a_killed_server_an_undo_an_export_and_a_reward_model(
         }
         for n, word in enumerate(words)
     ]
-    config = labelling(tmp_path, rows)
+    config = labeling(tmp_path, rows)
     journal = tmp_path / "label" / "judgements.jsonl"
     said: list[dict[str, str]] = []
     with visiting(browser) as page:
@@ -243,7 +243,7 @@ def finished(*arguments: str) -> str:
     return out
 
 
-def test_untrusted_texts_several_annotators_and_the_organiser(browser: Any, tmp_path: Path):
+def test_untrusted_texts_several_annotators_and_the_organizer(browser: Any, tmp_path: Path):
     turns = [
         {"role": "system", "content": EVIL},
         {"role": "user", "content": "q " * 500},
@@ -253,7 +253,7 @@ def test_untrusted_texts_several_annotators_and_the_organiser(browser: Any, tmp_
     code = "text\n```html\n<b>bold</b>\n\tindented\n```"
     rows = [{"prompt": turns, "candidates": [{"text": EVIL, "model": "m"}, {"text": code}]}]
     rows += [{"prompt": EVIL, "candidates": ["x", "long" * 2000]}]
-    config = labelling(tmp_path, rows, title=EVIL[:50], guidelines=EVIL)
+    config = labeling(tmp_path, rows, title=EVIL[:50], guidelines=EVIL)
     with serving(config) as server, visiting(browser) as page:
         enter(page, server.annotators, "Ann </div>")
         for _ in rows:
@@ -277,7 +277,7 @@ def test_untrusted_texts_several_annotators_and_the_organiser(browser: Any, tmp_
         dark = page.evaluate("document.body.classList.contains('body--dark')")
         page.get_by_label("light or dark").click()
         page.wait_for_function("dark => document.body.classList.contains('body--dark') !== dark", arg=dark)
-        assert page.goto(server.organiser.partition("?")[0]).status == 403
+        assert page.goto(server.organizer.partition("?")[0]).status == 403
 
         with visiting(browser, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True) as phone:
             phone.goto(server.annotators)
@@ -293,17 +293,17 @@ def test_untrusted_texts_several_annotators_and_the_organiser(browser: Any, tmp_
             phone.get_by_text("Show the 2 skipped pairs again").tap()
             phone.wait_for_selector("[data-unit]:not([data-unit=finished])")
             phone.locator(".choice-tie").tap()
-        with visiting(browser) as organiser:
-            organiser.goto(server.organiser)
-            cells = organiser.locator("tbody").first.locator("tr").all_inner_texts()
+        with visiting(browser) as organizer:
+            organizer.goto(server.organizer)
+            cells = organizer.locator("tbody").first.locator("tr").all_inner_texts()
             assert [row.split("\n\t\n")[:2] for row in cells][:2] == [["Ann </div>", "2 of 2"], ["Bob", "1 of 2"]]
-        assert refused(server, {"Host": "evil.example"}) == 421
-        assert refused(server, {}) == 401
+        assert rejected(server, {"Host": "evil.example"}) == 421
+        assert rejected(server, {}) == 401
         assert server.end(signal.SIGINT) == 0
         assert "Traceback" not in server.said
 
 
-def refused(server: Server, headers: dict[str, str]) -> int:
+def rejected(server: Server, headers: dict[str, str]) -> int:
     """The status of a request without a cookie."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.request("GET", "/", headers=headers)
@@ -312,8 +312,8 @@ def refused(server: Server, headers: dict[str, str]) -> int:
     return status
 
 
-def test_a_second_server_on_the_same_judgements_is_refused(tmp_path: Path):
-    config = labelling(tmp_path, [{"prompt": "p", "candidates": ["x", "y"]}])
+def test_a_second_server_on_the_same_judgements_is_aborted(tmp_path: Path):
+    config = labeling(tmp_path, [{"prompt": "p", "candidates": ["x", "y"]}])
     with serving(config) as server:
         second = cli("label", str(config))
         out, _ = second.communicate(timeout=120)

@@ -36,7 +36,7 @@ def resumed(whole: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("ranks", "stage", "cluster"), [(2, 3, "ray"), (1, 2, "inline")])
-def test_a_reward_model_with_adapters_and_near_ties(
+def test_a_reward_model_with_adapters_and_low_margin_pairs(
     make_config: Make, tiny_lm: Path, tmp_path: Path, ranks: int, stage: int, cluster: str
 ):
     rows = [
@@ -50,14 +50,13 @@ def test_a_reward_model_with_adapters_and_near_ties(
         made = make_config("reward", run_dir, ranks=ranks, zero_stage=stage, cluster=cluster) | changes
         made["model"] |= {"lora": LORA, "gradient_checkpointing": True}
         made["data"]["train"] = [{"path": str(source), "kind": "preference"}]
-        made["reward"] |= {"near_ties": {"below": 0.5}}
+        made["reward"] |= {"low_margin": {"below": 0.5}}
         return RewardConfig.model_validate(made | {"checkpoint": {"every_steps": 2}})
 
     whole = tmp_path / "whole"
     run_reward(config(whole))
     steps = dict(metrics(whole))
-    assert {"reward_model/near_tie_accuracy", "reward_model/clear_accuracy"} & steps[1].keys()
-    assert {"reward_model/eval_near_tie_accuracy", "reward_model/eval_clear_accuracy"} <= steps[4].keys()
+    assert {"reward_model/eval_low_margin_accuracy", "reward_model/eval_other_accuracy"} <= steps[4].keys()
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny_lm, num_labels=1)
     merged = peft.PeftModel.from_pretrained(base, str(whole / "adapter")).merge_and_unload()
@@ -97,7 +96,7 @@ def test_ppo_with_adapters_in_policy_and_value(make_config: Make, tmp_path: Path
     made["policy"] |= {"lora": LORA}
     made["value"] |= {"lora": LORA}
     run_ppo(PPOConfig.model_validate(made))
-    mismatch = [line["rollout/behaviour_mismatch"] for _, line in metrics(tmp_path / "run") if "policy/loss" in line]
+    mismatch = [line["rollout/logprob_mismatch"] for _, line in metrics(tmp_path / "run") if "policy/loss" in line]
     assert len(mismatch) == 3
     assert max(mismatch) < 1e-4
     start, end = weights(tiny_lm.parent, tiny_lm.name), weights(tmp_path / "run")

@@ -136,7 +136,7 @@ def test_ctrl_c_asks_what_becomes_of_the_job(cluster: Cluster, project: Path, an
     if pid == 0:
         os.chdir(project)
         os.execvpe(command[0], command, cluster.environment)
-    shown = _read_until(terminal, rb"optimiser steps  ")
+    shown = _read_until(terminal, rb"optimizer steps  ")
     os.write(terminal, b"\x03")
     shown += _read_until(terminal, rb"\[s\]top it")
     os.write(terminal, answer.encode() + b"\n")

@@ -19,11 +19,11 @@ Make = Callable[..., dict[str, Any]]
 LENGTHS = {"sft": 60, "reward": 60, "ppo": 8}
 """Steps or iterations: enough for a kill to land in the middle of the run."""
 STATEFUL = {
-    "kl_target": 0.01,
+    "adaptive_kl_target": 0.01,
     "kl_horizon": 30,
-    "normalise_scores": "mean_std",
+    "normalize_scores": "mean_std",
     "value_warmup_iterations": 1,
-    "kl_stop": 0.003,
+    "early_stop_kl": 0.003,
     "ema_decay": 0.9,
 }
 """What PPO carries from one iteration to the next beside its models, all of it in use."""
@@ -104,7 +104,7 @@ def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
     if command == "ppo":
         steps = [line["policy/num_updates"] for _, line in metrics(whole) if "policy/num_updates" in line]
         coefs = {line["kl/coef"] for _, line in metrics(whole) if "kl/coef" in line}
-        assert min(steps) < max(steps), "no update was stopped by its KL; lower kl_stop"
+        assert min(steps) < max(steps), "no update was stopped by its KL; lower early_stop_kl"
         assert len(coefs) > 4
     summaries = [json.loads((run / "summary.json").read_text()) for run in (killed, whole)]
     for summary in summaries:

@@ -57,13 +57,13 @@ def test_a_reward_model_learns_from_rankings(reward_run: Callable[..., Path]):
 
 def test_margins_and_centering_are_in_the_loss_of_a_run(reward_run: Callable[..., Path]):
     plain, margins = reward_run("plain"), reward_run("margins", margin_coef=1.0)
-    centred = reward_run("centred", centering_coef=0.5)
-    first = {path.name: metrics(path)[1][1] for path in (plain, margins, centred)}
+    centered = reward_run("centered", centering_coef=0.5)
+    first = {path.name: metrics(path)[1][1] for path in (plain, margins, centered)}
     # The same model on the same pairs: what differs is the objective.
-    for name in ("margins", "centred"):
+    for name in ("margins", "centered"):
         assert first[name]["reward_model/margin"] == first["plain"]["reward_model/margin"]
         assert first[name]["reward_model/loss"] > first["plain"]["reward_model/loss"]
-    found = [weights(path)["score.weight"] for path in (plain, margins, centred)]
+    found = [weights(path)["score.weight"] for path in (plain, margins, centered)]
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 

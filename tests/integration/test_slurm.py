@@ -177,7 +177,7 @@ def _sft(make_config: Make, run_dir: Path, num_steps: int = 4) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first test leaves its run, for the pre-empted one to be compared with."""
+    """Where the first test leaves its run, for the preempted one to be compared with."""
     return tmp_path_factory.mktemp("slurm") / "undisturbed"
 
 
@@ -284,7 +284,7 @@ def test_an_array_trains_its_seeds_side_by_side_on_the_same_nodes(
         _nothing_left(task)
 
 
-def test_an_array_without_a_folder_a_seed_is_refused(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
+def test_an_array_without_a_folder_a_seed_is_aborted(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
     array = submit(_ppo(make_config, tmp_path / "run"), sbatch=("--nodes=1", "--array=0"))
     assert array.end()["ExitCode"] == "2:0"
     task = Job(array.slurm, array.facts()["JobId"], tmp_path)

@@ -21,7 +21,7 @@ MAX_RELATIVE, MAX_LARGEST = 1e-4, 3e-5
 """‖Δ‖ / ‖update‖ and max |Δ|.
 
 Sums are added in another order in every layout: gradients agree to about 1e-6 of their size. Adam divides a gradient by its
-size (eps is 1e-5, see `layouts.OPTIMISER`), so single parameters whose gradients almost cancel agree less well than that, and
+size (eps is 1e-5, see `layouts.OPTIMIZER`), so single parameters whose gradients almost cancel agree less well than that, and
 four steps carry it on. Errors of logic move the weights by tenths of a percent of the update, or more.
 """
 

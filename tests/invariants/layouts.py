@@ -34,7 +34,7 @@ MAX_LENGTH = 16
 RM_MAX_LENGTH = 40
 """A record of preferences is rendered by a chat template, which alone is longer than `MAX_LENGTH`."""
 # Warm-up over one of four steps, then linearly to 0 one step after the last: every step has a rate of its own.
-OPTIMISER = {
+OPTIMIZER = {
     "learning_rate": 1e-3,
     "betas": (0.9, 0.95),
     # Adam divides a gradient by its own size: at the usual 1e-8, gradients that are 0 but for rounding (1e-9) would become
@@ -60,9 +60,9 @@ EXTENDED = plain.PolicyTerms(TEMPERATURE, 0.15, 0.25, dual_clip=1.2, entropy_coe
 """All other terms of the policy's loss."""
 
 
-def optimiser(max_grad_norm: float) -> plain.Optimiser:
-    """What `OPTIMISER` means, written out."""
-    return plain.Optimiser(RATES, (0.9, 0.95), EPS, 0.1, max_grad_norm)
+def optimizer(max_grad_norm: float) -> plain.Optimizer:
+    """What `OPTIMIZER` means, written out."""
+    return plain.Optimizer(RATES, (0.9, 0.95), EPS, 0.1, max_grad_norm)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ RANKINGS = [_rankings(num, 40 + 10 * step) for step, num in enumerate(SIZES)]
 
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 6, 2, 4, 5, 9, 1, 3, 7, 2], [4, 2, 7, 1, 3, 5, 6, 2, 8, 3]
 STEPS = [torch.tensor(rows) for rows in ([4, 0, 2, 9, 7], [1, 3], [8, 5, 6, 0, 4, 2, 1], [9, 3, 7, 5])]
-"""Rows of the experience in each optimiser step; most are met twice."""
+"""Rows of the experience in each optimizer step; most are met twice."""
 
 
 def rollout() -> RolloutBatch:
@@ -135,7 +135,7 @@ def _data(models: Models, kind: str) -> list[dict[str, Any]]:
 
 def trained(layout: Layout, path: Path, objective: str) -> dict[str, Any]:
     """A trained model's part of a configuration."""
-    return layout.trained(path) | {"optimizer": OPTIMISER | {"max_grad_norm": MAX_GRAD_NORM[objective]}}
+    return layout.trained(path) | {"optimizer": OPTIMIZER | {"max_grad_norm": MAX_GRAD_NORM[objective]}}
 
 
 def sft_spec(models: Models, layout: Layout) -> tuple[Any, WorkerSpec]:
@@ -167,7 +167,7 @@ def reward_spec(models: Models, layout: Layout) -> tuple[Any, WorkerSpec]:
 def ppo_config(
     models: Models, layout: Layout, terms: plain.PolicyTerms = INSTRUCT, rollout_batch_size: int = 4, **ppo: Any
 ) -> PPOConfig:
-    """A PPO run of four optimiser steps; `ppo`: further settings of that section."""
+    """A PPO run of four optimizer steps; `ppo`: further settings of that section."""
     return PPOConfig.model_validate(
         {
             "run_dir": "never-written",
@@ -194,7 +194,7 @@ def ppo_config(
                 "mini_batch_size": 5,
                 "num_epochs": 2,
                 "kl_coef": SHAPING.kl_coef,
-                "discount": SHAPING.discount,
+                "gamma": SHAPING.discount,
                 "gae_lambda": SHAPING.gae_lambda,
                 "score_clip": SHAPING.score_clip,
                 "missing_eos_penalty": SHAPING.missing_eos_penalty,

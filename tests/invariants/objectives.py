@@ -117,7 +117,7 @@ class Trainings:
     # -- through the roles -----------------------------------------------------------------------------------------------
 
     def train(self, objective: str, layout: Layout) -> Outcome:
-        """Four optimiser steps in this layout."""
+        """Four optimizer steps in this layout."""
         if objective == SFT:
             return self._supervised(layouts.sft_spec, LanguageModelRole, layouts.TEXTS, layout, "sft")
         if objective == RM:
@@ -202,7 +202,7 @@ class Trainings:
         return self.descend(scalar_model(self.models.value), VALUE, loss)
 
     def descend(self, model: Any, objective: str, loss_of_step: Callable[[Any, int, plain.Trace], Tensor]) -> Reference:
-        """Steps on whatever loss, with the optimiser of `objective`."""
+        """Steps on whatever loss, with the optimizer of `objective`."""
         start, after = copied(model), []
 
         def loss(i: int, trace: plain.Trace) -> Tensor:
@@ -214,7 +214,7 @@ class Trainings:
         def keep() -> None:
             after.append(copied(model))
 
-        trace = plain.descend(model, layouts.optimiser(MAX_GRAD_NORM[objective]), loss, keep)
+        trace = plain.descend(model, layouts.optimizer(MAX_GRAD_NORM[objective]), loss, keep)
         return Reference(after[-1], trace.means(), start=start, trace=trace, steps=after)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class Optimizer:
     """AdamW with its learning rates written out."""
 
     learning_rates: tuple[float, ...]
@@ -44,24 +44,24 @@ class Trace:
 
 
 def descend(
-    model: Any, optimiser: Optimiser, loss_of_step: Callable[[int, Trace], Tensor], after_step: Callable[[], None]
+    model: Any, optimizer: Optimizer, loss_of_step: Callable[[int, Trace], Tensor], after_step: Callable[[], None]
 ) -> Trace:
     """A step of AdamW on `loss_of_step(i, trace)` for each learning rate."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": optimiser.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=0.0,
-        betas=optimiser.betas,
-        eps=optimiser.eps,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
     )
     trace = Trace()
-    for i, learning_rate in enumerate(optimiser.learning_rates):
+    for i, learning_rate in enumerate(optimizer.learning_rates):
         for group in adam.param_groups:
             group["lr"] = learning_rate
         adam.zero_grad()
         loss_of_step(i, trace).backward()
-        trace.see("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.max_grad_norm))
+        trace.see("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm))
         adam.step()
         after_step()
     return trace
@@ -224,7 +224,7 @@ class Shaping:
     missing_eos_penalty: float
 
 
-def generalised_advantages(rewards: list[float], values: list[float], discount: float, lam: float) -> list[float]:
+def generalized_advantages(rewards: list[float], values: list[float], discount: float, lam: float) -> list[float]:
     """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t (Schulman et al. 2016, eq. 16); `values` has one more entry."""
     deltas = [r + discount * values[t + 1] - values[t] for t, r in enumerate(rewards)]
     return [sum((discount * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
@@ -247,10 +247,10 @@ def advantages_and_returns(
         rewards[-1] += shaped - (settings.missing_eos_penalty if truncated[b] else 0.0)
         before, end = values[b].tolist()[:-1], values[b].tolist()[-1]
         states = [*before, end if truncated[b] else 0.0]
-        row = generalised_advantages(rewards, states, settings.discount, settings.gae_lambda)
+        row = generalized_advantages(rewards, states, settings.gamma, settings.gae_lambda)
         advantages.append(row)
         returns.append(torch.tensor([a + v for a, v in zip(row, before, strict=True)]))
     flat = [a for row in advantages for a in row]
-    centre = sum(flat) / len(flat)
-    spread = (sum((a - centre) ** 2 for a in flat) / len(flat)) ** 0.5
-    return [torch.tensor([(a - centre) / spread for a in row]) for row in advantages], returns
+    center = sum(flat) / len(flat)
+    spread = (sum((a - center) ** 2 for a in flat) / len(flat)) ** 0.5
+    return [torch.tensor([(a - center) / spread for a in row]) for row in advantages], returns

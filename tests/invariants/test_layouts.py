@@ -1,4 +1,4 @@
-"""The parameters after several optimiser steps are those of a plain PyTorch loop, whatever the layout."""
+"""The parameters after several optimizer steps are those of a plain PyTorch loop, whatever the layout."""
 
 from __future__ import annotations
 
@@ -133,5 +133,5 @@ def check_splits(outcome: Outcome) -> None:
 
 
 def budget(objective: str) -> dict[str, int]:
-    """No more than the longest row of a forward pass may need: a pair of responses in reward modelling."""
+    """No more than the longest row of a forward pass may need: a pair of responses in reward modeling."""
     return {"micro_batch_tokens": 2 * RM_MAX_LENGTH if objective == RM else MAX_LENGTH}

@@ -1,6 +1,6 @@
-"""Adapters, frozen layers and weighed near-ties: the weights after several steps are those of plain PyTorch in any layout.
+"""Adapters, frozen layers and down-weighted pairs: the weights after several steps are those of plain PyTorch in any layout.
 
-Adapters are written out here as reparametrised matrices W + s B A, without peft; frozen parameters by their names.
+Adapters are written out here as reparametrized matrices W + s B A, without peft; frozen parameters by their names.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from support.bench import Layout, saved_weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rlhf_dist.core.near_ties import NearTieRule
 from rlhf_dist.core.random import uniforms
+from rlhf_dist.reward.low_margin import LowMargin
 from rlhf_dist.reward.roles import PreferenceModelRole
 from rlhf_dist.sft.roles import LanguageModelRole
 
@@ -99,7 +99,7 @@ def descended(model: Any, objective: str, part: str, loss_of: Callable[[Any, int
         trace.see("loss", value)
         return value
 
-    trace = plain.descend(model, layouts.optimiser(MAX_GRAD_NORM[objective]), loss, lambda: None)
+    trace = plain.descend(model, layouts.optimizer(MAX_GRAD_NORM[objective]), loss, lambda: None)
     return Expected(start, weights(), trace)
 
 
@@ -136,18 +136,14 @@ def test_partly_trained_models_do_not_depend_on_the_layout(
         assert torch.equal(outcome.weights[name], reference.start[name]), f"{name} is frozen"
 
 
-# -- near-ties ---------------------------------------------------------------------------------------------------------
+# -- low-margin pairs ------------------------------------------------------------------------------------------------------
 
 BELOW = 0.5
-"""The rankings' ratings fall by 0.4: neighbours are near-ties."""
-RULES = {
-    "drop": NearTieRule(BELOW, "drop"),
-    "down_weight": NearTieRule(BELOW, "down_weight", near_weight=0.55, clear_weight=1.8),
-    "soft_labels": NearTieRule(BELOW, "soft_labels"),
-}
+"""The rankings' ratings fall by 0.4: neighbors are low-margin pairs."""
+WEIGHTS = (0.0, 0.3)
 
 
-def ranked(model: Any, batch: Any, treat: str) -> Tensor:
+def ranked(model: Any, batch: Any, weight: float) -> Tensor:
     """Mean over prompts of the mean over their pairs, pair by pair."""
     prompts = []
     for tokens, lengths, ranks, ratings in zip(batch.tokens, batch.lengths, batch.ranks, batch.ratings, strict=True):
@@ -159,34 +155,32 @@ def ranked(model: Any, batch: Any, treat: str) -> Tensor:
             if ranks[i] == ranks[j]:
                 continue
             difference, margin = scores[i] - scores[j], float(ratings[i] - ratings[j])
-            near = margin < BELOW
-            if near and treat == "drop":
+            low = margin < BELOW
+            if low and not weight:
                 continue
-            sure = 0.5 + 0.5 * margin / BELOW if near and treat == "soft_labels" else 1.0
-            loss = sure * torch.log1p(torch.exp(-difference)) + (1 - sure) * torch.log1p(torch.exp(difference))
-            pairs.append(loss * ((0.55 if near else 1.8) if treat == "down_weight" else 1.0))
+            pairs.append(torch.log1p(torch.exp(-difference)) * (weight if low else 1.0))
         prompts.append(plain.mean(pairs) if pairs else 0.0 * scores[0])
     return plain.mean(prompts)
 
 
 @functools.cache
-def expected_near_ties(trainings: Trainings, treat: str) -> Expected:
+def expected_low_margin(trainings: Trainings, weight: float) -> Expected:
     model = scalar_model(trainings.models.reward)
-    return descended(model, RM, "all", lambda model, i: ranked(model, layouts.RANKINGS[i], treat))
+    return descended(model, RM, "all", lambda model, i: ranked(model, layouts.RANKINGS[i], weight))
 
 
-@pytest.mark.parametrize("treat", RULES)
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
-def test_near_ties_are_weighed_alike_in_every_layout(trainings: Trainings, treat: str, ranks: int, stage: int):
+def test_low_margin_pairs_weigh_the_same_in_every_layout(trainings: Trainings, weight: float, ranks: int, stage: int):
     layout = replace(BASE, ranks=ranks, zero_stage=stage)
     model, spec = layouts.reward_spec(trainings.models, layout)
-    rule = {"near_ties": RULES[treat], "margin_coef": 0.0, "centering_coef": 0.0}
-    with trainings.bench.hosted(replace(spec, kwargs=spec.kwargs | rule), layout) as group:
+    rule = {"pair_weights": LowMargin(BELOW, weight), "margin_coef": 0.0, "centering_coef": 0.0}
+    with trainings.bench.hosted(replace(spec, build=functools.partial(spec.build, **rule)), layout) as group:
         role = role_of(PreferenceModelRole, group, model)
         reports = [role.update(batch, step).result().metrics for step, batch in enumerate(layouts.RANKINGS)]
         mean = {key: sum(report[key] for report in reports) / NUM_STEPS for key in reports[0]}
         metrics = {"loss": mean["reward_model/loss"], "grad_norm": mean["train/grad_norm"]}
-        compare(saved_weights(role), metrics, expected_near_ties(trainings, treat), layout)
+        compare(saved_weights(role), metrics, expected_low_margin(trainings, weight), layout)
 
 
 # -- the first weights of adapters -------------------------------------------------------------------------------------
@@ -201,8 +195,8 @@ def test_adapters_start_the_same_in_every_layout(trainings: Trainings, tmp_path:
         model, spec = layouts.sft_spec(trainings.models, layout)
         with trainings.bench.hosted(spec, layout) as group:
             folder = tmp_path / f"{ranks}x{stage}"
-            role_of(LanguageModelRole, group, model).save_adapter(folder).result()
-            found.append(load_file(folder / "adapter_model.safetensors"))
+            role_of(LanguageModelRole, group, model).save(folder).result()
+            found.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
     drawn = {name for name in found[0] if "lora_A" in name}
     assert len(drawn) == 2 * len(LINEAR)
     assert len({found[0][name].sum().item() for name in drawn}) == len(drawn)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_dist.core.batches import Experience
 from rlhf_dist.core.errors import SampleError
-from rlhf_dist.core.steps import KL_STOP, NON_FINITE_GRADIENT, NON_FINITE_LOSS
+from rlhf_dist.core.steps import EARLY_STOP_KL, NON_FINITE_GRADIENT, NON_FINITE_LOSS
 from rlhf_dist.ppo.roles import PolicyRole
 
 DECAY = 0.7
@@ -63,8 +63,8 @@ def state_of(role: PolicyRole) -> State:
     said = role.group.call("logprobs", rollout, [list(range(5)), list(range(5, 10))]).result()
     assert all(torch.equal(logprobs, said[0]) for logprobs in said)
     with tempfile.TemporaryDirectory() as folder:
-        role.save_average(Path(folder)).result()
-        return State(saved_weights(role), read_weights(Path(folder)), said)
+        role.save(Path(folder)).result()
+        return State(read_weights(Path(folder) / "model"), read_weights(Path(folder) / "model_ema"), said)
 
 
 def four_steps(role: PolicyRole, experience: Experience) -> list[Weights]:
@@ -157,19 +157,19 @@ def test_a_policy_that_moves_too_far_stops_on_every_rank(trainings: Trainings, t
     stop = 2
     limit = 0.95 * reached[stop]
     assert max(reached[:stop]) < limit < reached[stop]
-    with policy_role(trainings, layout, kl_stop=limit) as role:
+    with policy_role(trainings, layout, early_stop_kl=limit) as role:
         replies = watched_replies(role)
         shares = splits_of(role)
         report = role.update(trainings.experience, STEPS, PTX).result()
         weights = saved_weights(role)
     ranks = replies[0].result()
-    assert [[step.refused for step in rank] for rank in ranks] == [["", "", KL_STOP]] * layout.ranks
+    assert [[step.aborted for step in rank] for rank in ranks] == [["", "", EARLY_STOP_KL]] * layout.ranks
     alone = [kl_alone(trainings.experience, rank[stop], shares[stop][r]) for r, rank in enumerate(ranks)]
     assert min(alone) < limit < max(alone), "ranks that decide alone disagree here"
     assert report.num_steps == stop
-    assert report.metrics["policy/stop_kl"] == pytest.approx(reached[stop], rel=1e-3)
+    assert report.metrics["policy/early_stop_kl"] == pytest.approx(reached[stop], rel=1e-3)
     measured = deviation(weights, expected.steps[stop - 1], expected.start)
-    publish(table, "update ended by kl_stop", layout, measured, stop)
+    publish(table, "update ended by early_stop_kl", layout, measured, stop)
 
 
 def watched_replies(role: PolicyRole) -> list[Any]:

@@ -40,7 +40,7 @@ def test_the_same_tokens_on_any_ranks_and_in_any_batch(trainings: Trainings, lay
     assert set(expected.finish_reasons.tolist()) == {FINISHED, TRUNCATED}  # some rows leave the batch early
     for name in ("tokens", "prompt_lengths", "response_lengths", "finish_reasons"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
-    assert torch.allclose(actual.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-4)
+    assert torch.allclose(actual.rollout_logprobs, expected.rollout_logprobs, atol=1e-4)
 
 
 def test_fewer_prompts_than_ranks(trainings: Trainings):
@@ -50,10 +50,10 @@ def test_fewer_prompts_than_ranks(trainings: Trainings):
     assert torch.equal(actual.tokens, expected.tokens)
 
 
-def test_behaviour_logprobs_are_those_of_the_reference_loop(trainings: Trainings):
+def test_rollout_logprobs_are_those_of_the_reference_loop(trainings: Trainings):
     """At the temperature they were sampled at: the "old" of the first update's ratio."""
     rollout = generated(trainings, 2, "ray", 8)
     with torch.no_grad():
         expected, _ = plain.response_logprobs(language_model(trainings.models.policy), rollout, TEMPERATURE)
-    for row, logprobs in zip(rollout.behaviour_logprobs, expected, strict=True):
+    for row, logprobs in zip(rollout.rollout_logprobs, expected, strict=True):
         assert torch.allclose(row[: len(logprobs)], logprobs, atol=1e-4)

@@ -36,7 +36,7 @@ def expected_rows() -> dict[tuple[str, str], set[Case]]:
         "whole iteration, token budget": (("PPO policy", "PPO value"), {(2, 3)}),
         "whole iteration, token budget, packed": (("PPO policy", "PPO value"), {(2, 2)}),
         "moving average of the weights": ((POLICY,), {(ranks, stage) for ranks in (2, 3) for stage in range(4)}),
-        "update ended by kl_stop": ((POLICY,), {(ranks, stage) for ranks in (2, 3) for stage in range(4)}),
+        "update ended by early_stop_kl": ((POLICY,), {(ranks, stage) for ranks in (2, 3) for stage in range(4)}),
     }
     for stage in range(4):
         cases[f"ZeRO {stage}, number of ranks"] = (OBJECTIVES, {(ranks, stage) for ranks in (1, 2, 3)})

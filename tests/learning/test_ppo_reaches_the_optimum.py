@@ -1,6 +1,6 @@
-"""PPO reaches the optimum of the KL-regularised objective, which is known in closed form.
+"""PPO reaches the optimum of the KL-regularized objective, which is known in closed form.
 
-Maximising E_π[r(x, y)] − β·KL(π ‖ π_ref) over all distributions gives (Ziebart 2010; Rafailov et al. 2023, eq. 4)
+Maximizing E_π[r(x, y)] − β·KL(π ‖ π_ref) over all distributions gives (Ziebart 2010; Rafailov et al. 2023, eq. 4)
 
     π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x)
 
@@ -175,7 +175,7 @@ def test_ppo_reaches_the_closed_form_optimum(
     ref = distributions(AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32), eos, num_tokens)
     with trainer(tiny_lm, tiny_rm, tmp_path / "run", ppo, num_tokens) as ppo_trainer:
         ppo_trainer.run(resume=False)
-        ppo_trainer.run_log.save_average(ppo_trainer.roles.policy)
+        ppo_trainer.run_log.save(ppo_trainer.roles.policy)
     average = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model_ema", dtype=torch.float32)
     found = distributions(average, eos, num_tokens)
 

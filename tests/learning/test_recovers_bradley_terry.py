@@ -27,7 +27,7 @@ BATCH_SIZE, NUM_STEPS = 150, 160
 
 
 def sampled_rankings(num: int, num_responses: int) -> list[list[int]]:
-    """Items drawn without replacement, the judge's favourite first."""
+    """Items drawn without replacement, the judge's favorite first."""
     draws = uniforms(0, "judge", 0, range(num), 2 * len(ITEMS))
     shown = draws[:, : len(ITEMS)].argsort(1)[:, :num_responses]
     liking = TRUE_SCORES - (-draws[:, len(ITEMS) :].log()).log()  # plus standard Gumbel noise

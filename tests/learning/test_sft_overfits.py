@@ -14,7 +14,7 @@ from rlhf_dist.sft.build import run_sft
 from rlhf_dist.sft.config import SFTConfig
 
 ANSWERS = {
-    "Name a colour.": "red",
+    "Name a color.": "red",
     "Name a town.": "Huế, by the river",
     "Count to three.": "one two three",
     "Say nothing much.": "well, well, well",

@@ -47,7 +47,7 @@ class Layout:
         }
 
     def trained(self, model_path: Path) -> dict[str, Any]:
-        """Keys of a trained model, less its optimiser."""
+        """Keys of a trained model, less its optimizer."""
         return self.host(model_path) | {"zero_stage": self.zero_stage} | self.training
 
     def __str__(self) -> str:
@@ -77,9 +77,9 @@ class Bench:
 
 
 def saved_weights(role: Any) -> dict[str, Tensor]:
-    """The whole parameters of a trained role, by name: what `save_model` writes."""
+    """The whole parameters of a trained role, by name: what `save` writes to model/."""
     with tempfile.TemporaryDirectory() as folder:
-        role.save_model(Path(folder) / "model").result()
+        role.save(Path(folder)).result()
         return read_weights(Path(folder) / "model")
 
 

@@ -1,7 +1,7 @@
 """The tensors that a real trained model holds on each rank, by what they are for.
 
 `take` starts ranks as processes of their own, builds workers in them one after the other, trains two steps, and takes a
-census of all tensors of the process: at the boundary of the second step (between its last backward pass and the optimiser),
+census of all tensors of the process: at the boundary of the second step (between its last backward pass and the optimizer),
 and after it.
 """
 

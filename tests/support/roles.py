@@ -47,8 +47,9 @@ class FakeTrained:
         self.state = float((path / "state").read_text(encoding="utf-8"))
         return self.answer("load", None)
 
-    def save_model(self, path: Path) -> Answer:
-        return self.answer("save_model", None)
+    def save(self, folder: Path) -> Answer:
+        (folder / "model").mkdir(parents=True)
+        return self.answer("save_result", None)
 
 
 class FakePolicy(FakeTrained):

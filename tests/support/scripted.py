@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from rlhf_dist.curation.generators import Completion, Request
 
-_VERBS = ("Explain", "Compare", "Rewrite", "Summarise", "List", "Describe", "Name", "Classify")
+_VERBS = ("Explain", "Compare", "Rewrite", "Summarize", "List", "Describe", "Name", "Classify")
 _NOUNS = ("rivers", "tariffs", "sonnets", "enzymes", "bridges", "saints", "orchards", "engines", "harvests", "violins")
 _WHOSE = ("medieval", "alpine", "coastal", "modern", "ancient", "northern", "fragile", "famous", "rural", "hidden")
 

@@ -104,7 +104,7 @@ def rollout_batch(prompts: Sequence[int], responses: Sequence[int], seed: int = 
         tokens=pad_rows(random_rows(total, seed)),
         prompt_lengths=torch.tensor(prompts),
         response_lengths=torch.tensor(responses),
-        behaviour_logprobs=torch.zeros(len(total), max(responses)),
+        rollout_logprobs=torch.zeros(len(total), max(responses)),
         finish_reasons=torch.full((len(total),), FINISHED),
         policy_version=0,
     )

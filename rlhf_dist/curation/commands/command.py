@@ -29,7 +29,7 @@ class Action:
 
 ACTIONS: dict[str, Action] = {
     "templates": Action(
-        "instruction records out of labelled sets, by Jinja templates with names for labels",
+        "instruction records out of labeled sets, by Jinja templates with names for labels",
         "rlhf_dist.curation.config.templates:TemplatesConfig",
         "rlhf_dist.curation.commands.templates:run",
     ),

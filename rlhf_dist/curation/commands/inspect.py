@@ -176,12 +176,12 @@ def _sft(config: Any) -> Loaded:
 def _reward(config: Any) -> Loaded:
     from rlhf_dist.data.tokenizer import load_tokenizer
     from rlhf_dist.reward.build import load_data
-    from rlhf_dist.reward.near_ties import tell_apart
+    from rlhf_dist.reward.low_margin import LowMargin
 
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     data, facts = load_data(config, tokenizer, keep_records=True), {}
-    if config.reward.near_ties is not None:
-        data, _, facts = tell_apart(config.reward.near_ties, data)
+    if config.reward.low_margin is not None:
+        data, facts = LowMargin(config.reward.low_margin.below, config.reward.low_margin.weight).apply(data)
     sources = config.data.train
     sets = (("training pairs", data.train, sources), ("held-out pairs", data.eval, (*config.data.eval, *sources)))
     return Loaded(_views(tokenizer, *sets), tokenizer, facts=facts)

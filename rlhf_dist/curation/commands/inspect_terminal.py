@@ -12,7 +12,7 @@ from rlhf_dist.curation.examples import Example, ShownSequence
 from rlhf_dist.curation.inspection import SetReport
 from rlhf_dist.curation.text_quality import visible
 from rlhf_dist.curation.token_spans import runs
-from rlhf_dist.run.console import print_styled, print_table, shows_colours
+from rlhf_dist.run.console import print_styled, print_table, shows_colors
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _COUNTS = (
@@ -128,7 +128,7 @@ def _example(kind: str, example: Example) -> Iterator[Table | Text]:
 
 
 def _tokens(kind: str, sequence: ShownSequence) -> Text:
-    """The tokens in colours: learnt green, context plain, special violet; without colours, what is learnt is in ⟦ ⟧."""
+    """The tokens in colors: learnt green, context plain, special violet; without colors, what is learnt is in ⟦ ⟧."""
     rating = "" if sequence.rating is None else f", rated {sequence.rating:.4g}"
     word = {"sequences": "learnt", "preferences": "of the response", "prompts": ""}[kind]
     targets = f", {sequence.num_targets:,} {word}" if word else ""
@@ -136,10 +136,10 @@ def _tokens(kind: str, sequence: ShownSequence) -> Text:
     text = Text()
     text.append(f"{sequence.label}{rating}{': ' if sequence.label else ''}", style="bold")
     text.append(f"{sequence.num_tokens:,} tokens{targets}{cut}\n", style="dim")
-    coloured, inside = shows_colours(), False
+    colored, inside = shows_colors(), False
     for run in runs(sequence.pieces):
         first = run[0]
-        if not coloured and first.target != inside:
+        if not colored and first.target != inside:
             text.append("⟦" if first.target else "⟧")
         inside = first.target
         style = "black on green" if first.target else "default"
@@ -150,7 +150,7 @@ def _tokens(kind: str, sequence: ShownSequence) -> Text:
         if first.left_out:
             style = "dim italic"
         for part, is_mark in visible("".join(piece.text for piece in run)):
-            text.append(part, style=f"{style} underline" if is_mark and coloured else style)
-    if not coloured and inside:
+            text.append(part, style=f"{style} underline" if is_mark and colored else style)
+    if not colored and inside:
         text.append("⟧")
     return text

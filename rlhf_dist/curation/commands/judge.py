@@ -16,7 +16,7 @@ from rlhf_dist.curation.function_judge import FunctionJudge, plain
 from rlhf_dist.curation.generators import load_generator
 from rlhf_dist.curation.judgements import preference_records
 from rlhf_dist.curation.judging import PROMPT, Answer, Judge, Judging, ModelJudge, judge_prompt, run_pieces
-from rlhf_dist.curation.labelling import units_of
+from rlhf_dist.curation.labeling import units_of
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work, identity_of, resumable

@@ -1,4 +1,4 @@
-"""`rlhf-dist data templates`: labelled sets → instruction records."""
+"""`rlhf-dist data templates`: labeled sets → instruction records."""
 
 from __future__ import annotations
 

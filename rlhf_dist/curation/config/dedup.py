@@ -10,7 +10,7 @@ from rlhf_dist.config.base import Count, PositiveInt, Schema
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.curation.config.base import CurationConfig
 
-Normalisation = Literal["unicode", "case", "punctuation", "whitespace"]
+Normalization = Literal["unicode", "case", "punctuation", "whitespace"]
 OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Threshold = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
@@ -69,11 +69,11 @@ class DedupSettings(Schema):
     fields: tuple[str, ...] | None = None
     """Fields of a record that are compared, e.g. [instruction, input]; null compares all the text of its kind. A field that a
     record lacks counts as empty."""
-    normalise: tuple[Normalisation, ...] = ("unicode", "case", "whitespace")
+    normalize: tuple[Normalization, ...] = ("unicode", "case", "whitespace")
     """What does not make a difference: `unicode` (NFKC: full-width letters, ligatures, ...; zero-width characters), `case`,
     `punctuation`, `whitespace`. [] compares texts as they are. Code needs case and whitespace."""
     exact: bool = True
-    """Remove records whose normalised text an earlier record has."""
+    """Remove records whose normalized text an earlier record has."""
     near: NearDuplicates | None = NearDuplicates()
     """Remove records that are nearly the same as an earlier one that is kept; null leaves them."""
 

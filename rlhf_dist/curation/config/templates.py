@@ -9,10 +9,10 @@ from rlhf_dist.curation.config.base import CurationConfig
 
 
 class TemplatesConfig(CurationConfig):
-    """Instruction records out of labelled data sets, by templates."""
+    """Instruction records out of labeled data sets, by templates."""
 
     sources: tuple[DataSource, ...] = Field(min_length=1)
-    """Labelled sets of kind `instruction`, each with its `templates`; `fields` maps a name that these use to a column."""
+    """Labeled sets of kind `instruction`, each with its `templates`; `fields` maps a name that these use to a column."""
 
     @model_validator(mode="after")
     def _templates_everywhere(self) -> TemplatesConfig:

@@ -43,8 +43,8 @@ class Gate:
     """An ASGI application around another."""
 
     def __init__(self, app: App, tokens: Mapping[str, str], hosts: Iterable[str], cookie: str) -> None:
-        """`tokens`: role → secret, roles `annotator` and `organiser`; `hosts`: names of this server, without ports; `cookie`:
-        what the names of the cookies begin with; `_annotator` or `_organiser` follows."""
+        """`tokens`: role → secret, roles `annotator` and `organizer`; `hosts`: names of this server, without ports; `cookie`:
+        what the names of the cookies begin with; `_annotator` or `_organizer` follows."""
         self._app = app
         self._tokens = {role: token.encode() for role, token in tokens.items()}
         self._hosts = {host.lower().strip("[]") for host in hosts}
@@ -71,8 +71,8 @@ class Gate:
             await _refuse(
                 scope, send, 401, "This page needs the whole address that `rlhf-dist label` printed, with its token."
             )
-        elif "organiser" not in roles and scope["path"].startswith(ORGANISER_PATHS):
-            await _refuse(scope, send, 403, "This page is the organiser's; its address has a token of its own.")
+        elif "organizer" not in roles and scope["path"].startswith(ORGANISER_PATHS):
+            await _refuse(scope, send, 403, "This page is the organizer's; its address has a token of its own.")
         else:
             await self._app(scope, receive, _with_headers(send))
 

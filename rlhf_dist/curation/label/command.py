@@ -22,7 +22,7 @@ from rlhf_dist.curation.label_report import (
     label_report,
     progress_rows,
 )
-from rlhf_dist.curation.labelling import JUDGEMENTS, LabelTask, judgements_of, open_folder
+from rlhf_dist.curation.labeling import JUDGEMENTS, LabelTask, judgements_of, open_folder
 from rlhf_dist.curation.output import OutputFolder, check_output, written
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.pipeline.arguments import PROG, load_schema

@@ -1,4 +1,4 @@
-"""The labelling page: the start, where annotators say who they are, and the pairs."""
+"""The labeling page: the start, where annotators say who they are, and the pairs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_dist.core.errors import RlhfDistError
 from rlhf_dist.curation.config.label import MAX_NAME, checked_name
 from rlhf_dist.curation.judgements import CHOICES
 from rlhf_dist.curation.label.texts import show_messages, show_text
-from rlhf_dist.curation.labelling import MAX_COMMENT, LabelTask, Shown
+from rlhf_dist.curation.labeling import MAX_COMMENT, LabelTask, Shown
 
 STATIC = Path(__file__).parent / "static"
 CHOICE_TEXTS = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both bad", "skip": "Skip"}
@@ -54,7 +54,7 @@ def register(task: LabelTask) -> None:
                 ui.label(str(error)).classes("notice")
                 ui.button("Choose a name", on_click=lambda: ui.navigate.to("/")).props("outline no-caps")
             return
-        _Labelling(task, annotator).build()
+        _Labeling(task, annotator).build()
 
 
 def prepare() -> None:
@@ -104,7 +104,7 @@ def _start(task: LabelTask) -> None:
         ).classes("lab-faint")
 
 
-class _Labelling:
+class _Labeling:
     """One annotator's page. It is built anew for every pair, so that a late click meets nothing."""
 
     def __init__(self, task: LabelTask, annotator: str) -> None:

@@ -1,4 +1,4 @@
-"""The organiser's page: what `rlhf-dist label report` prints, live."""
+"""The organizer's page: what `rlhf-dist label report` prints, live."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_dist.curation.label_report import (
     label_report,
     progress_rows,
 )
-from rlhf_dist.curation.labelling import LabelTask
+from rlhf_dist.curation.labeling import LabelTask
 
 REFRESH_S = 5.0
 

@@ -1,4 +1,4 @@
-"""The server of the labelling page: one process, one event loop, the page's library around it."""
+"""The server of the labeling page: one process, one event loop, the page's library around it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.curation.config.label import ANY_ADDRESS, LOOPBACK, LabelServer
-from rlhf_dist.curation.labelling import LabelTask, tokens_of
+from rlhf_dist.curation.labeling import LabelTask, tokens_of
 
 
 def check_library() -> None:
@@ -24,7 +24,7 @@ def check_library() -> None:
         import nicegui  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "the labelling page needs nicegui, which is not installed: pip install 'rlhf-dist[curation]'"
+            "the labeling page needs nicegui, which is not installed: pip install 'rlhf-dist[curation]'"
         ) from error
 
 
@@ -109,5 +109,5 @@ def _announce(task: LabelTask, journal_path: Path, settings: LabelServer, port: 
         f"{len(task.units)} pairs of {len(task.items)} prompts; {len(task.judgements)} entries so far in {journal_path}"
     )
     print(f"  annotators: {base}/?token={tokens['annotator']}")
-    print(f"  organiser:  {base}/report?token={tokens['organiser']}")
+    print(f"  organizer:  {base}/report?token={tokens['organizer']}")
     print("Ctrl-C ends it. What a page has moved on from is on disk.", flush=True)

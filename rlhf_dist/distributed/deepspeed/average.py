@@ -16,7 +16,7 @@ from rlhf_dist.distributed.deepspeed import zero
 
 
 class WeightAverage:
-    """θ_avg ← d · θ_avg + (1 − d) · θ after every optimiser step (Polyak averaging), in fp32.
+    """θ_avg ← d · θ_avg + (1 − d) · θ after every optimizer step (Polyak averaging), in fp32.
 
     θ are the weights the model computes with. Each rank averages its 1/W of every parameter: under ZeRO-3 the shard it
     holds anyway, else the same part of the whole parameter. It costs 4 bytes / W a parameter, and no communication. Not for a

@@ -1,6 +1,6 @@
 """The gradient that DeepSpeed has accumulated and averaged over ranks: its norm, and how to throw it away.
 
-To be used between the backward pass marked as the boundary and the optimiser step, when each stage has it whole: without ZeRO
+To be used between the backward pass marked as the boundary and the optimizer step, when each stage has it whole: without ZeRO
 every rank the same, under ZeRO each rank its shard.
 """
 
@@ -40,7 +40,7 @@ def global_grad_norm(engine: Any, device: torch.device) -> float:
 
 
 def drop_gradients(engine: Any) -> None:
-    """Forget the gradient, so that the next backward pass starts a new optimiser step. No weight and no moment is touched.
+    """Forget the gradient, so that the next backward pass starts a new optimizer step. No weight and no moment is touched.
 
     What DeepSpeed does itself when a step overflows (`ZeROOptimizer.step`), without its bookkeeping of the loss scale.
     """

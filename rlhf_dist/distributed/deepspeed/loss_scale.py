@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 GROWTH_STEPS = 1000
-"""Optimiser steps without an overflow after which the scale is doubled."""
+"""Optimizer steps without an overflow after which the scale is doubled."""
 LARGEST_SCALE = 2.0**24
 
 
@@ -24,7 +24,7 @@ class LossScale:
         self.in_use = first is not None
         self.value = 1.0
         self.clean_steps = 0
-        """Optimiser steps since the scale was changed."""
+        """Optimizer steps since the scale was changed."""
         if first is not None:
             self.set(first)
 

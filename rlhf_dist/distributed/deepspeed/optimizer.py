@@ -34,7 +34,7 @@ def compile_ops(ds_config: dict[str, Any], device: str) -> None:
         _compile(
             "cpu_adam",
             "CPUAdamBuilder",
-            "offloads the optimiser to cpu, and DeepSpeed's CPUAdam",
+            "offloads the optimizer to cpu, and DeepSpeed's CPUAdam",
             "install a C++ compiler (g++) and ninja on every node, or set zero_force_ds_cpu_optimizer to false in the "
             "DeepSpeed file: torch's AdamW then steps on the CPU, more slowly",
         )
@@ -47,7 +47,7 @@ def compile_ops(ds_config: dict[str, Any], device: str) -> None:
         _compile(
             "quantizer",
             "QuantizerBuilder",
-            "sets zero_quantized_weights, and DeepSpeed's quantiser",
+            "sets zero_quantized_weights, and DeepSpeed's quantizer",
             "install a C++ compiler (g++), ninja and the CUDA toolkit (nvcc) of torch's version on every node, or remove "
             "zero_quantized_weights",
         )
@@ -90,7 +90,7 @@ def build_lock(name: str) -> Path:
 
 def make_optimizer(module: nn.Module, settings: OptimizerConfig, ds_config: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW over what is trained of the module; matrices decay, biases, norms and other 1-D parameters do not. What is frozen
-    is not the optimiser's: it has no state, and no weight decay moves it."""
+    is not the optimizer's: it has no state, and no weight decay moves it."""
     trained = [p for p in module.parameters() if p.requires_grad]
     decay = [p for p in trained if _num_dims(p) > 1]
     no_decay = [p for p in trained if _num_dims(p) <= 1]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rlhf_dist.config.trainable import LoRAConfig
 from rlhf_dist.distributed.deepspeed import zero
-from rlhf_dist.distributed.deepspeed.average import WeightAverage
 from rlhf_dist.models.adapters import adapter_parameters, has_adapters, save_adapter_config
 
 SHARD_BYTES = 4 * 2**30
@@ -23,7 +22,7 @@ def save_pretrained(
     path: Path,
     *,
     is_main: bool,
-    average: WeightAverage | None = None,
+    parts: Iterator[dict[str, Tensor]] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `model` so that transformers loads it as is. Collective: every rank calls it, the main one writes.
@@ -32,10 +31,10 @@ def save_pretrained(
     matrices that they belong to.
 
     Args:
-        average: write these weights instead of the model's own.
+        parts: buckets of whole parameters by name, to be written instead of the model's own.
     """
-    if average is not None:
-        _save_in_parts(model, path, is_main, average.whole_parameters(shard_bytes))
+    if parts is not None:
+        _save_in_parts(model, path, is_main, parts)
     elif has_adapters(model) or any(zero.is_sharded(p) for p in model.parameters()):
         _save_in_parts(model, path, is_main, zero.whole_parameters(model, shard_bytes))
     elif is_main:

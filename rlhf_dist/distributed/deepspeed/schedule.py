@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the optimiser step."""
+"""Learning-rate schedules as pure functions of the optimizer step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf_dist.config.hosting import OptimizerConfig
 
 
 def learning_rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate at optimiser step `step` (0-based) of `num_steps`.
+    """Share of the peak learning rate at optimizer step `step` (0-based) of `num_steps`.
 
     Warm-up rises linearly and never starts at 0: a step at rate 0 would be a step wasted. `linear` and `cosine` reach 0
     one step after the last.

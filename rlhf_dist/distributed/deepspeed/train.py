@@ -1,4 +1,4 @@
-"""One optimiser step under ZeRO, normalised by global counts."""
+"""One optimizer step under ZeRO, normalized by global counts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ CHECKPOINT_TAG = "state"
 Suspect = tuple[str, int, int]
 """(loss term, micro-batch, row in it)."""
 Veto = Callable[[dict[str, dict[str, float]]], str]
-"""Loss term → metric → mean over an optimiser step; returns why the step must not be taken, or ""."""
+"""Loss term → metric → mean over an optimizer step; returns why the step must not be taken, or ""."""
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A part of the objective of one optimiser step: coefficient · Σ loss / count."""
+    """A part of the objective of one optimizer step: coefficient · Σ loss / count."""
 
     name: str
     micro_batches: Sequence[Any]
@@ -42,7 +42,7 @@ class LossTerm:
     idle_batch: Any
     """What an idle micro-batch runs forward and backward on, at weight 0, so that ZeRO-3's collectives stay aligned."""
     global_count: int
-    """Tokens or pairs in this optimiser step over all ranks."""
+    """Tokens or pairs in this optimizer step over all ranks."""
     coefficient: float = 1.0
 
 
@@ -99,9 +99,9 @@ class TrainEngine:
         return self._engine(*args)
 
     def step(self, terms: Sequence[LossTerm], *, veto: Veto | None = None, measure_terms: bool = False) -> StepReport:
-        """Accumulate all terms' micro-batches and take one optimiser step, unless something speaks against it.
+        """Accumulate all terms' micro-batches and take one optimizer step, unless something speaks against it.
 
-        A step is refused, and then touches no weight and no optimiser state, where a loss or the gradient is not finite on
+        A step is refused, and then touches no weight and no optimizer state, where a loss or the gradient is not finite on
         some rank, or where `veto` says so. The report says why; every rank decides the same. In fp16 a gradient that overflows
         is first computed again with smaller scales (`loss_scale.py`).
 
@@ -123,15 +123,15 @@ class TrainEngine:
             if not distributed.any_rank(bool(report.suspects), self.device):
                 # It does not happen again, or in no sample by itself: then all that took part.
                 report.suspects = bad_losses if bad_loss else _rows_of(terms)
-            return self._refused(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT, scale_before)
+            return self._aborted(report, NON_FINITE_LOSS if bad_loss else NON_FINITE_GRADIENT, scale_before)
         reason = veto(self._means(terms, report)) if veto is not None else ""
         if reason:
-            return self._refused(report, reason, scale_before)
+            return self._aborted(report, reason, scale_before)
         skipped = self._engine.skipped_steps
         self._engine.step()
         if self._engine.skipped_steps != skipped:
             raise TrainingError(
-                "DeepSpeed left out an optimiser step whose gradient is finite: a defect, please report it"
+                "DeepSpeed left out an optimizer step whose gradient is finite: a defect, please report it"
             )
         self._scale.step_taken()
         if self.average is not None:
@@ -139,7 +139,7 @@ class TrainEngine:
         return report
 
     def pass_over(self, num_steps: int) -> None:
-        """Move the schedule on over optimiser steps that are not taken: the learning rate belongs to the place in the run."""
+        """Move the schedule on over optimizer steps that are not taken: the learning rate belongs to the place in the run."""
         for _ in range(num_steps):
             self._engine.lr_scheduler.step()
 
@@ -220,10 +220,10 @@ class TrainEngine:
             means.setdefault(term.name, {})[key] = total / term.global_count
         return means
 
-    def _refused(self, report: StepReport, reason: str, scale_before: dict[str, float]) -> StepReport:
+    def _aborted(self, report: StepReport, reason: str, scale_before: dict[str, float]) -> StepReport:
         gradients.drop_gradients(self._engine)
         self._scale.load_state(scale_before)
-        report.refused = reason
+        report.aborted = reason
         return report
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class TrainEngine:
         return self._engine(*args)
 
     def save_checkpoint(self, path: Path) -> None:
-        """Every rank writes its shard of parameters, optimiser and schedule under `path`."""
+        """Every rank writes its shard of parameters, optimizer and schedule under `path`."""
         self._engine.save_checkpoint(str(path), tag=CHECKPOINT_TAG, client_state=self._scale.state(), save_latest=False)
         if self.average is not None:
             self.average.save_checkpoint(path)
@@ -281,7 +281,7 @@ def train_ds_config(config: TrainedModel, num_ranks: int) -> dict[str, Any]:
 
 
 def _undo_trial_step(optimizer: Any) -> None:
-    """Without ZeRO and in bf16, DeepSpeed allocates optimiser state by a step on zero gradients, which counts as Adam's
+    """Without ZeRO and in bf16, DeepSpeed allocates optimizer state by a step on zero gradients, which counts as Adam's
     first and decays the master weights once. Take both back."""
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 

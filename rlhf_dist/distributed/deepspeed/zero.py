@@ -30,8 +30,8 @@ def ds_config(
 ) -> dict[str, Any]:
     """The configuration DeepSpeed is started with.
 
-    The accumulation count is 1 whatever the run does: `TrainEngine` marks the boundaries of an optimiser step by hand
-    and normalises by global counts, so DeepSpeed must not divide by anything of its own.
+    The accumulation count is 1 whatever the run does: `TrainEngine` marks the boundaries of an optimizer step by hand
+    and normalizes by global counts, so DeepSpeed must not divide by anything of its own.
 
     Args:
         path: a JSON whose sections replace the generated ones.

@@ -54,7 +54,7 @@ class PlacementPlan:
         return sum(r.total("GPU") for r in self.reservations)
 
     def numbered_by_node(self, nodes: Sequence[Sequence[str]]) -> PlacementPlan:
-        """The plan with every role's ranks numbered node by node, so that neighbouring ranks share a node where any do: the
+        """The plan with every role's ranks numbered node by node, so that neighboring ranks share a node where any do: the
         collectives of DeepSpeed (hpZ, hierarchical all-reduce) take that for granted.
 
         Args:

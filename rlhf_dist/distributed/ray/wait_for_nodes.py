@@ -53,7 +53,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _labelled_nodes() -> set[str]:
+def _labeled_nodes() -> set[str]:
     import ray
 
     return {node["Labels"].get(NODE_LABEL, "") for node in ray.nodes() if node["Alive"]}
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def wait() -> None:
         _connect(options.address)
-        wait_for_nodes(options.nodes, _labelled_nodes, ended, options.timeout)
+        wait_for_nodes(options.nodes, _labeled_nodes, ended, options.timeout)
 
     return exit_code_of(wait)
 

@@ -25,7 +25,7 @@ class LanguageModelWorker(TrainedWorker):
     def nll_term(
         self, name: str, micro_batches: list[TokenBatch | None], count: int, coefficient: float = 1.0
     ) -> LossTerm:
-        """The mean negative log-likelihood over `count` targets as a term of an optimiser step."""
+        """The mean negative log-likelihood over `count` targets as a term of an optimizer step."""
         return LossTerm(name, micro_batches, self._nll, IDLE_TOKENS, count, coefficient)
 
     def _nll(self, batch: TokenBatch) -> tuple[Any, Sums]:
@@ -40,7 +40,7 @@ class LanguageModelWorker(TrainedWorker):
         step: int,
         text: TextShare | None = None,
     ) -> StepReport:
-        """One optimiser step; `num_targets` counts the targets of all ranks. `text` is a term of its own, with a count of its
+        """One optimizer step; `num_targets` counts the targets of all ranks. `text` is a term of its own, with a count of its
         own."""
         self.seed_dropout(step)
         terms = [self.nll_term("lm", pick(batch, micro_batches), num_targets)]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_dist.config.hosting import TrainedModel
-from rlhf_dist.core.errors import TrainingError
 from rlhf_dist.core.random import derived_seed
 from rlhf_dist.distributed.deepspeed import process_group as distributed
 from rlhf_dist.distributed.deepspeed import zero
-from rlhf_dist.distributed.deepspeed.average import WeightAverage
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.deepspeed.saving import save_adapter, save_pretrained
 from rlhf_dist.distributed.deepspeed.train import TrainEngine, train_init
-from rlhf_dist.models.adapters import add_adapters, initialise_adapters
+from rlhf_dist.models.adapters import add_adapters, initialize_adapters
 from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
 from rlhf_dist.models.freeze import apply_freeze
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
@@ -51,32 +51,27 @@ class TrainedWorker:
         """Read this rank's shard."""
         self.engine.load_checkpoint(path)
 
-    def save_model(self, path: Path, average: WeightAverage | None = None) -> None:
-        """Write model (or the moving average of its weights) and tokenizer in Hugging Face format."""
+    def save(self, folder: Path) -> None:
+        """Write `folder`/model with its tokenizer, and `folder`/adapter where the model has adapters. Collective."""
+        self.save_weights(folder / "model")
+        if self.config.lora is not None:
+            is_main = self.context.rank == 0
+            save_adapter(self.model, self.config.lora, self.config.model_path, folder / "adapter", is_main=is_main)
+        distributed.barrier()
+
+    def save_weights(self, path: Path, parts: Iterator[dict[str, Tensor]] | None = None) -> None:
+        """Write the model in Hugging Face format with its tokenizer; `parts`: with these weights, as in `save_pretrained`."""
         is_main = self.context.rank == 0
-        save_pretrained(self.model, path, is_main=is_main, average=average)
+        save_pretrained(self.model, path, is_main=is_main, parts=parts)
         if is_main:
             self.tokenizer.save_pretrained(path)
-        distributed.barrier()
-
-    def save_adapter(self, path: Path) -> None:
-        """Write the adapters alone, in peft's format.
-
-        Raises:
-            TrainingError: the model has none.
-        """
-        if self.config.lora is None:
-            raise TrainingError("this model was trained without adapters (lora is null), so there are none to save")
-        is_main = self.context.rank == 0
-        save_adapter(self.model, self.config.lora, self.config.model_path, path, is_main=is_main)
-        distributed.barrier()
 
 
 def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprobs:
     """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
     distributed.join_process_group(context)
     with train_init(config, context):
-        # In the compute precision: DeepSpeed casts to it before its optimiser copies the fp32 master weights.
+        # In the compute precision: DeepSpeed casts to it before its optimizer copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
     _choose_trained(model, config, context)
@@ -110,4 +105,4 @@ def _choose_trained(model: Any, config: TrainedModel, context: RankContext) -> N
     apply_freeze(model, config.freeze)
     if config.lora is not None:
         add_adapters(model, config.lora)
-        initialise_adapters(model, context.seed)
+        initialize_adapters(model, context.seed)

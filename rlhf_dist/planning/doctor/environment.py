@@ -61,10 +61,10 @@ def check_clock() -> Sequence[Finding]:
     installed = Path(__file__).stat().st_mtime
     if now < installed - 86400:
         return [Finding("warning", "clock", f"{shown}, before this package was installed", "set the clock, by NTP")]
-    synchronised = command_output("timedatectl", "show", "--property", "NTPSynchronized", "--value")
-    if synchronised == "no":
+    synchronized = command_output("timedatectl", "show", "--property", "NTPSynchronized", "--value")
+    if synchronized == "no":
         remedy = "on several nodes, set clocks by NTP: Slurm's munge refuses messages of a clock minutes off"
-        return [Finding("note", "clock", f"{shown}, not synchronised", remedy)]
+        return [Finding("note", "clock", f"{shown}, not synchronized", remedy)]
     return [Finding("ok", "clock", shown)]
 
 

@@ -89,11 +89,11 @@ def test_environment_variables_are_not_settings(ppo: Path, monkeypatch: pytest.M
 
 def test_every_problem_is_named_at_once(ppo: Path):
     with ppo.open("a", encoding="utf-8") as file:
-        file.write("kl_coef: 2\nppo:\n  discount: 1.5\n  num_epoch: 3\n")
+        file.write("kl_coef: 2\nppo:\n  gamma: 1.5\n  num_epoch: 3\n")
     message = refusal(ppo, "--ppo.ptx_coeff", "3", "--rollout.temperature", "0", "--seed=-1")
     assert "6 problems" in message
     assert "line 11: kl_coef: there is no such key; did you mean ppo.kl_coef?" in message
-    assert "line 13: ppo.discount is 1.5, but must be less than or equal to 1" in message
+    assert "line 13: ppo.gamma is 1.5, but must be less than or equal to 1" in message
     assert "line 14: ppo.num_epoch: there is no such key; did you mean ppo.num_epochs?" in message
     assert "--ppo.ptx_coeff: there is no such key; did you mean --ppo.ptx_coef?" in message
     assert "rollout.temperature is '0', but must be greater than 0" in message
@@ -223,10 +223,13 @@ def test_help_and_schema_have_every_key():
     [
         (["value_warmup_iterations", "100"], "value_warmup_iterations 100 leaves none of the 100 iterations"),
         (["kl_in", "loss"], "kl_in is loss and kl_estimator is k1, whose gradient is 0"),
-        (["kl_target", "6", "--ppo.kl_coef", "0"], "kl_target is 6.0 but kl_coef is 0"),
-        (["kl_target", "6", "--ppo.kl_horizon", "32"], "kl_horizon 32 is shorter than one iteration of 64 responses"),
+        (["adaptive_kl_target", "6", "--ppo.kl_coef", "0"], "adaptive_kl_target is 6.0 but kl_coef is 0"),
         (
-            ["kl_stop", "1", "--ppo.num_epochs", "1", "--ppo.mini_batch_size", "64"],
+            ["adaptive_kl_target", "6", "--ppo.kl_horizon", "32"],
+            "kl_horizon 32 is shorter than one iteration of 64 responses",
+        ),
+        (
+            ["early_stop_kl", "1", "--ppo.num_epochs", "1", "--ppo.mini_batch_size", "64"],
             "an iteration has one optimiser step",
         ),
         (["overlong_penalty", "1", "--ppo.overlong_buffer_tokens", "999"], "overlong_buffer_tokens 999 is more than"),
@@ -235,5 +238,5 @@ def test_help_and_schema_have_every_key():
         (["ema_decay", "0"], "ema_decay"),
     ],
 )
-def test_settings_of_ppo_that_cannot_work_are_refused(ppo: Path, overrides: list[str], said: str):
+def test_settings_of_ppo_that_cannot_work_are_aborted(ppo: Path, overrides: list[str], said: str):
     assert said in refusal(ppo, f"--ppo.{overrides[0]}", *overrides[1:])

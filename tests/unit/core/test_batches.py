@@ -27,7 +27,7 @@ def test_rows_are_trimmed_to_the_longest_that_was_chosen():
     rollout = rollout_batch([2, 5, 3], [4, 1, 2])
     few = rollout.rows([2, 1])
     assert torch.equal(few.tokens, rollout.tokens[[2, 1], :6])
-    assert few.behaviour_logprobs.shape == (2, 2)
+    assert few.rollout_logprobs.shape == (2, 2)
     assert few.lengths.tolist() == [5, 6]
     assert few.response_mask.int().tolist() == [[1, 1], [1, 0]]
     assert few.policy_version == rollout.policy_version

@@ -38,7 +38,7 @@ def test_every_coordinate_of_the_counter_changes_the_draw():
             assert not (a == b).any()
 
 
-def test_neighbouring_items_do_not_overlap():
+def test_neighboring_items_do_not_overlap():
     # If items were offsets into one stream, item 1 would repeat what item 0 draws a little later.
     numbers = uniforms(0, "rollout", 0, range(50), 200).reshape(-1)
     assert len(numbers.unique()) == len(numbers)

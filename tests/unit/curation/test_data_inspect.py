@@ -20,7 +20,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "</div><script>document.title=1</script><img src=//192.0.2.1/x>"
 ROWS = [
     {"instruction": "Say hi & bye", "output": HOSTILE, "task": "<b>bold</b>"},
-    {"instruction": "Colour", "output": "\x1b[31mred\x1b[0m \u202eback\u202c \u200b."},
+    {"instruction": "Color", "output": "\x1b[31mred\x1b[0m \u202eback\u202c \u200b."},
     {"instruction": "Đẹp quá 👋", "output": "Tiếng Việt"},
 ]
 
@@ -101,7 +101,7 @@ def test_bad_rows_stop_it_as_they_stop_training_unless_they_are_to_be_listed(
     assert main([*arguments, "--out_dir", str(out), "--list_bad_rows", "true", "--overwrite", "true"]) == 0
 
 
-def test_pairs_of_a_reward_run_without_its_near_ties(tmp_path: Path, tiny_lm: Path):
+def test_pairs_of_a_reward_run_without_its_low_margin_pairs(tmp_path: Path, tiny_lm: Path):
     rows = [{"prompt": "Hi", "chosen": f"good {i}", "rejected": "bad", "margin": i} for i in range(4)]
     config = {
         "run_dir": str(tmp_path / "run"),
@@ -110,7 +110,7 @@ def test_pairs_of_a_reward_run_without_its_near_ties(tmp_path: Path, tiny_lm: Pa
             "max_length_tokens": 128,
             "train": [{"path": write(tmp_path / "p.jsonl", rows), "kind": "preference"}],
         },
-        "reward": {"batch_size": 1, "near_ties": {"below": 1.5, "treat": "drop"}},
+        "reward": {"batch_size": 1, "low_margin": {"below": 1.5, "weight": 0}},
     }
     (tmp_path / "reward.yaml").write_text(json.dumps(config))
     assert main(["data", "inspect", "reward", str(tmp_path / "reward.yaml"), "--out_dir", str(tmp_path / "out")]) == 0
@@ -206,7 +206,7 @@ def test_the_page_in_a_browser_without_a_network(tmp_path: Path, tiny_lm: Path):
     assert main([*sft(tmp_path, tiny_lm, ROWS * 2), "--out_dir", str(out), "--num_examples", "6"]) == 0
     requests: list[str] = []
     said: list[str] = []
-    colours = {}
+    colors = {}
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
@@ -220,10 +220,10 @@ def test_the_page_in_a_browser_without_a_network(tmp_path: Path, tiny_lm: Path):
             learnt = page.locator("article .target").all_inner_texts()
             assert any("Tiếng Việt" in text for text in learnt)
             assert not any("Đẹp quá" in text for text in learnt)
-            assert "⟨U+202E⟩" in page.locator("article", has_text="Colour").first.inner_text()
+            assert "⟨U+202E⟩" in page.locator("article", has_text="Color").first.inner_text()
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             style = "e => { const s = getComputedStyle(e); return [s.backgroundColor, s.color] }"
-            colours[scheme] = (
+            colors[scheme] = (
                 page.locator("body").evaluate(style),
                 page.locator("article .target span").first.evaluate(style),
             )
@@ -235,8 +235,8 @@ def test_the_page_in_a_browser_without_a_network(tmp_path: Path, tiny_lm: Path):
         browser.close()
     assert set(requests) == {(out / "index.html").as_uri()}
     assert said == []
-    assert all(light != dark for light, dark in zip(colours["light"], colours["dark"], strict=True))
-    assert colours["light"][0] != colours["light"][1]
+    assert all(light != dark for light, dark in zip(colors["light"], colors["dark"], strict=True))
+    assert colors["light"][0] != colors["light"][1]
 
 
 def test_a_run_s_own_configuration_on_real_data(tmp_path: Path, tiny_lm: Path, shared_data: Path):

@@ -91,7 +91,7 @@ def test_exact_duplicates_are_those_of_a_dictionary(values: list[str]) -> None:
 
 def test_what_is_taken_for_the_same_is_a_choice() -> None:
     rows = texts("if x:\n    y()", "if x:\n        y()", "IF X:\n    y()")
-    as_they_are = DedupSettings(near=None, normalise=())
+    as_they_are = DedupSettings(near=None, normalize=())
     assert find_duplicates(rows, as_they_are, fields=("text",)).kept().tolist() == [0, 1, 2]
     assert find_duplicates(rows, EXACT, fields=("text",)).kept().tolist() == [0]
 

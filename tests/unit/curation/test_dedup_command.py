@@ -121,7 +121,7 @@ def test_chosen_fields_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         ({"exact": False, "near": None}, 2, "nothing would be done"),
         ({"near": {"threshold": 0.02}}, 2, "near.num_permutations 128 cannot find pairs of similarity 0.02"),
-        ({"normalise": ["accents"]}, 2, "normalise"),
+        ({"normalize": ["accents"]}, 2, "normalize"),
         ({"decontaminate": {"against": {}}}, 2, "decontaminate.against"),
         (
             {"decontaminate": {"against": {"e": {"path": "e", "kind": "text"}}, "num_words": 5}},

@@ -10,7 +10,7 @@ from rlhf_dist.curation.config.dedup import NearDuplicates
 from rlhf_dist.curation.fingerprints import (
     banding,
     jaccard,
-    normalised,
+    normalized,
     shingle_set,
     shingles,
     signatures,
@@ -32,7 +32,7 @@ TEXTS = st.text(alphabet="abc \n", max_size=30)
     ],
 )
 def test_only_the_differences_that_are_named_are_taken_away(steps: list[str], expected: str) -> None:
-    assert normalised("Ｆｕｌｌ\u200b  Straße!\0B", steps) == expected
+    assert normalized("Ｆｕｌｌ\u200b  Straße!\0B", steps) == expected
 
 
 def test_words_have_neither_case_nor_punctuation_and_scripts_without_spaces_count_characters() -> None:

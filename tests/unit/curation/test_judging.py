@@ -233,7 +233,7 @@ def test_a_function(tmp_path: Path) -> None:
     }
     assert run("skips").items() >= {"preferred": 1, "skipped": 8, "records": 1}.items()
     with pytest.raises(DataError, match="no pair of 9 became a preference"):
-        run("first")  # it favours a position: every pair is a tie
+        run("first")  # it favors a position: every pair is a tie
     assert json.loads((tmp_path / "first" / "report.json").read_text())["inconsistent"] == 9
     with pytest.raises(DataError, match=r"candidates.jsonl:1: .*f.py:wrong returned True"):
         run("wrong")

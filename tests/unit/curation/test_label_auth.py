@@ -1,4 +1,4 @@
-"""Who gets past the gate of the labelling page, asked as a client would, without a browser's help."""
+"""Who gets past the gate of the labeling page, asked as a client would, without a browser's help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.curation.label.auth import Gate
 
-TOKENS = {"annotator": "t" * 32, "organiser": "o" * 32}
+TOKENS = {"annotator": "t" * 32, "organizer": "o" * 32}
 COOKIE = {"cookie": f"label_annotator={TOKENS['annotator']}"}
 
 
@@ -68,7 +68,7 @@ def test_a_redirect_stays_here():
         {"cookie": "label_annotator=" + "x" * 32},
         {"cookie": "label_annotator="},
         {"cookie": f"other={TOKENS['annotator']}"},
-        {"cookie": f"label_organiser={TOKENS['annotator']}"},
+        {"cookie": f"label_organizer={TOKENS['annotator']}"},
         {"cookie": f"label_annotator={TOKENS['annotator'][:-1]}"},
         {"cookie": "label_annotator=é"},
     ],
@@ -100,21 +100,21 @@ def test_its_own_names_are_fine_also_through_a_tunnel(host: str):
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://localhost:8400"])
-def test_pages_of_other_origins_are_refused(origin: str):
+def test_pages_of_other_origins_are_aborted(origin: str):
     for kind, status in (("http", 403), ("websocket", 1008)):
         found = ask("/", COOKIE | {"origin": origin}, kind=kind)
         assert (found[0], found[2]) == (status, [])
 
 
-def test_the_report_is_the_organisers():
+def test_the_report_is_the_organizers():
     assert ask("/report", COOKIE)[0] == 403
-    organiser = {"cookie": f"label_organiser={TOKENS['organiser']}"}
-    assert ask("/report", organiser)[2] == ["http"]
-    assert ask("/label", organiser)[2] == ["http"]
-    assert ask("/report", query=f"token={TOKENS['organiser']}")[1]["location"] == "/report"
+    organizer = {"cookie": f"label_organizer={TOKENS['organizer']}"}
+    assert ask("/report", organizer)[2] == ["http"]
+    assert ask("/label", organizer)[2] == ["http"]
+    assert ask("/report", query=f"token={TOKENS['organizer']}")[1]["location"] == "/report"
 
 
-def test_an_organiser_who_opens_the_annotators_address_too_stays_organiser():
+def test_an_organizer_who_opens_the_annotators_address_too_stays_organizer():
     cookies = [ask(query=f"token={TOKENS[role]}")[1]["set-cookie"].partition(";")[0] for role in TOKENS]
     assert len({cookie.partition("=")[0] for cookie in cookies}) == 2  # a browser keeps both
     for both in (cookies, cookies[::-1]):

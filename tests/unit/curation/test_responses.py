@@ -82,7 +82,7 @@ def test_each_prompt_is_answered_by_each_model(tmp_path: Path, answering: Any) -
     # What was drawn first stands anywhere: of 30 prompts, 10 in each place on average.
     places = Counter(next(i for i, c in enumerate(r["candidates"]) if c["model"] == "two") for r in records)
     assert all(3 <= places[place] <= 18 for place in range(3))
-    # They are what the labelling page and judges read, and their ids are those that these work out.
+    # They are what the labeling page and judges read, and their ids are those that these work out.
     items = read_items([DataSource(path=str(settings.out_dir / "records.jsonl"), kind="candidates")])
     assert [item.id for item in items] == [record["id"] for record in records]
     assert {len(g.asked) for g in made.values()} == {60, 30}

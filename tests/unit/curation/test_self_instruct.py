@@ -221,7 +221,7 @@ def test_a_run(scripted: ScriptedGenerator, tmp_path: Path, capsys: pytest.Captu
                 == round(rouge_l(rouge_tokens(row["instruction"]), rouge_tokens(row["detail"])), 4)
                 > 0.7
             )
-    # The nearest neighbours told are the nearest (all are in the sample here).
+    # The nearest neighbors told are the nearest (all are in the sample here).
     own = [max(rouge_l(a, b) for j, b in enumerate(kept) if j != i) for i, a in enumerate(kept)][len(SEEDS) :]
     assert report["nearest"]["sampled"] == 60
     assert report["nearest"]["max"] == pytest.approx(max(own), abs=1e-4)

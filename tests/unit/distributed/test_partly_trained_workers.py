@@ -24,7 +24,6 @@ from support.tiny import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.core.batches import PreferenceBatch
-from rlhf_dist.core.errors import TrainingError
 from rlhf_dist.distributed.deepspeed import zero
 from rlhf_dist.distributed.role_groups import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
@@ -103,8 +102,7 @@ def test_a_reward_models_adapter_merged_and_in_peft_gives_the_same_scores(
         for step in range(4):
             role.update(PAIRS, step).result()
         scores = role.score_pairs(PAIRS).result()
-        role.save_model(tmp_path / "model").result()
-        role.save_adapter(tmp_path / "adapter").result()
+        role.save(tmp_path).result()
     assert (scores - before).abs().max() > 10 * tolerance
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype="auto")
     base = AutoModelForSequenceClassification.from_pretrained(tiny_lm, num_labels=1, dtype=plain.dtype)
@@ -130,8 +128,7 @@ def test_a_language_models_adapter_is_peft_s(tiny_lm: Path, tmp_path: Path, stag
     config = trained(tiny_lm, zero_stage=stage, optimizer=FAST, **LORA)
     with hosted(LM, config=config, num_steps=3) as group:
         role = taught(tiny_lm, LORA, group)
-        role.save_model(tmp_path / "model").result()
-        role.save_adapter(tmp_path / "adapter").result()
+        role.save(tmp_path).result()
         weights = whole_weights(group)
     saved = read_weights(tmp_path / "model")
     assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items())
@@ -156,8 +153,7 @@ def test_gpt2_whose_matrices_are_transposed(tmp_path: Path):
     with hosted(LM, config=settings, num_steps=3) as group:
         role = taught(tmp_path / "gpt2", LORA, group)
         sums = role.evaluate(BATCHES[0]).result()
-        role.save_model(tmp_path / "model").result()
-        role.save_adapter(tmp_path / "adapter").result()
+        role.save(tmp_path).result()
     with hosted(LM, config=trained(tmp_path / "model"), num_steps=1) as group:
         merged = LanguageModelRole(group, 2).evaluate(BATCHES[0]).result()
     assert merged["nll"] == pytest.approx(sums["nll"], rel=1e-5)
@@ -167,7 +163,7 @@ def test_gpt2_whose_matrices_are_transposed(tmp_path: Path):
     assert all(torch.allclose(p, saved[name], atol=1e-6) for name, p in whole.named_parameters())
 
 
-def test_an_adapter_starts_as_nothing_and_frozen_parameters_are_not_the_optimisers(tiny_lm: Path):
+def test_an_adapter_starts_as_nothing_and_frozen_parameters_are_not_the_optimizers(tiny_lm: Path):
     with hosted(LM, config=trained(tiny_lm), num_steps=1) as group:
         plain = LanguageModelRole(group, 2).evaluate(BATCHES[0]).result()
     for part in PARTS.values():
@@ -179,11 +175,9 @@ def test_an_adapter_starts_as_nothing_and_frozen_parameters_are_not_the_optimise
 
 
 def test_a_model_without_adapters_has_none_to_save(tiny_lm: Path, tmp_path: Path):
-    with (
-        hosted(LM, config=trained(tiny_lm), num_steps=1) as group,
-        pytest.raises(TrainingError, match="trained without adapters"),
-    ):
-        LanguageModelRole(group, 2).save_adapter(tmp_path / "adapter").result()
+    with hosted(LM, config=trained(tiny_lm), num_steps=1) as group:
+        LanguageModelRole(group, 2).save(tmp_path).result()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -219,10 +213,10 @@ def test_rollouts_come_from_the_policy_with_its_adapters_merged(tiny_lm: Path, p
         role, rollouts, sync = PolicyRole(policy, 2), RolloutRole(engine, 3), GroupWeightSync(policy, engine)
         stale = rollouts.generate(prompts, stream="rollout", iteration=0).result()
         role.update(experience, [torch.tensor([4, 0, 2]), torch.tensor([1, 3])] * 2, None).result()
-        assert not torch.allclose(role.logprobs(stale).result(), stale.behaviour_logprobs, atol=1e-2)
+        assert not torch.allclose(role.logprobs(stale).result(), stale.rollout_logprobs, atol=1e-2)
         sync.push(1).result()
         fresh = rollouts.generate(prompts, stream="rollout", iteration=0).result()
-        assert torch.allclose(role.logprobs(fresh).result(), fresh.behaviour_logprobs, atol=1e-4)
+        assert torch.allclose(role.logprobs(fresh).result(), fresh.rollout_logprobs, atol=1e-4)
         if part is LAYERS:
             model, average = worker_of(policy).model, worker_of(policy).engine.average
             averaged = {name: t.clone() for bucket in average.whole_parameters(1) for name, t in bucket.items()}

@@ -169,7 +169,7 @@ def test_rollouts_come_back_in_the_order_of_their_prompts(group: ThreeRanks, num
     for i, n in enumerate(prompts.lengths.tolist()):
         assert torch.equal(rollout.tokens[i, :n], prompts.tokens[i, :n])
         assert torch.equal(rollout.tokens[i, n : 2 * n], prompts.tokens[i, :n] + 1000)
-        assert (rollout.behaviour_logprobs[i, :n] == prompts.sample_ids[i]).all()
+        assert (rollout.rollout_logprobs[i, :n] == prompts.sample_ids[i]).all()
     assert rollout.policy_version == 5
 
 

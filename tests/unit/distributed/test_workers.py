@@ -281,12 +281,12 @@ def test_after_a_sync_rollouts_come_from_the_updated_policy(tiny_lm: Path, stage
         assert stale.policy_version == 0
         role.update(EXPERIENCE, STEPS * 4, PTX * 4).result()
         moved = role.logprobs(stale).result()
-        assert not torch.allclose(moved, stale.behaviour_logprobs, atol=1e-2)
+        assert not torch.allclose(moved, stale.rollout_logprobs, atol=1e-2)
         for version in (1, 2):
             sync.push(version).result()
         fresh = rollouts.generate(prompts, stream="rollout", iteration=0).result()
         assert fresh.policy_version == 2
-        assert torch.allclose(role.logprobs(fresh).result(), fresh.behaviour_logprobs, atol=1e-4)
+        assert torch.allclose(role.logprobs(fresh).result(), fresh.rollout_logprobs, atol=1e-4)
 
 
 def test_the_batches_of_a_rollout_engine_change_no_response(tiny_lm: Path):
@@ -300,7 +300,7 @@ def test_the_batches_of_a_rollout_engine_change_no_response(tiny_lm: Path):
     for other in (parts, shuffled):
         assert torch.equal(other.tokens, whole.tokens)
         assert torch.equal(other.response_lengths, whole.response_lengths)
-        assert torch.allclose(other.behaviour_logprobs, whole.behaviour_logprobs, atol=1e-4)
+        assert torch.allclose(other.rollout_logprobs, whole.rollout_logprobs, atol=1e-4)
 
 
 def test_concatenated_rollouts_keep_their_rows(tiny_lm: Path):

@@ -19,7 +19,7 @@ ROLLOUT = RolloutBatch(
     tokens=torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]),
     prompt_lengths=torch.tensor([2, 1]),
     response_lengths=torch.tensor([2, 1]),
-    behaviour_logprobs=torch.zeros(2, 2),
+    rollout_logprobs=torch.zeros(2, 2),
     finish_reasons=torch.tensor([FINISHED, TRUNCATED]),
     policy_version=0,
 )

@@ -11,7 +11,6 @@ import torch
 
 from rlhf_dist.config.data import RewardData
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.core.near_ties import NearTieRule
 from rlhf_dist.data.datasets import PreferenceDataset, Split
 from rlhf_dist.data.loading import load_preferences
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -20,6 +19,7 @@ from rlhf_dist.evaluation.plots import plot_reward_model
 from rlhf_dist.evaluation.reward_model import evaluate, score_dataset
 from rlhf_dist.evaluation.reward_report import report_trained, score_moments_of
 from rlhf_dist.models.score_moments import FILE, read_score_moments
+from rlhf_dist.reward.low_margin import LowMargin
 
 
 def dataset(tiny_lm: Path, folder: Path, sets: dict[str, list[dict[str, Any]]], limit: int = 64) -> PreferenceDataset:
@@ -113,8 +113,8 @@ def test_a_baseline_of_words_learns_what_words_tell(tiny_lm: Path, tmp_path: Pat
     assert written == {f"{name}.{end}" for name in ("reward_model", "bag_of_words") for end in ("json", "png")}
 
 
-def test_the_baseline_weighs_near_ties_as_the_reward_model_does(tiny_lm: Path, tmp_path: Path) -> None:
-    """Three quarters of the pairs are near-ties that say the contrary: what they weigh decides what is learnt."""
+def test_the_baseline_weighs_pairs_as_the_reward_model_does(tiny_lm: Path, tmp_path: Path) -> None:
+    """Three quarters of the pairs have a low margin and say the contrary: what they weigh decides what is learnt."""
     told = [row | {"margin": 3.0} for row in TOLD_BY_WORDS[:20]]
     contrary = [
         {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"], "margin": 0.1}
@@ -124,15 +124,15 @@ def test_the_baseline_weighs_near_ties_as_the_reward_model_does(tiny_lm: Path, t
     truth = split(tiny_lm, tmp_path, TOLD_BY_WORDS).train
     accuracy = {}
     for name, rule in (
-        ("equal", NearTieRule.of(1.0, "keep", 60, 20)),
-        ("less", NearTieRule(1.0, "down_weight", near_weight=0.01, clear_weight=1.0)),
-        ("soft", NearTieRule.of(0.1001, "soft_labels", 60, 20)),
+        ("equal", LowMargin(1.0, 1.0)),
+        ("less", LowMargin(1.0, 0.01)),
+        ("dropped", LowMargin(1.0, 0.0)),
     ):
         baseline = BagOfWords(train, decode(tiny_lm), rule)
         accuracy[name] = evaluate(score_dataset(lambda rows, b=baseline: b.score(truth, rows), truth, 64))["accuracy"]
     assert accuracy["equal"] < 0.1
     assert accuracy["less"] > 0.9
-    assert accuracy["soft"] < 0.1
+    assert accuracy["dropped"] > 0.9
 
 
 def test_a_baseline_without_a_shared_word_is_refused_before_training(tiny_lm: Path, tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_moments_are_of_the_held_out_set_or_else_of_training_records(tiny_lm: Pa
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"mean": 0, "std": 0, "num_responses": 1, "records": "x"}'])
-def test_moments_that_cannot_be_used_are_refused(tmp_path: Path, content: str | None) -> None:
+def test_moments_that_cannot_be_used_are_aborted(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / FILE).write_text(content)
-    with pytest.raises(ModelError, match="normalise_scores"):
+    with pytest.raises(ModelError, match="normalize_scores"):
         read_score_moments(str(tmp_path))
 
 

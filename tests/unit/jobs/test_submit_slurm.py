@@ -282,7 +282,7 @@ def test_what_is_not_said_is_asked_for_as_the_roles_need_it(
 
 
 @pytest.mark.parametrize("option", ["--gres=gpu:8", "--gres gpu:8", "--gpus 8", "-G 8"])
-def test_gpus_in_sbatchs_own_words_are_recognised(option: str, sft: str):
+def test_gpus_in_sbatchs_own_words_are_recognized(option: str, sft: str):
     assert main(["submit", "--slurm", "--dry-run", f"--sbatch-arg={option}", "ppo", "ppo.yaml"]) == 0
 
 

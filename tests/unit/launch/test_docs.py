@@ -113,7 +113,7 @@ def test_metrics_that_the_text_names_are_in_the_table():
 
 def test_the_table_of_metrics_is_current():
     """Write it anew from `metrics_table()` when this fails."""
-    text = (PACKAGE / "tracking" / "README.md").read_text(encoding="utf-8")
+    text = (PACKAGE / "run" / "README.md").read_text(encoding="utf-8")
     assert text.split("<!-- metrics -->\n")[1] == metrics_table()
 
 
@@ -124,16 +124,15 @@ def test_the_plans_are_current(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_formula_names_a_function():
-    text = (PACKAGE / "algo" / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(\w+)\.(\w+)`", text)) - {
+    text = (PACKAGE / "ppo" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+(?:/\w+)*)\.(\w+)`", text)) - {
         ("ppo", name) for _, name in re.findall(r"`(ppo)\.(\w+)`", text)
     }
     assert named
     for module, function in named:
-        assert f"def {function}(" in (PACKAGE / "algo" / f"{module}.py").read_text(encoding="utf-8"), (
-            f"{module}.{function}"
-        )
-    losses = re.findall(r"^def (\w+)", (PACKAGE / "algo" / "losses.py").read_text(encoding="utf-8"), re.MULTILINE)
+        path = PACKAGE / f"{module}.py" if "/" in module else PACKAGE / "ppo" / f"{module}.py"
+        assert f"def {function}(" in path.read_text(encoding="utf-8"), f"{module}.{function}"
+    losses = re.findall(r"^def (\w+)", (PACKAGE / "ppo" / "losses.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert {("losses", name) for name in losses if not name.startswith("_")} <= named
 
 

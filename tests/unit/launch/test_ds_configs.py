@@ -104,7 +104,7 @@ def test_it_trains_like_the_generated_configuration(
     assert with_file == pytest.approx(without, abs=0.02 if "offload" in path.stem else 1e-5)
 
 
-def test_offloaded_optimisers_step_with_deepspeeds_own_adam():
+def test_offloaded_optimizers_step_with_deepspeeds_own_adam():
     """Whether it can be compiled and takes AdamW's steps is tests/unit/engine/test_cpu_adam.py's."""
     offloading = [path for path in FILES if "offload" in path.stem]
     assert len(offloading) >= 3
@@ -112,7 +112,7 @@ def test_offloaded_optimisers_step_with_deepspeeds_own_adam():
         assert uses_cpu_adam(json.loads(path.read_text(encoding="utf-8")))
 
 
-def test_the_file_for_zeropp_is_hpz_with_quantised_weights(tiny_lm: Path, tmp_path: Path):
+def test_the_file_for_zeropp_is_hpz_with_quantized_weights(tiny_lm: Path, tmp_path: Path):
     """On a CPU it is refused for its kernels, before the model is loaded; all else of it is a file that runs."""
     hpz, zeropp = (json.loads(path.read_text(encoding="utf-8")) for path in SEVERAL_RANKS)
     assert zeropp["zero_optimization"].pop("zero_quantized_weights") is True

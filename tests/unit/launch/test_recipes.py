@@ -103,7 +103,7 @@ def test_movie_ppo(shared_data: Path, models: dict[str, str], tmp_path: Path):
     facts = validate(load("movie_ppo", *overrides))
     assert facts["prompts"] == 64
     assert facts["held-out prompts"] == 32
-    assert facts["optimiser steps an iteration"] == 4
+    assert facts["optimizer steps an iteration"] == 4
 
 
 def test_movie_pipeline(shared_data: Path, models: dict[str, str], tmp_path: Path):

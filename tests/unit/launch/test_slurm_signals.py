@@ -128,7 +128,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
 @pytest.mark.parametrize(
     "why",
     ["Reason=TimeLimit PreemptTime=None", "Reason=None PreemptTime=2026-11-24T17:19:04"],
-    ids=["time limit", "pre-emption after a time of grace"],
+    ids=["time limit", "preemption after a time of grace"],
 )
 def test_the_end_before_the_checkpoint_is_a_requeue_too(job: Job, why: str):
     job.wait_for("driver")

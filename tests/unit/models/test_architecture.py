@@ -30,7 +30,7 @@ def test_a_scalar_head_takes_the_place_of_the_language_models():
     assert language.num_parameters - scalar.num_parameters == 128256 * 4096 - 4096
 
 
-def test_optimiser_groups_hold_every_parameter_once(tiny_lm: Path):
+def test_optimizer_groups_hold_every_parameter_once(tiny_lm: Path):
     model = architecture(str(tiny_lm))
     decay, no_decay = model.groups
     assert sum(decay) + sum(no_decay) == model.num_parameters
@@ -49,6 +49,6 @@ def test_operations_are_those_that_torch_counts(tied: bool, tmp_path: Path):
     assert counter.get_total_flops() == model.forward_flops(rows, length, length) + attention
 
 
-def test_a_missing_config_is_refused(tmp_path: Path):
+def test_a_missing_config_is_aborted(tmp_path: Path):
     with pytest.raises(ModelError, match="no model at"):
         architecture(str(tmp_path / "nothing"))

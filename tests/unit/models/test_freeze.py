@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaFor
 
 from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.models.adapters import add_adapters, has_adapters, initialise_adapters, plain_parameters
+from rlhf_dist.models.adapters import add_adapters, has_adapters, initialize_adapters, plain_parameters
 from rlhf_dist.models.freeze import apply_freeze, count_parameters
 
 
@@ -110,7 +110,7 @@ def test_first_weights_depend_on_seed_and_name_and_on_nothing_drawn_before():
         torch.rand(drawn_before)
         state = torch.get_rng_state()
         add_adapters(model, LoRAConfig(rank=4))
-        initialise_adapters(model, seed)
+        initialize_adapters(model, seed)
         assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
         found.append({p.name: p.down.detach().clone() for p in plain_parameters(model) if p.down is not None})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -96,7 +96,7 @@ def build(config: Any, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) ->
     return model
 
 
-def as_initialised(config: Any, dtype: torch.dtype) -> Any:
+def as_initialized(config: Any, dtype: torch.dtype) -> Any:
     """Weights as transformers draws them: so small that a leak is, too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_garbage_in_padding_changes_no_bit():
 
 
 @torch.no_grad()
-def test_a_sequence_does_not_see_its_neighbours():
+def test_a_sequence_does_not_see_its_neighbors():
     module = TargetLogprobs(build(AGREE["llama"]), packed=True)
     batch = ragged_batch()
     base = module(batch.tokens, batch.lengths, batch.loss_mask)[0].split(batch.loss_mask.sum(1).tolist())
@@ -221,16 +221,16 @@ def test_models_whose_packed_sequences_leak_are_refused_at_the_first_pass(name: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LEAK)
-def test_leaks_are_seen_in_newly_initialised_models(name: str, dtype: torch.dtype):
-    """Bloom, OpenAI-GPT, XGLM and LFM2 deviate from padded passes by less than rounding may; replacing a neighbour tells."""
+def test_leaks_are_seen_in_newly_initialized_models(name: str, dtype: torch.dtype):
+    """Bloom, OpenAI-GPT, XGLM and LFM2 deviate from padded passes by less than rounding may; replacing a neighbor tells."""
     with pytest.raises(ModelError, match="does not keep packed sequences apart: hidden states of one move by"):
-        check_packing(as_initialised(LEAK[name], dtype), CPU)
+        check_packing(as_initialized(LEAK[name], dtype), CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", AGREE)
 def test_rounding_is_no_leak(name: str, dtype: torch.dtype):
-    for model in (as_initialised(AGREE[name], dtype), build(AGREE[name]).to(dtype)):
+    for model in (as_initialized(AGREE[name], dtype), build(AGREE[name]).to(dtype)):
         check_packing(model, CPU)
         probe = probe_packing(model, CPU)
         # A fifth of what is allowed: deeper models and other kernels round to more.
@@ -263,7 +263,7 @@ def test_a_model_that_looks_ahead_cannot_pass_its_leak_off_as_rounding():
         check_packing(model, CPU)
 
 
-def test_attention_within_chunks_of_the_row_is_refused():
+def test_attention_within_chunks_of_the_row_is_aborted():
     """Chunks are longer than the probe, which cannot tell."""
     config = Llama4TextConfig(
         **_LLAMA, **_IDS, intermediate_size_mlp=48, head_dim=8, num_local_experts=2, attention_chunk_size=32
@@ -275,7 +275,7 @@ def test_attention_within_chunks_of_the_row_is_refused():
         check_packing(model, CPU)
 
 
-def test_absolute_positions_that_do_not_restart_are_refused():
+def test_absolute_positions_that_do_not_restart_are_aborted():
     """A model that reads position ids for its mask only: nothing leaks, and packed sequences are still wrong."""
     model = build(AGREE["gpt2"])
     embed = model.transformer.wpe.forward
@@ -286,7 +286,7 @@ def test_absolute_positions_that_do_not_restart_are_refused():
         check_packing(model, CPU)
 
 
-def test_a_model_without_position_ids_is_refused():
+def test_a_model_without_position_ids_is_aborted():
     class Plain(nn.Module):
         def forward(self, input_ids, attention_mask, use_cache): ...
 

@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimiser states: what is planned is what real engines hold, byte for byte."""
+"""Parameters, gradients and optimizer states: what is planned is what real engines hold, byte for byte."""
 
 from __future__ import annotations
 

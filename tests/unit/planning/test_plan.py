@@ -290,8 +290,8 @@ def test_everything_is_json(eight_billion: PPOConfig):
     data = json.loads(json.dumps(as_data(plan, scaled(plan, [8, 64]))))
     assert data["fits"] is True
     assert (
-        data["roles"]["policy"]["phases"]["update"]["optimiser"]["gpu"]
-        == plan.memory["policy"].phases["update"]["optimiser"].gpu
+        data["roles"]["policy"]["phases"]["update"]["optimizer"]["gpu"]
+        == plan.memory["policy"].phases["update"]["optimizer"].gpu
     )
     assert [entry["gpus"] for entry in data["scale"]] == [8, 64]
 
@@ -355,7 +355,7 @@ def test_what_is_frozen_needs_no_gradients_and_no_moments(tiny_lm: Path, stage: 
     )
     assert needs[2].model.num_trained == dict(needs[0].model.parameters)["lm_head.weight"][0] * 64
     for less in needs[1:]:
-        assert less.phases["step"]["optimiser"].total < 0.5 * needs[0].phases["step"]["optimiser"].total
+        assert less.phases["step"]["optimizer"].total < 0.5 * needs[0].phases["step"]["optimizer"].total
         assert less.model_bytes == needs[0].model_bytes
     # Nothing is kept of layers that no trained parameter comes before.
     assert needs[2].phases["update"]["activations"].gpu < 0.5 * needs[0].phases["update"]["activations"].gpu

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.planning.command import recognised
+from rlhf_dist.planning.command import recognized
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = "launch/recipes/llama_8b_ppo.yaml"
@@ -128,15 +128,15 @@ def test_host_memory_is_checked_against_what_such_nodes_usually_have(capsys: pyt
         ("llama_1b_sft", "sft"),
     ],
 )
-def test_the_command_is_recognised(recipe: str, command: str):
-    assert recognised(Path(f"launch/recipes/{recipe}.yaml")) == command
+def test_the_command_is_recognized(recipe: str, command: str):
+    assert recognized(Path(f"launch/recipes/{recipe}.yaml")) == command
 
 
 def test_an_unknown_file_asks_for_the_command(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text("seed: 3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="name it: rlhf-dist plan"):
-        recognised(path)
+        recognized(path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation against its definition."""
+"""Generalized advantage estimation against its definition."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_by_hand():
     assert returns.tolist() == [[1.625, 2.0]]
 
 
-@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
 def test_equals_the_definition_row_by_row(discount: float, gae_lambda: float):
     lengths = torch.tensor([7, 1, 4, 6])
     g = torch.Generator().manual_seed(3)

@@ -94,7 +94,7 @@ def test_an_update_that_starts_on_policy_passes_the_check(tiny_lm: Path):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_an_update_that_starts_off_policy_is_refused(tiny_lm: Path, stage: int):
+def test_an_update_that_starts_off_policy_is_aborted(tiny_lm: Path, stage: int):
     with policy(tiny_lm, stage=stage, self_checks=True) as group:
         role, before = PolicyRole(group, 2), whole_weights(group)
         experience = on_policy(role)
@@ -112,15 +112,15 @@ def test_a_policy_that_moves_too_far_ends_its_update(tiny_lm: Path, stage: int):
     with policy(tiny_lm, 6, stage, learning_rate=3e-2) as group:
         role = PolicyRole(group, 2)
         free = role.update(on_policy(role), rows, None).result()
-    with policy(tiny_lm, 6, stage, learning_rate=3e-2, kl_stop=0.05) as group:
+    with policy(tiny_lm, 6, stage, learning_rate=3e-2, early_stop_kl=0.05) as group:
         role, worker = PolicyRole(group, 2), worker_of(group)
         stopped = role.update(on_policy(role), rows, None).result()
         rate = worker.engine._engine.get_lr()[0]
     assert free.num_steps == free.metrics["policy/num_updates"] == 6
     assert free.metrics["policy/approx_kl"] > 0.05
     assert 1 <= stopped.num_steps == stopped.metrics["policy/num_updates"] < 6
-    assert stopped.metrics["policy/approx_kl"] <= 0.05 < stopped.metrics["policy/stop_kl"]
-    assert "policy/stop_kl" not in free.metrics
+    assert stopped.metrics["policy/approx_kl"] <= 0.05 < stopped.metrics["policy/early_stop_kl"]
+    assert "policy/early_stop_kl" not in free.metrics
     assert rate == 0  # linear: the schedule is where six steps would have brought it
 
 
@@ -160,8 +160,8 @@ def test_the_average_follows_the_policy_and_is_saved(tiny_lm: Path, tmp_path: Pa
     with policy(tiny_lm, ema_decay=1e-9) as group:
         role = PolicyRole(group, 2)
         role.update(EXPERIENCE, STEPS, PTX).result()
-        role.save_average(tmp_path / "model").result()
+        role.save(tmp_path).result()
         current = whole_weights(group)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model_ema", dtype=torch.float32)
     # Almost without memory the average is the weights after the last step.
     assert all(torch.allclose(saved.get_parameter(name), t, rtol=1e-6) for name, t in current.items())

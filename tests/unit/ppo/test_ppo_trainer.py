@@ -173,7 +173,7 @@ ROLLOUT = RolloutBatch(
     tokens=torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]),
     prompt_lengths=torch.tensor([2, 1]),
     response_lengths=torch.tensor([2, 1]),
-    behaviour_logprobs=torch.tensor([[-1.0, -2.125], [-3.0, 0.0]]),
+    rollout_logprobs=torch.tensor([[-1.0, -2.125], [-3.0, 0.0]]),
     finish_reasons=torch.tensor([FINISHED, TRUNCATED]),
     policy_version=0,
 )
@@ -187,7 +187,7 @@ BY_HAND = PPOSettings(
     prompts_per_iteration=2,
     mini_batch_size=2,
     kl_coef=0.1,
-    discount=1.0,
+    gamma=1.0,
     gae_lambda=0.5,
     whiten_advantages=False,
     score_clip=1.0,
@@ -216,7 +216,7 @@ def test_metrics_by_hand():
     assert found["kl/coef"] == 0.1
     assert found["rollout/response_length_mean"] == 1.5
     assert found["rollout/eos_fraction"] == found["rollout/truncated_fraction"] == 0.5
-    assert found["rollout/behaviour_mismatch"] == 0.125
+    assert found["rollout/logprob_mismatch"] == 0.125
 
 
 def test_whitening_is_over_all_response_tokens_and_leaves_returns_alone():
@@ -247,13 +247,13 @@ def test_the_value_function_warms_up_alone(tmp_path: Path):
 
 def test_the_kl_coefficient_adapts_and_is_resumed(tmp_path: Path):
     # FakePolicy and FakeReference differ by 0.5 nats a token, 1 nat a response: twice the target, an error clipped to 0.2.
-    settings = SETTINGS.model_copy(update={"kl_coef": 0.1, "kl_target": 0.5, "kl_horizon": 12})
+    settings = SETTINGS.model_copy(update={"kl_coef": 0.1, "adaptive_kl_target": 0.5, "kl_horizon": 12})
     with open_run(tmp_path) as run:
         PPO(run, settings).trainer.run(resume=False)
     coefs = [metrics(tmp_path)[step]["kl/coef"] for step in range(1, 5)]
     assert coefs == pytest.approx([0.1 * 1.1**i for i in range(4)])
     with open_run(tmp_path / "again") as run:
-        halfway = PPO(run, settings.model_copy(update={"num_iterations": 2, "normalise_scores": "mean_std"}))
+        halfway = PPO(run, settings.model_copy(update={"num_iterations": 2, "normalize_scores": "mean_std"}))
         halfway.trainer.run(resume=False)
         resumed = PPO(run, settings)
         resumed.trainer._start(resume=True)
@@ -285,11 +285,11 @@ def test_what_is_not_finite_stops_the_iteration_with_its_samples(tmp_path: Path,
         with pytest.raises(SampleError, match=r"of responses 4\. No weight was touched") as caught:
             ppo.trainer.step(0)
     assert calls(ppo.events, "policy.update", "value.update", "sync") == []
-    (line,) = (tmp_path / "refused_step_000001.jsonl").read_text(encoding="utf-8").splitlines()
+    (line,) = (tmp_path / "aborted_step_000001.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(line)
     assert (row["source"], row["row"]) == ("rollouts", 4)
     assert row["text"] == " ".join(map(str, row["tokens"]))
-    assert "refused_step_000001.jsonl" in str(caught.value)
+    assert "aborted_step_000001.jsonl" in str(caught.value)
 
 
 def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
@@ -301,11 +301,11 @@ def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
 
         drawn = ppo.trainer.draw_ptx(0)
         experience = make_experience(ROLLOUT, SCORED, BY_HAND, PPOState(0.1), 4)[0]
-        message = r"not finite\. Samples: .*refused_step_000001"
+        message = r"not finite\. Samples: .*aborted_step_000001"
         batch = concat_rows([experience] * 3)
         with pytest.raises(SampleError, match=message), ppo.trainer._dumping(0, batch, drawn):
             refuse()
-    rows = [json.loads(line) for line in (tmp_path / "refused_step_000001.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "aborted_step_000001.jsonl").read_text("utf-8").splitlines()]
     assert [(row["source"], row["row"]) for row in rows] == [("ppo", 5), ("ptx", 0), ("ptx", 3)]
     assert rows[0]["returns"] == [-0.75]
     assert rows[2]["tokens"] == drawn[1].tokens[3, : drawn[1].lengths[3]].tolist()
@@ -324,14 +324,14 @@ def test_a_policy_that_is_not_its_reference_is_refused_before_its_first_update(t
         ppo.trainer.step(0)
 
 
-def test_rollouts_of_other_weights_or_another_temperature_are_refused(tmp_path: Path):
+def test_rollouts_of_other_weights_or_another_temperature_are_aborted(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS)
         healthy = ppo.trainer.roles.rollout.generate
 
         def stale(prompts, **kwargs):
             answer = healthy(prompts, **kwargs)
-            answer.result().behaviour_logprobs.mul_(1.25)
+            answer.result().rollout_logprobs.mul_(1.25)
             return answer
 
         ppo.trainer.roles.rollout.generate = stale  # pyright: ignore[reportAttributeAccessIssue]
@@ -342,7 +342,7 @@ def test_rollouts_of_other_weights_or_another_temperature_are_refused(tmp_path: 
 
 
 def test_the_coefficient_waits_for_the_policy(tmp_path: Path):
-    changes = {"kl_coef": 0.1, "kl_target": 0.5, "kl_horizon": 12, "value_warmup_iterations": 2}
+    changes = {"kl_coef": 0.1, "adaptive_kl_target": 0.5, "kl_horizon": 12, "value_warmup_iterations": 2}
     with open_run(tmp_path) as run:
         PPO(run, SETTINGS.model_copy(update=changes)).trainer.run(resume=False)
     coefs = [metrics(tmp_path)[step]["kl/coef"] for step in range(1, 5)]
@@ -384,12 +384,12 @@ def test_kl_in_the_loss_is_not_in_the_rewards_too(tmp_path: Path):
     assert found["kl/ref_mean"] == pytest.approx(-0.25)
 
 
-def test_normalised_scores_and_the_overlong_penalty_enter_the_rewards():
-    changes = {"normalise_scores": "mean_std", "score_clip": None, "overlong_penalty": 1.0, "overlong_buffer_tokens": 2}
+def test_normalized_scores_and_the_overlong_penalty_enter_the_rewards():
+    changes = {"normalize_scores": "mean_std", "score_clip": None, "overlong_penalty": 1.0, "overlong_buffer_tokens": 2}
     settings = BY_HAND.model_copy(update=changes)
     state = PPOState(0.0).with_scores(SCORED.scores)  # mean 0.875, standard deviation 1.125
     _, found = make_experience(ROLLOUT, SCORED, settings, state, 3)
-    # Normalised to 1 and −1; two of three tokens are half of the buffer: −0.5; the cut-off response loses 0.5.
+    # Normalized to 1 and −1; two of three tokens are half of the buffer: −0.5; the cut-off response loses 0.5.
     assert found["reward/total_mean"] == pytest.approx((1 - 0.5 - 1 - 0.5) / 2)
     assert found["reward/shaped_mean"] == found["reward/total_mean"]
     assert found["reward/score_mean"] == 0.875
@@ -397,16 +397,16 @@ def test_normalised_scores_and_the_overlong_penalty_enter_the_rewards():
 
 def test_saved_moments_are_the_same_in_every_iteration():
     fixed = RunningMoments(count=1, mean=2.0, sum_squares=4.0)
-    state = PPOState.start(PPOSettings(normalise_scores="saved"), fixed)
+    state = PPOState.start(PPOSettings(normalize_scores="saved"), fixed)
     assert state.with_scores(torch.tensor([100.0, 200.0])) == state
     assert PPOState.from_json(state.to_json()) == state
     rollout = RolloutBatch(
         tokens=torch.ones(2, 3, dtype=torch.long),
         prompt_lengths=torch.tensor([1, 1]),
         response_lengths=torch.tensor([2, 2]),
-        behaviour_logprobs=torch.zeros(2, 2),
+        rollout_logprobs=torch.zeros(2, 2),
         finish_reasons=torch.tensor([FINISHED, FINISHED]),
         policy_version=0,
     )
-    shaped = shaped_scores(rollout, torch.tensor([2.0, 6.0]), PPOSettings(normalise_scores="saved"), state, 2)
+    shaped = shaped_scores(rollout, torch.tensor([2.0, 6.0]), PPOSettings(normalize_scores="saved"), state, 2)
     assert shaped.tolist() == [0.0, 2.0]

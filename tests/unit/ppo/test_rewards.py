@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_dist.ppo.rewards import RunningMoments, normalise_scores, overlong_penalty, shape_scores, token_rewards
+from rlhf_dist.ppo.rewards import RunningMoments, normalize_scores, overlong_penalty, shape_scores, token_rewards
 
 
 def test_the_penalty_comes_after_the_clip():
@@ -44,16 +44,16 @@ def test_running_moments_are_those_of_all_scores():
     assert RunningMoments().std == 0
 
 
-def test_normalised_scores():
+def test_normalized_scores():
     scores = torch.tensor([1.0, 3.0])
     moments = RunningMoments().updated(scores)  # mean 2, standard deviation 1
-    assert normalise_scores(scores, moments, subtract_mean=True).tolist() == pytest.approx([-1, 1])
-    assert normalise_scores(scores, moments, subtract_mean=False).tolist() == pytest.approx([1, 3])
+    assert normalize_scores(scores, moments, subtract_mean=True).tolist() == pytest.approx([-1, 1])
+    assert normalize_scores(scores, moments, subtract_mean=False).tolist() == pytest.approx([1, 3])
     # A reward that is the same for everything so far has no scale to divide by.
     for same in (torch.full((3,), 7.3), torch.zeros(2), torch.tensor([0.1])):
         moments = RunningMoments().updated(same)
-        assert torch.allclose(normalise_scores(same, moments, subtract_mean=True), torch.zeros_like(same), atol=1e-6)
-        assert torch.equal(normalise_scores(same, moments, subtract_mean=False), same)
+        assert torch.allclose(normalize_scores(same, moments, subtract_mean=True), torch.zeros_like(same), atol=1e-6)
+        assert torch.equal(normalize_scores(same, moments, subtract_mean=False), same)
 
 
 def test_the_overlong_penalty_grows_over_the_buffer():
@@ -66,15 +66,15 @@ def test_the_overlong_penalty_grows_over_the_buffer():
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("eos", [0.0, 0.25])
 @pytest.mark.parametrize("overlong", [None, 0.5])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_every_combination_keeps_the_stated_order(clip, eos, overlong, normalise):
-    # Score 8 of a cut-off response; scores so far have mean 4 and standard deviation 2: normalised, it is 2.
-    score = 2.0 if normalise else 8.0
+@pytest.mark.parametrize("normalize", [False, True])
+def test_every_combination_keeps_the_stated_order(clip, eos, overlong, normalize):
+    # Score 8 of a cut-off response; scores so far have mean 4 and standard deviation 2: normalized, it is 2.
+    score = 2.0 if normalize else 8.0
     score = score if clip is None else min(score, clip)
     expected = score - eos - (overlong or 0.0)
     scores = torch.tensor([8.0])
-    if normalise:
-        scores = normalise_scores(scores, RunningMoments(100, 4.0, 400.0), subtract_mean=True)
+    if normalize:
+        scores = normalize_scores(scores, RunningMoments(100, 4.0, 400.0), subtract_mean=True)
     penalty = None if overlong is None else torch.tensor([overlong])
     shaped = shape_scores(scores, torch.tensor([True]), score_clip=clip, missing_eos_penalty=eos, overlong=penalty)
     assert shaped.item() == pytest.approx(expected)

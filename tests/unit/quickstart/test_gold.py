@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_dist.quickstart.gold import GoldScore, gold_score, summarise_gold
+from rlhf_dist.quickstart.gold import GoldScore, gold_score, summarize_gold
 from rlhf_dist.quickstart.lexicon import RatedWord
 
 LEXICON = {word: RatedWord(word, valence, 0.5, ()) for word, valence in (("love", 3.0), ("calm", 1.0), ("hate", -3.0))}
@@ -34,7 +34,7 @@ def test_the_installed_lexicon_is_the_default():
 
 
 def test_summary_has_the_standard_error_over_responses():
-    summary = summarise_gold(["love.", "hate.", "calm, calm.", "zzz."], LEXICON)
+    summary = summarize_gold(["love.", "hate.", "calm, calm.", "zzz."], LEXICON)
     assert summary.num_responses == 4
     assert summary.gold_mean == pytest.approx((3 - 3 + 1 + 0) / 4)
     variance = sum((v - 0.25) ** 2 for v in (3, -3, 1, 0)) / 3
@@ -45,5 +45,5 @@ def test_summary_has_the_standard_error_over_responses():
 
 
 def test_a_collapse_to_nothing_is_visible_and_does_not_divide_by_zero():
-    assert summarise_gold(["", ""], LEXICON).real_word_share == 0
-    assert summarise_gold([], LEXICON).num_responses == 0
+    assert summarize_gold(["", ""], LEXICON).real_word_share == 0
+    assert summarize_gold([], LEXICON).num_responses == 0

@@ -68,7 +68,7 @@ def test_the_record(lm):
     assert rollout.policy_version == 4
     assert torch.equal(rollout.prompt_lengths, PROMPTS.lengths)
     assert rollout.tokens.shape[1] == int(rollout.lengths.max())
-    assert rollout.behaviour_logprobs.shape[1] == int(rollout.response_lengths.max())
+    assert rollout.rollout_logprobs.shape[1] == int(rollout.response_lengths.max())
     for i, response in enumerate(responses(rollout)):
         n = int(PROMPTS.lengths[i])
         assert torch.equal(rollout.tokens[i, :n], PROMPTS.tokens[i, :n])
@@ -77,7 +77,7 @@ def test_the_record(lm):
         assert rollout.finish_reasons[i] == (FINISHED if ended else TRUNCATED)
         assert ended or len(response) == LIMIT
         assert (rollout.tokens[i, n + len(response) :] == 0).all()
-        assert (rollout.behaviour_logprobs[i, len(response) :] == 0).all()
+        assert (rollout.rollout_logprobs[i, len(response) :] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_split_of_a_batch_changes_no_token(lm, split: list[list[int]]):
         part = generate(lm, PROMPTS.rows(rows))
         assert responses(part) == [responses(whole)[row] for row in rows]
         expected = whole.rows(rows)
-        assert torch.allclose(part.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-4)
+        assert torch.allclose(part.rollout_logprobs, expected.rollout_logprobs, atol=1e-4)
         assert torch.equal(part.finish_reasons, expected.finish_reasons)
 
 
@@ -112,12 +112,12 @@ def test_the_same_prompt_gets_different_responses(lm):
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_behaviour_logprobs_are_those_of_the_training_forward_pass(lm, temperature: float):
+def test_rollout_logprobs_are_those_of_the_training_forward_pass(lm, temperature: float):
     rollout = generate(lm, PROMPTS, temperature=temperature)
     targets = response_target_mask(rollout.prompt_lengths, rollout.response_lengths, rollout.tokens.shape[1])
     flat, _ = TargetLogprobs(lm)(rollout.tokens, rollout.lengths, targets, temperature)
     expected = scatter_responses(flat, rollout.response_mask)
-    assert torch.allclose(rollout.behaviour_logprobs, expected, atol=1e-4)
+    assert torch.allclose(rollout.rollout_logprobs, expected, atol=1e-4)
 
 
 def test_without_a_stop_token_every_response_is_truncated(lm):

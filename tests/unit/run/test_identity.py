@@ -28,6 +28,6 @@ def test_a_check_that_stopped_a_run_may_be_switched_off_on_resume(tmp_path: Path
 
 
 def test_what_changes_the_numbers_may_not_change(tmp_path: Path):
-    now = identity(tmp_path, kl_target=6.0, ema_decay=0.9)
+    now = identity(tmp_path, adaptive_kl_target=6.0, ema_decay=0.9)
     differing = {key for key, value in identity(tmp_path).items() if now[key] != value}
-    assert differing == {"ppo.kl_target", "ppo.ema_decay"}
+    assert differing == {"ppo.adaptive_kl_target", "ppo.ema_decay"}

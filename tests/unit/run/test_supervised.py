@@ -166,7 +166,7 @@ def test_num_steps(settings: dict[str, Any], records: int, expected: int):
     assert num_steps(SupervisedSettings(**settings), records, "sft") == expected
 
 
-def test_a_batch_larger_than_the_set_is_refused():
+def test_a_batch_larger_than_the_set_is_aborted():
     with pytest.raises(ConfigError, match=r"sft\.batch_size is 11 but the training set has 10 records; lower it"):
         num_steps(SupervisedSettings(batch_size=11), 10, "sft")
 
@@ -271,7 +271,7 @@ def test_text_that_a_step_was_refused_for_is_named_by_its_number_in_the_text(tmp
     task.model.update = refuse  # pyright: ignore[reportAttributeAccessIssue]
     with open_run(tmp_path) as run, pytest.raises(SampleError, match="not finite"):
         trainer(run, task).run(resume=False)  # pyright: ignore[reportArgumentType]
-    rows = [json.loads(line) for line in (tmp_path / "refused_step_000001.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "aborted_step_000001.jsonl").read_text("utf-8").splitlines()]
     drawn = EpochSampler(10, 3, "training order").indices(0, 4)
     assert [(row["source"], row["record"]) for row in rows] == [
         ("lm", int(drawn[0])),
@@ -338,7 +338,7 @@ def test_pair_metrics_weigh_records_and_not_chunks():
     assert found["reward_model/eval_accuracy"] == pytest.approx(512 / 520)
 
 
-def test_a_refused_step_names_and_keeps_its_training_records(tmp_path: Path):
+def test_a_aborted_step_names_and_keeps_its_training_records(tmp_path: Path):
     task = FakeTask()
     task.train = texts(10)  # pyright: ignore[reportAttributeAccessIssue]
     drawn: list[list[int]] = []
@@ -350,9 +350,9 @@ def test_a_refused_step_names_and_keeps_its_training_records(tmp_path: Path):
         return task.model.answer("update", UpdateReport({}, 1))
 
     task.update = update
-    with open_run(tmp_path) as run, pytest.raises(SampleError, match=r"not finite\. Samples: .*refused_step_000002"):
+    with open_run(tmp_path) as run, pytest.raises(SampleError, match=r"not finite\. Samples: .*aborted_step_000002"):
         trainer(run, task).run(resume=False)
-    rows = [json.loads(line) for line in (tmp_path / "refused_step_000002.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "aborted_step_000002.jsonl").read_text("utf-8").splitlines()]
     assert [row["record"] for row in rows] == [drawn[1][1], drawn[1][3]]
     batch = texts(10).batch(torch.tensor(drawn[1]))
     assert rows[1]["tokens"] == batch.tokens[3, : batch.lengths[3]].tolist()

@@ -157,7 +157,7 @@ def test_a_new_run_begins_with_empty_files(tmp_path: Path):
     assert not list(folder.samples_dir.iterdir())
 
 
-def test_unknown_names_and_repeated_steps_are_refused(tmp_path: Path):
+def test_unknown_names_and_repeated_steps_are_aborted(tmp_path: Path):
     tracker = Tracker(new_folder(tmp_path / "run"), PLAIN)
     with pytest.raises(ConfigError, match="not in the table"):
         tracker.log(1, {"policy/los": 1.0})

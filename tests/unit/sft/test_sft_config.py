@@ -67,7 +67,7 @@ def test_sequences_of_a_step_follow_from_the_ratio(ratio: float, batch_size: int
         ({}, {"pretraining_ratio": -1}, "greater than or equal to 0"),
     ],
 )
-def test_what_contradicts_itself_is_refused(data: dict[str, Any], sft: dict[str, Any], refusal: str):
+def test_what_contradicts_itself_is_aborted(data: dict[str, Any], sft: dict[str, Any], refusal: str):
     with pytest.raises(ValidationError, match=refusal):
         config(data, **sft)
 

@@ -1,4 +1,4 @@
-// Keys of the labelling page, and the choice between light and dark.
+// Keys of the labeling page, and the choice between light and dark.
 (() => {
   const KEYS = {
     1: "a", a: "a", ArrowLeft: "a", 2: "b", b: "b", ArrowRight: "b",

@@ -36,7 +36,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(tiny_lm: Path, tmp_
             for name, t in whole_weights(group).items():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * t.float()
         actual, current = averaged(group), whole_weights(group)
-        worker.save_model(tmp_path / "average", average=worker.engine.average)
+        worker.save_weights(tmp_path / "average", worker.engine.average.whole_parameters(2**20))
         assert all(torch.equal(t, current[name]) for name, t in whole_weights(group).items())
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     assert saved.dtype == next(iter(actual.values())).dtype
@@ -66,7 +66,7 @@ def test_a_resumed_average_continues_bit_for_bit(tiny_lm: Path, tmp_path: Path, 
     assert all(torch.equal(results[0][name], t) for name, t in results[1].items())
 
 
-def test_a_checkpoint_without_an_average_is_refused(tiny_lm: Path, tmp_path: Path):
+def test_a_checkpoint_without_an_average_is_aborted(tiny_lm: Path, tmp_path: Path):
     with hosted(LM, config=trained(tiny_lm), num_steps=4) as group:
         role = LanguageModelRole(group, 2)
         role.save_checkpoint(tmp_path / "model").result()

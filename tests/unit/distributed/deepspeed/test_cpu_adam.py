@@ -1,4 +1,4 @@
-"""Optimiser states in CPU memory: DeepSpeed's CPUAdam, compiled and stepped for real, against torch's AdamW."""
+"""Optimizer states in CPU memory: DeepSpeed's CPUAdam, compiled and stepped for real, against torch's AdamW."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from support.refusing import steps_around_refusals
+from support.aborting import steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.config.hosting import OptimizerConfig
@@ -33,7 +33,7 @@ has_compiler = pytest.mark.skipif(
 
 
 def written(folder: Path, stage: int, precision: str, *, cpu_adam: bool = True) -> Path:
-    """A DeepSpeed file that offloads the optimiser."""
+    """A DeepSpeed file that offloads the optimizer."""
     zero = {"stage": stage, "overlap_comm": False, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
     config = {"zero_optimization": zero, "bf16": {"enabled": precision == "bf16"}}
     if not cpu_adam:
@@ -83,7 +83,7 @@ def test_it_takes_the_steps_of_torch_adamw(tiny_lm: Path, tmp_path: Path, stage:
 
 @has_compiler
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_refused_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
+def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
     results = []
     config = role_config(tiny_lm, written(tmp_path, stage, precision), stage, precision)
     for refuse in (False, True):
@@ -142,7 +142,7 @@ def test_a_lock_that_a_killed_compilation_left_is_named(tmp_path: Path, monkeypa
         compile_ops(OFFLOADED, "cpu")
 
 
-def test_quantised_weights_need_a_gpu():
+def test_quantized_weights_need_a_gpu():
     config = {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
     with pytest.raises(
         ConfigError, match=r"zero_quantized_weights, whose kernels are CUDA's, and device is cpu; remove it"

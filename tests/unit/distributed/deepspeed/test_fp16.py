@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from support.aborting import MICRO, lm_term, steps_around_refusals
 from support.ranks import run_ranks
-from support.refusing import MICRO, lm_term, steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.config.hosting import FrozenModel
@@ -83,7 +83,7 @@ def test_the_scale_leaves_no_trace_in_the_result(tiny_lm: Path, stage: int):
     reason="no C++ compiler or no ninja: DeepSpeed's CPUAdam cannot be compiled",
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_overflows_with_the_optimiser_in_cpu_memory(tiny_lm: Path, tmp_path: Path, stage: int):
+def test_overflows_with_the_optimizer_in_cpu_memory(tiny_lm: Path, tmp_path: Path, stage: int):
     """DeepSpeed keeps account of overflows of its own there, which must not outlive the attempt."""
     file = tmp_path / "ds.json"
     section = {"stage": stage, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
@@ -101,7 +101,7 @@ def test_overflows_with_the_optimiser_in_cpu_memory(tiny_lm: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int):
+def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int):
     """Nor is a sample named that only overflows at a large scale."""
     results = []
     for refuse in (False, True):

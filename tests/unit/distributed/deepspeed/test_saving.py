@@ -29,15 +29,15 @@ def test_a_saved_language_model_loads_and_is_equal(tmp_path: Path, stage: int, t
     source = save_tiny_lm(tmp_path / "source", tie_word_embeddings=tied)
     with hosted(LM, config=trained(source, zero_stage=stage), num_steps=1) as group:
         expected = whole(worker_of(group).model)
-        group.call("save_model", tmp_path / "saved").result()
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        group.call("save", tmp_path).result()
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.dtype == torch.float32
     actual = dict(model.named_parameters())
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id == model.config.eos_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id == model.config.eos_token_id
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -45,9 +45,9 @@ def test_a_saved_language_model_loads_and_is_equal(tmp_path: Path, stage: int, t
 def test_a_bf16_model_is_saved_as_bf16_whatever_the_stage(tiny_lm: Path, tmp_path: Path, stage: int, worker: str):
     config = trained(tiny_lm, zero_stage=stage, precision="bf16")
     with hosted(worker, config=config, num_steps=1) as group:
-        group.call("save_model", tmp_path / "saved").result()
-    assert json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
-    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        group.call("save", tmp_path).result()
+    assert json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
@@ -55,10 +55,10 @@ def test_a_bf16_model_is_saved_as_bf16_whatever_the_stage(tiny_lm: Path, tmp_pat
 def test_a_new_scalar_head_is_saved_and_gives_the_same_scores(tiny_lm: Path, tmp_path: Path, stage: int):
     with hosted(RM, seed=4, config=trained(tiny_lm, zero_stage=stage), num_steps=1) as group:
         expected = whole(worker_of(group).model)
-        group.call("save_model", tmp_path / "saved").result()
+        group.call("save", tmp_path).result()
         row = random_rows([9], seed=2)[0][None]
         score = worker_of(group).engine.infer(row, torch.tensor([9]))[0, 8]
-    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert torch.equal(model.score.weight, expected["score.weight"])
     assert model.config.num_labels == 1

@@ -1,4 +1,4 @@
-"""An optimiser step under ZeRO against a plain torch loop."""
+"""An optimizer step under ZeRO against a plain torch loop."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_touches_no_weight(tiny_lm: Path, stage: int):
             return (loss * math.nan if len(calls) == 2 else loss), sums
 
         worker._nll = one_bad_micro_batch
-        said = r"a loss is not finite in optimiser step 1 of the update \(lm: rows .*not taken"
+        said = r"a loss is not finite in optimizer step 1 of the update \(lm: rows .*not taken"
         with pytest.raises(SampleError, match=said) as caught:
             role.update(BATCHES[1], 1).result()
         after = whole_weights(group)
@@ -147,7 +147,7 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(tiny_lm: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_checkpoint_that_is_not_there_is_refused(tiny_lm: Path, tmp_path: Path, stage: int):
+def test_a_checkpoint_that_is_not_there_is_aborted(tiny_lm: Path, tmp_path: Path, stage: int):
     with hosted(LM, config=trained(tiny_lm, zero_stage=stage), num_steps=3) as group:
         role = LanguageModelRole(group, 2)
         with pytest.raises(RunFolderError, match="no checkpoint of this layout"):

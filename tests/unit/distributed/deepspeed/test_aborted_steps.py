@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.refusing import BAD_ROW, MICRO, NaNGradient, lm_term, poisoned, steps_around_refusals
+from support.aborting import BAD_ROW, MICRO, NaNGradient, lm_term, poisoned, steps_around_refusals
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.core.errors import SampleError
@@ -20,7 +20,7 @@ LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, 
 
 
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_refused_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: str):
+def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: str):
     """The step after refused ones is the step that would have been taken without them."""
     results = []
     for refuse in (False, True):
@@ -39,7 +39,7 @@ def test_the_error_names_the_rows(tiny_lm: Path, stage: int):
         worker = worker_of(group)
         worker._nll = poisoned(worker, BATCHES[1], NaNGradient.apply)
         role = LanguageModelRole(group, 2)
-        with pytest.raises(SampleError, match="the gradient is not finite in optimiser step 1") as caught:
+        with pytest.raises(SampleError, match="the gradient is not finite in optimizer step 1") as caught:
             role.update(BATCHES[1], 0).result()
     assert caught.value.rows == {"lm": [BAD_ROW]}
 

@@ -44,7 +44,7 @@ def poisoned(worker: Any, batch: TokenBatch, how: Callable[[Any], Any]) -> Calla
 
 
 def lm_term(worker: Any, batch: TokenBatch, how: Callable[[Any], Any] | None = None) -> Any:
-    """The batch's term of an optimiser step, poisoned by `how`."""
+    """The batch's term of an optimizer step, poisoned by `how`."""
     made = worker.nll_term("lm", pick(batch, MICRO), batch.num_targets)
     return made if how is None else type(made)(**{**vars(made), "loss_sum": poisoned(worker, batch, how)})
 
@@ -59,9 +59,9 @@ def steps_around_refusals(group: Any, batches: Sequence[TokenBatch], refuse: boo
     if refuse:
         for how, reason in ((lambda x: x * math.inf, NON_FINITE_LOSS), (NaNGradient.apply, NON_FINITE_GRADIENT)):
             report = engine.step([lm_term(worker, batches[1], how)])
-            assert (report.refused, report.suspects) == (reason, [SUSPECT])
+            assert (report.aborted, report.suspects) == (reason, [SUSPECT])
         report = engine.step([lm_term(worker, batches[1])], veto=lambda means: f"{means['lm']['loss']:.3f}")
-        assert float(report.refused) > 1
+        assert float(report.aborted) > 1
         assert all(torch.equal(t, before[name]) for name, t in whole_weights(group).items())
     last = engine.step([lm_term(worker, batches[2])])
     after = whole_weights(group)

@@ -16,7 +16,7 @@ from rlhf_dist.curation.candidates import Item, item_id
 from rlhf_dist.curation.config.label import LabelConfig, checked_name
 from rlhf_dist.curation.judgements import latest, read_judgements
 from rlhf_dist.curation.label_report import agreement_rows, bias_text, label_report, progress_rows
-from rlhf_dist.curation.labelling import LabelTask, judgements_of, open_folder, shared_out, tokens_of, units_of
+from rlhf_dist.curation.labeling import LabelTask, judgements_of, open_folder, shared_out, tokens_of, units_of
 
 
 def item(number: int, candidates: int = 2, same: bool = False) -> Item:
@@ -138,7 +138,7 @@ def test_judging_goes_on_to_the_next_and_undo_comes_back(tmp_path: Path):
     assert (task.progress("ann"), task.skipped("ann")) == ((0, 3), 0)
 
 
-def test_what_the_page_does_not_offer_is_refused(tmp_path: Path):
+def test_what_the_page_does_not_offer_is_aborted(tmp_path: Path):
     task = task_of(tmp_path, [item(0)])
     shown = task.current("ann")
     assert shown is not None
@@ -208,7 +208,7 @@ def test_a_disk_that_takes_nothing_ends_the_judging(tmp_path: Path):
     assert task.progress("ann") == (1, 3)
 
 
-def test_a_folder_of_other_prompts_or_settings_or_things_is_refused(tmp_path: Path):
+def test_a_folder_of_other_prompts_or_settings_or_things_is_aborted(tmp_path: Path):
     items = [item(n) for n in range(3)]
     by_id = {i.id: i for i in items}
     settings = config(tmp_path / "out")
@@ -238,7 +238,7 @@ def test_tokens_are_kept_and_only_for_the_user(tmp_path: Path):
     assert tokens_of(tmp_path) == tokens
     assert len(set(tokens.values())) == 2
     assert (tmp_path / "tokens.json").stat().st_mode & 0o077 == 0
-    (tmp_path / "tokens.json").write_text(json.dumps({"annotator": "x", "organiser": ""}))
+    (tmp_path / "tokens.json").write_text(json.dumps({"annotator": "x", "organizer": ""}))
     with pytest.raises(RunFolderError, match="holds no tokens"):
         tokens_of(tmp_path)
 
@@ -296,7 +296,7 @@ def test_the_report_of_nothing(tmp_path: Path):
         ({"export": {"policy": "vote"}}, "majority"),
     ],
 )
-def test_a_configuration_that_cannot_be_meant_is_refused(tmp_path: Path, settings: dict[str, Any], problem: str):
+def test_a_configuration_that_cannot_be_meant_is_aborted(tmp_path: Path, settings: dict[str, Any], problem: str):
     with pytest.raises(ValidationError, match=problem):
         config(tmp_path, **settings)
 

@@ -1,4 +1,4 @@
-"""Labelling by people: which pairs there are, who judges which, how they stand, and what has been judged.
+"""Labeling by people: which pairs there are, who judges which, how they stand, and what has been judged.
 
 Everything here is the work without the page. Orders and positions are counter-based, drawn for the item's texts and the
 annotator's name: items that are appended to the sources change nothing of those that are there, nor does a restart.
@@ -72,7 +72,7 @@ def units_of(items: Iterable[Item], pairs: PairPolicy, seed: int) -> list[Unit]:
 
     Args:
         items: with two or more candidates each.
-        pairs: `all`; `chain`: neighbours of a drawn order of the different texts; `one`: one pair drawn of all.
+        pairs: `all`; `chain`: neighbors of a drawn order of the different texts; `one`: one pair drawn of all.
         seed: of the draws.
     """
     units: list[Unit] = []
@@ -172,7 +172,7 @@ def judgements_of(journal: Journal) -> list[Judgement]:
 
 
 def tokens_of(out_dir: Path) -> dict[str, str]:
-    """The secrets of the page's addresses, `annotator` and `organiser`; drawn at the first start and kept (only the user may
+    """The secrets of the page's addresses, `annotator` and `organizer`; drawn at the first start and kept (only the user may
     read them), so that addresses stay good over a restart.
 
     Raises:
@@ -182,13 +182,13 @@ def tokens_of(out_dir: Path) -> dict[str, str]:
     if path.is_file():
         try:
             tokens = json.loads(path.read_text(encoding="utf-8"))
-            found = {role: tokens[role] for role in ("annotator", "organiser")}
+            found = {role: tokens[role] for role in ("annotator", "organizer")}
         except (ValueError, LookupError, TypeError):
             found = {}
         if not all(isinstance(token, str) and len(token) >= 32 for token in found.values()) or not found:
             raise RunFolderError(f"{path} holds no tokens; remove it, and new addresses are made")
         return found
-    tokens = {role: secrets.token_urlsafe(24) for role in ("annotator", "organiser")}
+    tokens = {role: secrets.token_urlsafe(24) for role in ("annotator", "organizer")}
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.touch(mode=0o600)
