@@ -242,7 +242,7 @@ BUILTIN: dict[Any, dict[str, Any]] = {
     "classification": {"text": "Fine.", "label": 1},
     "pair_classification": {"first": "A man runs.", "second": "A man moves.", "label": 0},
     "question_answering": {"question": "Who runs?", "answer": "A man.", "context": "A man runs."},
-    "summarisation": {"document": "A long text.", "summary": "Short."},
+    "summarization": {"document": "A long text.", "summary": "Short."},
     "translation": {"source": "Good morning!", "target": "Chào buổi sáng!"},
     "generation": {"text": "One two three four five six seven eight nine.", "topic": "numbers"},
 }
