@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from rlhf_dist.config.base import AbsolutePath, Fraction, NonNegative, PositiveInt, Schema
+from rlhf_dist.config.interpolation import parse_interpolation
 from rlhf_dist.config.mixing import MixingSettings
-from rlhf_dist.config.references import reference
 from rlhf_dist.config.templates import TemplateSettings
 
 RecordKind = Literal["instruction", "messages", "text", "preference", "ratings", "prompt", "candidates"]
@@ -72,7 +72,7 @@ def source_names(sources: Sequence[DataSource]) -> list[str]:
     taken = set(names)
     for i, source in enumerate(sources):
         if names[i] is None:
-            found, path = reference(source.path), PurePath(source.path)
+            found, path = parse_interpolation(source.path), PurePath(source.path)
             stem = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
             stem = found.output if found else stem or source.kind
             number, name = 2, stem

@@ -1,4 +1,8 @@
-"""Reading and checking a user's DeepSpeed JSON."""
+"""A user's DeepSpeed JSON, checked against the role that trains with it.
+
+The file tunes ZeRO and offload. Precision, batch sizes and the optimizer come from the run's configuration: the file
+says nothing about them, or (precision only) says the same.
+"""
 
 from __future__ import annotations
 
@@ -17,74 +21,66 @@ OWNED_KEYS = {
     "scheduler": "optimizer.schedule of the role",
     "bfloat16": "precision of the role; DeepSpeed's present name of that section is bf16",
     "amp": "precision of the role (fp32, bf16 or fp16)",
-    "data_types": "precision of the role: 16-bit gradients are added up in fp32",
+    "torch_autocast": "precision of the role (fp32, bf16 or fp16)",
+    "data_types": "precision of the role: 16-bit gradients are accumulated in fp32",
 }
 """DeepSpeed keys that a run's own configuration decides, and where."""
 
-REFUSED_ZERO_KEYS = {
+PRECISION_SECTIONS = {
+    "bf16": "master weights, gradient accumulation and optimizer states are in fp32, and no step is skipped",
+    "fp16": "the run scales losses itself, so that no step is skipped",
+}
+"""Sections that may agree with the role's precision, and why they hold nothing but `enabled`."""
+
+UNSUPPORTED_ZERO_KEYS = {
     "cpu_offload": "write offload_optimizer: {device: cpu}, DeepSpeed's present name of it",
     "cpu_offload_param": "write offload_param: {device: cpu}, DeepSpeed's present name of it",
     "cpu_offload_use_pin_memory": "write pin_memory into offload_optimizer and offload_param",
     "zenflow": "it applies a part of the gradient before the whole of it can be checked; remove it",
-    "zero_quantized_gradients": "its kernels turn a gradient that is not a number into 0, which would pass for a sound one, "
-    "and they expect a process to see all GPUs of its node, where a rank sees its own; remove it (zero_hpz_partition_size and "
+    "zero_quantized_gradients": "its kernels turn a NaN in the gradient into 0, which hides it from the NaN/Inf guard, and "
+    "they expect a process to see all GPUs of its node, where a rank sees its own; remove it (zero_hpz_partition_size and "
     "zero_quantized_weights may stay)",
 }
 """Keys of `zero_optimization` that no role can train with, and the remedy."""
 
 NVME = {
-    "offload_optimizer": "where gradients are written to files before they can be checked",
-    "offload_param": "where DeepSpeed 0.19 stops in a forward pass at an assertion of its own ('already assigned swap buffer')",
+    "offload_optimizer": "where gradients are written to files before the NaN/Inf guard sees them",
+    "offload_param": "where DeepSpeed 0.19 fails in a forward pass at an assertion of its own ('already assigned swap buffer')",
 }
-"""Why neither part can lie on NVMe."""
+"""Why offload to NVMe is not supported."""
 
 
 def read_ds_config(path: Path, zero_stage: int, precision: str, num_ranks: int | None = None) -> dict[str, Any]:
-    """A DeepSpeed JSON, checked against what the role says.
+    """The settings of a DeepSpeed JSON, checked against the role's; without the precision sections, which can only agree.
 
     Args:
-        num_ranks: of the role; None leaves unchecked what depends on it.
+        num_ranks: of the role; None skips the checks that depend on it.
 
     Raises:
-        ConfigError: no such file, no JSON, a key that the run's own configuration owns, a ZeRO stage or precision other than
-            the role's, or settings of ZeRO under which a step could not be checked before it is taken.
+        ConfigError: no such file, not JSON, a key that the run's own configuration owns, a ZeRO stage or precision other than
+            the role's, or ZeRO settings under which a step could not be checked before it is taken.
     """
     config = _read_object(path)
     owned = sorted(OWNED_KEYS.keys() & config.keys())
     if owned:
         where = "; ".join(f"{key} is set by {OWNED_KEYS[key]}" for key in owned)
         raise ConfigError(f"ds_config_path {path} sets {', '.join(owned)}; remove it: {where}")
-    for section in ("zero_optimization", "bf16", "fp16"):
-        if not isinstance(config.get(section, {}), dict):
-            raise ConfigError(
-                f"ds_config_path {path} has {section}: {config[section]!r}; it must be an object such as "
-                + ('{"stage": 2}' if section == "zero_optimization" else '{"enabled": true}')
-            )
+    _check_precision(path, config, precision)
     zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(
+            f'ds_config_path {path} has zero_optimization: {zero!r}; it must be an object such as {{"stage": 2}}'
+        )
     stage = zero.get("stage", 0)
     if stage != zero_stage:
         raise ConfigError(
             f"ds_config_path {path} has ZeRO stage {stage} but the role's zero_stage is {zero_stage}; make them equal"
         )
-    for key in sorted(REFUSED_ZERO_KEYS.keys() & {key for key, value in zero.items() if value}):
-        raise ConfigError(f"ds_config_path {path} sets {key}: {REFUSED_ZERO_KEYS[key]}")
+    for key in sorted(UNSUPPORTED_ZERO_KEYS.keys() & {key for key, value in zero.items() if value}):
+        raise ConfigError(f"ds_config_path {path} sets {key}: {UNSUPPORTED_ZERO_KEYS[key]}")
     _check_offload(path, zero)
     _check_partitions(path, zero, num_ranks)
-    for name in ("bf16", "fp16"):
-        section = config.get(name, {})
-        on = bool(section.get("enabled", False))
-        if on != (precision == name):
-            raise ConfigError(
-                f"ds_config_path {path} has {name} {'on' if on else 'off'} but the role's precision is {precision}; "
-                "make them equal"
-            )
-    others = sorted(config.get("fp16", {}).keys() - {"enabled"})
-    if others:
-        raise ConfigError(
-            f"ds_config_path {path} sets {', '.join(others)} in fp16; remove it: the run scales losses itself, so that no step "
-            "is skipped"
-        )
-    return config
+    return {key: value for key, value in config.items() if key not in PRECISION_SECTIONS}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -98,15 +94,35 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(f"ds_config_path {path} is not UTF-8 text ({error.reason}); give a JSON file") from error
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"ds_config_path {path} is not JSON: line {error.lineno}: {error.msg}; mend that line"
+            f"ds_config_path {path} is not JSON: line {error.lineno}: {error.msg}; fix that line"
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config_path {path} holds a {type(config).__name__}; it must hold a JSON object")
     return config
 
 
+def _check_precision(path: Path, config: dict[str, Any], precision: str) -> None:
+    """A precision section is optional, and may only repeat the role's precision."""
+    for name, why in PRECISION_SECTIONS.items():
+        section = config.get(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"ds_config_path {path} has {name}: {section!r}; remove it (precision of the role decides), or write "
+                '{"enabled": true}'
+            )
+        others = sorted(section.keys() - {"enabled"})
+        if others:
+            raise ConfigError(f"ds_config_path {path} sets {', '.join(others)} in {name}; remove it: {why}")
+        on = section.get("enabled", precision == name)
+        if on is not (precision == name):
+            raise ConfigError(
+                f"ds_config_path {path} has {name}.enabled {json.dumps(on)} but the role's precision is {precision}; "
+                f"remove the section {name} from the file, or change precision"
+            )
+
+
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
-    """States and parameters in CPU memory, and nothing that would take a part of a step on its own."""
+    """Offload is to CPU memory, and nothing takes a part of a step on its own."""
     for part in NVME:
         section = zero.get(part) or {}
         if not isinstance(section, dict):
@@ -120,7 +136,7 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
             )
         if device != "none" and zero.get("stage", 0) < lowest:
             raise ConfigError(
-                f"ds_config_path {path} has {part} at ZeRO stage {zero.get('stage', 0)}, which keeps nothing it could move; "
+                f"ds_config_path {path} has {part} at ZeRO stage {zero.get('stage', 0)}, which has nothing to offload; "
                 f"use stage {lowest} or higher, or remove {part}"
             )
     states = zero.get("offload_optimizer") or {}
@@ -132,12 +148,12 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
     if states.get("ratio", 1.0) != 1.0:
         raise ConfigError(
             f"ds_config_path {path} has offload_optimizer.ratio {states['ratio']}: the part that stays on the GPU is stepped "
-            "by a second optimiser, which does not follow the role's learning-rate schedule; use ratio 1, or no offload"
+            "by a second optimizer, which does not follow the role's learning-rate schedule; use ratio 1, or no offload"
         )
 
 
 def _check_partitions(path: Path, zero: dict[str, Any], num_ranks: int | None) -> None:
-    """hpZ and quantised weights are ways of ZeRO-3 to gather parameters."""
+    """hpZ and quantized weights change how ZeRO-3 gathers parameters."""
     size = zero.get("zero_hpz_partition_size", 1)
     for key, on in (
         ("zero_hpz_partition_size", size != 1),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
 from rlhf_dist.config.base import AbsolutePath, Count, Fraction, ModelPath, NonNegative, Positive, PositiveInt, Schema
+from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.config.secret_names import is_secret
-from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
@@ -138,7 +141,8 @@ class TrainedModel(ModelHost):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards over this role's ranks: 1 optimiser states, 2 and gradients, 3 and parameters."""
     ds_config_path: AbsolutePath | None = None
-    """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`."""
+    """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`; the
+    precision is `precision`, which the file may only repeat."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -157,18 +161,35 @@ class TrainedModel(ModelHost):
         return self
 
 
-class InheritedTrainedModel(TrainedModel):
-    """A trained model whose starting weights may be another role's."""
+@dataclass(frozen=True)
+class OptionalPath:
+    """Annotates a model whose `model_path` may be absent or null: `Annotated[TrainedModel, OptionalPath("reward")]`.
 
-    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """A directory in Hugging Face format or a hub name; null takes the reward model's."""
+    Args:
+        role: field before this one whose `model_path` is the default; None where the default is filled in before validation.
+    """
+
+    role: str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_before_validator_function(self._filled, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        found = copy.deepcopy(handler.resolve_ref_schema(handler(schema)))
+        found["required"] = [name for name in found.get("required", ()) if name != "model_path"]
+        path = found["properties"]["model_path"]
+        path["anyOf"] = [{"type": path.pop("type")}, {"type": "null"}]
+        return found
+
+    def _filled(self, given: Any, info: ValidationInfo) -> Any:
+        if self.role is None or not isinstance(given, Mapping) or given.get("model_path") is not None:
+            return given
+        source = info.data.get(self.role)  # absent where it is invalid itself, which is an error already
+        return {**given, "model_path": self.role if source is None else source.model_path}
 
 
-class InheritedFrozenModel(FrozenModel):
-    """A frozen model whose weights may be another role's."""
-
-    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """A directory in Hugging Face format or a hub name; null takes the policy's."""
+DEFAULT_MODEL: Any = {}
+"""Default of a field with an `OptionalPath`: all settings by default."""
 
 
 class CheckpointConfig(Schema):

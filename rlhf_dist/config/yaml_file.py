@@ -1,8 +1,8 @@
 """Reading and writing configuration files.
 
-PyYAML follows YAML 1.1, in which `resume: no` and `wandb: off` are the boolean false and `1e-5` is a string. Read that
-way, two settings of this project could not be written as their own help spells them. The loader here
-follows the YAML 1.2 rules for booleans and floats; the dumper writes what reads back the same under either version.
+PyYAML follows YAML 1.1, in which `resume: no` and `wandb: off` are the boolean false, `1e-5` is a string, `010` is 8 and
+`1:30` is 90. The loader here follows the YAML 1.2 rules for booleans and numbers; the dumper writes what reads back the same
+under either version.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Location = tuple[str | int, ...]
 """A key's place in the nested configuration, e.g. ("data", "train", 0, "path")."""
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$")
 _FLOAT = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
 )
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+_REPLACED = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,12 +34,16 @@ class _Loader(yaml.SafeLoader):
             line = key_node.start_mark.line + 1
             if isinstance(key, str) and key in seen:
                 raise ConfigError(
-                    f"{node.start_mark.name}, line {line}: the key '{key}' already stands in line {seen[key]}; a key "
-                    "may appear once in a section. Remove one of the two."
+                    f"{node.start_mark.name}, line {line}: the key '{key}' is already in line {seen[key]}; a key may "
+                    "appear once in a section. Remove one of the two."
                 )
             if isinstance(key, str):
                 seen[key] = line
         return super().construct_mapping(node, deep=deep)
+
+
+def _construct_int(_: _Loader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -50,7 +55,9 @@ _Loader.yaml_implicit_resolvers = {
     for first, rules in _Loader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_dist.config.trainable import LoRAConfig
+from rlhf_dist.config.freeze import LoRAConfig
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.core.random import uniforms
 from rlhf_dist.models.freeze import head_of

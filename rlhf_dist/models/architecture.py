@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
+from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.adapters import add_adapters, plain_parameters
 from rlhf_dist.models.freeze import Counts, apply_freeze, count_parameters
@@ -142,7 +142,7 @@ def meta_model(
 def trained_counts(
     model_path: str, scalar: bool, freeze: FreezeConfig, lora: LoRAConfig | None
 ) -> tuple[Counts, Counts]:
-    """(trained, frozen) parameters by part (`models.trainable.count_parameters`). Errors as `meta_model`."""
+    """(trained, frozen) parameters by part (`models.freeze.count_parameters`). Errors as `meta_model`."""
     return count_parameters(meta_model(model_path, scalar, "bf16", freeze, lora))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_dist.config.trainable import FreezeConfig
+from rlhf_dist.config.freeze import FreezeConfig
 from rlhf_dist.core.errors import ConfigError
 
 Counts = dict[str, tuple[int, int]]

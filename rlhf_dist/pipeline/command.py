@@ -25,8 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.interpolation import Interpolation
 from rlhf_dist.config.load import dump_yaml
-from rlhf_dist.config.references import Reference
 from rlhf_dist.core.errors import Preempted, RunFolderError
 from rlhf_dist.distributed.group import Session
 from rlhf_dist.pipeline.commands import COMMANDS
@@ -183,7 +183,7 @@ class _Runner:
         write_lineage(folder, lineage)
         self._hashes.save()
 
-    def _locate(self, found: Reference) -> list[Path]:
+    def _locate(self, found: Interpolation) -> list[Path]:
         stage = next(stage for stage in self._stages if stage.name == found.stage)
         if found.stage == "data":
             return filled(files_of(found, stage.config, stage.folder / "sets"))

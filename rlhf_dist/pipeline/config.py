@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from typing_extensions import Self
 
-from rlhf_dist.config.base import AbsolutePath, Count, ModelPath, Schema
+from rlhf_dist.config.base import AbsolutePath, Count, Schema
 from rlhf_dist.config.data_set import DataSet
-from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, Hosting, TrackingConfig, TrainedModel
-from rlhf_dist.config.references import STAGES, with_natural_sources
+from rlhf_dist.config.hosting import (
+    DEFAULT_MODEL,
+    CheckpointConfig,
+    FrozenModel,
+    Hosting,
+    OptionalPath,
+    TrackingConfig,
+    TrainedModel,
+)
+from rlhf_dist.config.interpolation import STAGES, with_defaults
 from rlhf_dist.evaluation.config import EvalStage
 from rlhf_dist.ppo.config import PPOStage
 from rlhf_dist.reward.config import RewardStage
@@ -50,19 +58,8 @@ class TrainedStageSettings(StageSettings):
     """Laid over the pipeline's `checkpoint`."""
 
 
-class LinkedTrainedModel(TrainedModel):
-    """A trained model that may start as an earlier stage's."""
-
-    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """A directory in Hugging Face format, a hub name, or `${STAGE.model}`; null takes the model of the SFT stage."""
-
-
-class LinkedFrozenModel(FrozenModel):
-    """A frozen model that may be an earlier stage's."""
-
-    model_path: ModelPath | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """A directory in Hugging Face format, a hub name, or `${STAGE.model}`; null takes the earlier stage's: the reward
-    model of the reward stage, the policy of PPO (or else of SFT), as reference what PPO's policy is held against."""
+OfEarlierStage = OptionalPath()
+"""`${STAGE.model}`, a path or a hub name; absent, `with_defaults` fills in the model of an earlier stage."""
 
 
 class PipelineSFT(SFTStage, TrainedStageSettings):
@@ -72,28 +69,28 @@ class PipelineSFT(SFTStage, TrainedStageSettings):
 class PipelineReward(RewardStage, TrainedStageSettings):
     """Reward modeling; starts from the SFT stage's model unless `model.model_path` is set."""
 
-    model: LinkedTrainedModel = LinkedTrainedModel()  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: Annotated[TrainedModel, OfEarlierStage] = DEFAULT_MODEL
 
 
 class PipelinePPO(PPOStage, TrainedStageSettings):
     """PPO of the SFT stage's model against the reward stage's, unless their `model_path`s are set."""
 
-    policy: LinkedTrainedModel = LinkedTrainedModel()  # pyright: ignore[reportIncompatibleVariableOverride]
-    reward: LinkedFrozenModel = LinkedFrozenModel()  # pyright: ignore[reportIncompatibleVariableOverride]
+    policy: Annotated[TrainedModel, OfEarlierStage] = DEFAULT_MODEL
+    reward: Annotated[FrozenModel, OfEarlierStage] = DEFAULT_MODEL
 
 
 class PipelineEval(EvalStage, StageSettings):
     """Measures the tuned policy and the reward model on held-out records."""
 
-    policy: LinkedFrozenModel | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    reward: LinkedFrozenModel | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    reference: LinkedFrozenModel | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    policy: Annotated[FrozenModel, OfEarlierStage] | None = None
+    reward: Annotated[FrozenModel, OfEarlierStage] | None = None
+    reference: Annotated[FrozenModel, OfEarlierStage] | None = None
 
 
 class PipelineConfig(Hosting):
     """The stages data, sft, reward, ppo and eval, in this order; each may be absent. A stage refers to what an earlier one
     made: `${sft.model}` in a model_path, `${data.SET}` or `${data.SET.PART}` in the path of a source. Where a model_path is
-    left out, the natural earlier stage is taken."""
+    absent, it is the model of the earlier stage."""
 
     run_dir: AbsolutePath
     """Folder of the pipeline, on storage that every node sees: a run folder for each stage, named by the stage and by the
@@ -110,16 +107,18 @@ class PipelineConfig(Hosting):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _with_references(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
-        """References are checked beside the schema, so that all problems are reported together."""
+    def _with_interpolations(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """Interpolations are checked beside the schema, so that all problems are reported together."""
         if not isinstance(given, dict):
             return check(given)
-        filled, problems = with_natural_sources(given)
+        filled, problems = with_defaults(given)
         try:
             config = check(filled)
         except ValidationError as error:
             kept = ("type", "loc", "input", "ctx")
-            found: list[Any] = [{key: value for key, value in e.items() if key in kept} for e in error.errors()]
+            explained = {p.location for p in problems}
+            errors = [e for e in error.errors() if e["loc"] not in explained]
+            found: list[Any] = [{key: value for key, value in e.items() if key in kept} for e in errors]
         else:
             if not problems:
                 return config

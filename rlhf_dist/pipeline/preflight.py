@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.config.references import Reference
+from rlhf_dist.config.interpolation import Interpolation
 from rlhf_dist.core.errors import RlhfDistError
 from rlhf_dist.data.splits import write_set
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -114,7 +114,7 @@ class Preflight:
         stage = self._stages.get(name)
         return stage.folder if stage is not None else self._pipeline.run_dir
 
-    def _locate(self, found: Reference) -> list[Path]:
+    def _locate(self, found: Interpolation) -> list[Path]:
         ended = self._states[found.stage].word in ("done", "written")
         if not ended and found.stage not in self._configs:
             raise _NotCheckedError

@@ -1,4 +1,4 @@
-"""What each stage's configuration comes to: the pipeline's where the stage says nothing, and paths in place of references."""
+"""What each stage's configuration comes to: the pipeline's defaults filled in, and paths in place of interpolations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.config.references import Reference, reference
+from rlhf_dist.config.interpolation import Interpolation, parse_interpolation
 from rlhf_dist.evaluation.config import EvalConfig
 from rlhf_dist.pipeline.config import PipelineConfig
 from rlhf_dist.ppo.config import PPOConfig
@@ -15,7 +15,7 @@ from rlhf_dist.sft.config import SFTConfig
 
 CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "eval": EvalConfig}
 
-Locate = Callable[[Reference], Sequence[Path]]
+Locate = Callable[[Interpolation], Sequence[Path]]
 """Where what a reference names is: a model's folder, or the files of a set."""
 
 
@@ -44,12 +44,12 @@ def _located(tree: Any, locate: Locate) -> Any:
     if not isinstance(tree, dict):
         return tree
     out = {key: _located(value, locate) for key, value in tree.items()}
-    found = reference(out.get("model_path"))
+    found = parse_interpolation(out.get("model_path"))
     return out if found is None else out | {"model_path": str(locate(found)[0])}
 
 
 def _sources(item: Any, locate: Locate) -> list[Any]:
-    found = reference(item.get("path")) if isinstance(item, dict) else None
+    found = parse_interpolation(item.get("path")) if isinstance(item, dict) else None
     if found is None:
         return [_located(item, locate)]
     # A set of several files is one source, called as the set is.

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from rlhf_dist import __version__
 from rlhf_dist.config.data import DataSource
-from rlhf_dist.config.references import STAGES, Reference
+from rlhf_dist.config.interpolation import STAGES, Interpolation
 from rlhf_dist.core.errors import ConfigError, RlhfDistError, RunFolderError
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.splits import set_path
@@ -42,7 +42,7 @@ class Input:
     path: str
     content: str
     """What is there, as it enters the key."""
-    made_by: Reference | None = None
+    made_by: Interpolation | None = None
     """The earlier stage's output that it is."""
     source: DataSource | None = None
     """How its records are read, where it holds records."""
@@ -85,7 +85,7 @@ class State:
         return {"resume": f"resume from step {self.step}", "begun": "begun, starts again"}.get(self.word, self.word)
 
 
-def files_of(found: Reference, sets: DataStage, folder: Path) -> list[Path]:
+def files_of(found: Interpolation, sets: DataStage, folder: Path) -> list[Path]:
     """The files of a set (a part) below the folder of all sets, one for each of its sources."""
     name, _, part = found.output.partition(".")
     wanted = next(item for item in sets.sets if item.name == name)
@@ -98,7 +98,7 @@ class Planner:
     def __init__(self, pipeline: PipelineConfig, hashes: ContentHashes) -> None:
         self._pipeline = pipeline
         self._hashes = hashes
-        self._made: dict[str, tuple[str, Reference]] = {}
+        self._made: dict[str, tuple[str, Interpolation]] = {}
         """Path → what an earlier stage puts there, and its reference."""
         self._folders: dict[str, Path] = {}
         self._errors: list[RlhfDistError] = []
@@ -124,7 +124,7 @@ class Planner:
         folder = self._folder(name, key)
         stage = Stage(name, config.model_copy(update={"run_dir": folder}), inputs, key, folder, config.seed)
         for output in stage.produces:
-            self._made[str(folder / output)] = (f"{name}:{key}/{output}", Reference(name, output))
+            self._made[str(folder / output)] = (f"{name}:{key}/{output}", Interpolation(name, output))
         return stage
 
     def _data(self, section: DataStage) -> Stage:
@@ -142,7 +142,7 @@ class Planner:
         folder = self._folder("data", key)
         for wanted in section.sets:
             for part in wanted.parts or ("",):
-                made = Reference("data", f"{wanted.name}.{part}" if part else wanted.name)
+                made = Interpolation("data", f"{wanted.name}.{part}" if part else wanted.name)
                 for number, path in enumerate(files_of(made, section, folder / "sets")):
                     # By the set, not by the whole stage: a set that did not change makes nothing run again.
                     self._made[str(path)] = (f"data:{keys[wanted.name]}/{part}/{number}", made)
@@ -153,7 +153,7 @@ class Planner:
         self._folders[name] = self._pipeline.run_dir / f"{number:02d}_{name}-{key[:KEY_LENGTH]}"
         return self._folders[name]
 
-    def _locate(self, found: Reference) -> list[Path]:
+    def _locate(self, found: Interpolation) -> list[Path]:
         return [Path(path) for path, (_, made) in self._made.items() if made == found]
 
     def _input(self, place: str, path: str, source: DataSource | None) -> Input:

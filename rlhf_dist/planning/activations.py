@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
+from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.core.logprobs import CHUNK_POSITIONS, taken_logprobs
 from rlhf_dist.models.architecture import ALL_TRAINED, ELEMENT_BYTES, Architecture, architecture, meta_model
 

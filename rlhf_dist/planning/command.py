@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.interpolation import STAGES, Interpolation
 from rlhf_dist.config.load import load_config
-from rlhf_dist.config.references import STAGES, Reference
 from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.core.errors import ConfigError, PlacementError
 from rlhf_dist.pipeline.config import PipelineConfig
@@ -55,7 +55,7 @@ def planning_configs(pipeline: PipelineConfig) -> dict[str, Any]:
     paper they are the same."""
     configs: dict[str, Any] = {}
 
-    def locate(found: Reference) -> list[Path]:
+    def locate(found: Interpolation) -> list[Path]:
         if found.stage == "data":
             return [Path(str(found))]  # data is not read
         config = configs[found.stage]

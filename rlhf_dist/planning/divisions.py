@@ -33,14 +33,14 @@ def layouts(plan: Plan, offload_files: Mapping[int, str]) -> Iterator[Change]:
     """Changes that lay the run out over all GPUs. Policy and value are sharded each in its own way.
 
     Args:
-        offload_files: ZeRO stage → a DeepSpeed file that offloads to host memory, for models in bf16.
+        offload_files: ZeRO stage → a DeepSpeed file that offloads to host memory.
     """
     names = [role.name for role in plan.work.roles]
     trained = [role for role in plan.work.roles if role.trained is not None]
-    stages = [_stages(role, offload_files) for role in trained]
+    stages: list[tuple[int, str | None]] = [(2, None), (3, None), *offload_files.items()]
     for division in divisions(names, plan.cluster.num_gpus):
         for chosen, checkpointing, (rows, responses) in itertools.product(
-            list(itertools.product(*stages)), (False, True), _SIZES
+            list(itertools.product(stages, repeat=len(trained))), (False, True), _SIZES
         ):
             change: Change = {}
             for role in plan.work.roles:
@@ -53,12 +53,6 @@ def layouts(plan: Plan, offload_files: Mapping[int, str]) -> Iterator[Change]:
                 change |= {f"{role.key}.zero_stage": stage, f"{role.key}.ds_config_path": file}
                 change[f"{role.key}.gradient_checkpointing"] = checkpointing
             yield change
-
-
-def _stages(role: Role, offload_files: Mapping[int, str]) -> list[tuple[int, str | None]]:
-    """(ZeRO stage, DeepSpeed file)."""
-    plain: list[tuple[int, str | None]] = [(2, None), (3, None)]
-    return plain + [item for item in offload_files.items() if role.hosting.precision == "bf16"]
 
 
 def _sizes(role: Role, rows: int | None, responses: int | None) -> Change:

@@ -168,7 +168,7 @@ def _supervised(config: SFTConfig | RewardConfig) -> Work:
 def _ppo(config: PPOConfig) -> Work:
     settings, length, response = config.ppo, config.data.max_length_tokens, config.rollout.max_response_tokens
     inline = config.cluster == "inline"
-    policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
     texts = Passes(settings.responses_per_iteration, length, response)
     scalars = Passes(settings.responses_per_iteration, length, 0)
     step = [Passes(settings.mini_batch_size, length, response, entropy=True)]

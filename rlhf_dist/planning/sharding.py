@@ -214,6 +214,10 @@ def _stages12(groups: Sequence[Sequence[int]], frozen: Sequence[int], sharding: 
         largest = max(map(max, groups))
         kept = held(4 * sum(shards), on_host=True)
         gradients += kept
+        if size == 4:
+            kept = (
+                gradients  # without conversion to fp32 DeepSpeed keeps the GPU's gradients until the next backward pass
+            )
         # Parameters on their way back to the GPU, and one gradient on its way to the host at both ends.
         buffers = held(size * (sum(shards) + largest), on_host=True) + held(size * largest)
     parameters = held(size * (sum(padded) + sum(frozen)))

@@ -235,7 +235,7 @@ def _fewer_ranks(role: Role, plan: Plan) -> Iterator[Change]:
 def _offload(role: Role, plan: Plan) -> Iterator[Change]:
     """With the files of ds_configs/, where the command runs beside them."""
     model = role.trained
-    if not isinstance(model, TrainedModel) or model.ds_config_path is not None or model.precision != "bf16":
+    if not isinstance(model, TrainedModel) or model.ds_config_path is not None:
         return
     for stage, file in _OFFLOAD_FILES.items():
         if Path(file).is_file():

@@ -64,7 +64,7 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
         "optimizer steps an iteration": settings.updates_per_iteration,
         "longest prompt (tokens)": config.max_prompt_tokens,
         **describe_trained(config.policy, "policy", scalar=False),
-        **describe_trained(config.value_model, "value", scalar=True),
+        **describe_trained(config.value, "value", scalar=True),
     }
     return Prepared(worker_specs(config), data, summary, bad_rows=bad_rows(data.prompts, data.eval_prompts, data.ptx))
 
@@ -72,7 +72,7 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
 def _check_models(config: PPOConfig) -> Any:
     """Check the four models against the data's limits and each other; returns the tokenizer they share."""
     limit = config.data.max_length_tokens
-    policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
     for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
         check_micro_batches(model, limit, role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
@@ -100,7 +100,7 @@ def _saved_moments(config: PPOConfig) -> RunningMoments | None:
 def worker_specs(config: PPOConfig) -> list[WorkerSpec]:
     """The five roles of a run, each with its worker."""
     settings, template_path, temperature = config.ppo, config.data.template_path, config.rollout.temperature
-    policy, value, reference, reward = config.policy, config.value_model, config.reference_model, config.reward
+    policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
     return [
         WorkerSpec(
             "policy",
@@ -164,9 +164,9 @@ def run_ppo(
         policy = PolicyRole.of(groups["policy"], config.policy)
         roles = PPORoles(
             policy=policy,
-            reference=ReferenceRole.of(groups["reference"], config.reference_model),
+            reference=ReferenceRole.of(groups["reference"], config.reference),
             reward=RewardRole.of(groups["reward"], config.reward),
-            value=ValueRole.of(groups["value"], config.value_model),
+            value=ValueRole.of(groups["value"], config.value),
             rollout=RolloutRole(groups["rollout"], config.rollout.batch_size),
             weight_sync=GroupWeightSync(groups["policy"], groups["rollout"]),
         )
@@ -187,7 +187,7 @@ def run_ppo(
 
 def _precisions(config: PPOConfig) -> Precisions:
     """The lower precision of each pair of models whose log-probs the sanity checks compare."""
-    policy, reference = config.policy, config.reference_model
+    policy, reference = config.policy, config.reference
     rollout = config.rollout.precision or policy.precision
     same = reference.model_path == policy.model_path
     return Precisions(

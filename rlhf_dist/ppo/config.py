@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Schema
 from rlhf_dist.config.data import PPOData
-from rlhf_dist.config.hosting import (
-    FrozenModel,
-    InheritedFrozenModel,
-    InheritedTrainedModel,
-    RunConfig,
-    TrainedModel,
-)
+from rlhf_dist.config.hosting import DEFAULT_MODEL, FrozenModel, OptionalPath, RunConfig, TrainedModel
 from rlhf_dist.rollout.config import RolloutConfig
 
 
@@ -162,8 +156,10 @@ class PPOStage(Schema):
 
     policy: TrainedModel
     reward: FrozenModel
-    value: InheritedTrainedModel = InheritedTrainedModel()
-    reference: InheritedFrozenModel = InheritedFrozenModel()
+    value: Annotated[TrainedModel, OptionalPath("reward")] = DEFAULT_MODEL
+    """The value model (critic); without a model_path it starts from the reward model."""
+    reference: Annotated[FrozenModel, OptionalPath("policy")] = DEFAULT_MODEL
+    """The frozen reference of the KL penalty; without a model_path it is the policy's starting point."""
     rollout: RolloutConfig = RolloutConfig()
     data: PPOData
     ppo: PPOSettings = PPOSettings()
@@ -203,18 +199,6 @@ class PPOStage(Schema):
                 f"{limit}"
             )
         return self
-
-    @property
-    def value_model(self) -> TrainedModel:
-        """The value function with its starting weights filled in."""
-        fields = self.value.model_dump(exclude={"model_path"})
-        return TrainedModel(model_path=self.value.model_path or self.reward.model_path, **fields)
-
-    @property
-    def reference_model(self) -> FrozenModel:
-        """The reference with its weights filled in."""
-        fields = self.reference.model_dump(exclude={"model_path"})
-        return FrozenModel(model_path=self.reference.model_path or self.policy.model_path, **fields)
 
     @property
     def max_prompt_tokens(self) -> int:

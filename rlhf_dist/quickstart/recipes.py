@@ -13,8 +13,6 @@ from typing import Any, Literal
 from rlhf_dist.config.data import DataSource, PPOData, RecordKind, RewardData, SFTData
 from rlhf_dist.config.hosting import (
     FrozenModel,
-    InheritedFrozenModel,
-    InheritedTrainedModel,
     OptimizerConfig,
     Precision,
     TrainedModel,
@@ -236,8 +234,8 @@ def ppo_config(recipe: Recipe, stages: Stages, seed: int, cluster: ClusterKind) 
         device=_DEVICE,
         policy=TrainedModel(**_trained(recipe, "policy", stages.sft / "model", "constant")),
         reward=FrozenModel(model_path=str(stages.reward / "model"), **frozen),
-        value=InheritedTrainedModel(**{**value, "model_path": None}),
-        reference=InheritedFrozenModel(**frozen),
+        value=TrainedModel(**value),
+        reference=FrozenModel(model_path=str(stages.sft / "model"), **frozen),
         rollout=RolloutConfig(
             max_response_tokens=recipe.max_response_tokens, batch_size=128, cpus_per_rank=_CPUS_PER_RANK
         ),

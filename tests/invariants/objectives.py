@@ -155,7 +155,7 @@ class Trainings:
         """The value function's steps on `experience`."""
         config = layouts.ppo_config(self.models, layout)
         with self.bench.hosted(layouts.ppo_spec(config, "value"), layout) as group:
-            role = role_of(ValueRole, group, config.value_model)
+            role = role_of(ValueRole, group, config.value)
             shares = splits_of(role)
             metrics = role.update(experience, steps).result().metrics
             named = {name: metrics[f"value/{name}"] for name in ("loss", "grad_norm")}

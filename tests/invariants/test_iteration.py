@@ -45,8 +45,8 @@ def experience_of(trainings: Trainings, layout: Layout) -> tuple[Experience, dic
     scored = Scored(
         scores=said("reward", RewardRole, config.reward, "score", ROLLOUT.sequences),
         logprobs=said("policy", PolicyRole, config.policy, "logprobs", ROLLOUT),
-        ref_logprobs=said("reference", ReferenceRole, config.reference_model, "logprobs", ROLLOUT),
-        state_values=said("value", ValueRole, config.value_model, "values", ROLLOUT),
+        ref_logprobs=said("reference", ReferenceRole, config.reference, "logprobs", ROLLOUT),
+        state_values=said("value", ValueRole, config.value, "values", ROLLOUT),
     )
     state = PPOState(config.ppo.kl_coef).with_scores(scored.scores)
     return make_experience(ROLLOUT, scored, config.ppo, state, config.rollout.max_response_tokens)

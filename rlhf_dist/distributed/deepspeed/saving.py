@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_dist.config.trainable import LoRAConfig
+from rlhf_dist.config.freeze import LoRAConfig
 from rlhf_dist.distributed.deepspeed import zero
 from rlhf_dist.models.adapters import adapter_parameters, has_adapters, save_adapter_config
 

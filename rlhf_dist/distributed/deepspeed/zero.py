@@ -34,19 +34,17 @@ def ds_config(
     and normalizes by global counts, so DeepSpeed must not divide by anything of its own.
 
     Args:
-        path: a JSON whose sections replace the generated ones.
+        path: a JSON whose sections replace the generated ones, precision apart.
         num_ranks: of the role.
     """
-    config: dict[str, Any] = {
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
-        "bf16": {"enabled": precision == "bf16"},
-    }
+    config: dict[str, Any] = {"zero_optimization": {"stage": zero_stage, "overlap_comm": False}}
     if precision != "fp32" and zero_stage > 0:
         # DeepSpeed would add up micro-batches' gradients in 16 bits, and the result would depend on how many there are.
         # (Without ZeRO it knows no other way.)
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if path is not None:
         config |= read_ds_config(path, zero_stage, precision, num_ranks)
+    config["bf16"] = {"enabled": precision == "bf16"}
     if precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": FIRST_LOSS_SCALE}
     return config | {

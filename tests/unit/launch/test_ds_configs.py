@@ -12,11 +12,12 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from rlhf_dist.config.deepspeed import OWNED_KEYS, read_ds_config
-from rlhf_dist.config.hosting import OptimizerConfig, TrainedModel
+from rlhf_dist.config.deepspeed import OWNED_KEYS, PRECISION_SECTIONS, read_ds_config
+from rlhf_dist.config.hosting import OptimizerConfig, Precision, TrainedModel
 from rlhf_dist.core.batches import TokenBatch
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.distributed.deepspeed.optimizer import uses_cpu_adam
+from rlhf_dist.distributed.deepspeed.zero import ds_config
 from rlhf_dist.distributed.group import WorkerSpec
 from rlhf_dist.distributed.inline import InlineSession
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
@@ -28,16 +29,18 @@ FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FILES = sorted(FOLDER.glob("*.json"))
 SEVERAL_RANKS = [FOLDER / "zero3_hpz.json", FOLDER / "zero3_zeropp.json"]
-"""Made for nodes of eight ranks: tests/unit/engine/test_hpz.py steps them on four, and compares with plain ZeRO-3."""
+"""Made for nodes of eight ranks: tests/unit/distributed/deepspeed/test_hpz.py compares them, on four,
+with plain ZeRO-3."""
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32", "fp16")
 
 
-def role_of(path: Path, model_path: str = "m") -> TrainedModel:
-    """What a role must say to use the file, by the file's name."""
+def role_of(path: Path, model_path: str = "m", precision: Precision = "bf16") -> TrainedModel:
+    """A role with the ZeRO stage of the file's name."""
     stage = int(path.stem.removeprefix("zero")[0])
     return TrainedModel(
         model_path=model_path,
         zero_stage=stage,  # pyright: ignore[reportArgumentType]
-        precision=next((p for p in ("fp32", "fp16") if path.stem.endswith(p)), "bf16"),  # pyright: ignore[reportArgumentType]
+        precision=precision,
         num_ranks=8 if path in SEVERAL_RANKS else 1,
         micro_batch_size=2,
         ds_config_path=path,
@@ -74,38 +77,51 @@ def test_the_readme_counts_bytes_as_deepspeed_does(stage: int, num_ranks: int):
         assert float(on_eight) == float(sum(said))
 
 
-def test_there_is_a_file_for_every_stage():
-    names = {path.stem for path in FILES}
-    assert {f"zero{stage}{suffix}" for stage in range(4) for suffix in ("", "_fp32", "_fp16")} <= names
-    assert {"zero2_offload", "zero3_offload", "zero3_offload_optimizer", "zero3_hpz", "zero3_zeropp"} <= names
+def test_one_file_a_stage_or_offload_variant():
+    variants = {"zero2_offload", "zero3_offload", "zero3_offload_optimizer", "zero3_hpz", "zero3_zeropp"}
+    assert {path.stem for path in FILES} == {f"zero{stage}" for stage in range(4)} | variants
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_a_role_accepts_it(path: Path):
-    role = role_of(path)
-    config = read_ds_config(path, role.zero_stage, role.precision, role.num_ranks)
-    assert not OWNED_KEYS.keys() & config.keys()
-    offloaded = {key for key in config["zero_optimization"] if key.startswith("offload_")}
+def test_it_serves_every_precision(path: Path):
+    """The precision is the role's; the file says nothing about it."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert not written.keys() & {*OWNED_KEYS, *PRECISION_SECTIONS}
+    for precision in PRECISIONS:
+        role = role_of(path, precision=precision)
+        assert read_ds_config(path, role.zero_stage, precision, role.num_ranks) == written
+        given = ds_config(zero_stage=role.zero_stage, precision=precision, path=path, num_ranks=role.num_ranks)
+        assert [given.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")] == [
+            precision == "bf16",
+            precision == "fp16",
+        ]
+    offloaded = {key for key in written["zero_optimization"] if key.startswith("offload_")}
     assert bool(offloaded) == ("offload" in path.stem)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in SEVERAL_RANKS], ids=lambda p: p.stem)
+ONE_RANK = [path for path in FILES if path not in SEVERAL_RANKS]
+STEPPED = [(path, precision) for path in ONE_RANK for precision in PRECISIONS]
+
+
+@pytest.mark.parametrize(
+    ("path", "precision"), STEPPED, ids=[f"{path.stem}-{precision}" for path, precision in STEPPED]
+)
 def test_it_trains_like_the_generated_configuration(
-    path: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, precision: Precision, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Sections of a file change memory and speed only, so the trajectory is that of the role without the file."""
     # Torch computes in fp16 on any CPU, if slowly; DeepSpeed would refuse one without instructions for it.
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    role = role_of(path, str(tiny_lm))
+    role = role_of(path, str(tiny_lm), precision)
     with_file = losses(role, tmp_path)
     assert with_file[-1] < with_file[0] - 0.1
     without = losses(role.model_copy(update={"ds_config_path": None}), tmp_path)
-    # CPUAdam adds in another order than torch's AdamW, which a bf16 weight's rounding magnifies.
+    # CPUAdam adds in another order than torch's AdamW, which a 16-bit weight's rounding magnifies.
     assert with_file == pytest.approx(without, abs=0.02 if "offload" in path.stem else 1e-5)
 
 
 def test_offloaded_optimizers_step_with_deepspeeds_own_adam():
-    """Whether it can be compiled and takes AdamW's steps is tests/unit/engine/test_cpu_adam.py's."""
+    """Whether it can be compiled and takes AdamW's steps is tests/unit/distributed/deepspeed/test_cpu_adam.py's."""
     offloading = [path for path in FILES if "offload" in path.stem]
     assert len(offloading) >= 3
     for path in offloading:
@@ -131,5 +147,5 @@ def test_the_readme_names_every_file_and_key():
         assert f"`{path.name}`" in text
         config = json.loads(path.read_text(encoding="utf-8"))
         sections = config.pop("zero_optimization"), config
-        for key in {*sections[0], *sections[1]} - {"stage", "bf16", "fp16"}:
+        for key in {*sections[0], *sections[1]} - {"stage"}:
             assert f"`{key}`" in text, f"{key} of {path.name} is not explained"

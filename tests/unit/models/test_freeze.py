@@ -9,7 +9,7 @@ import torch
 from support.tiny import tiny_config
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf_dist.config.trainable import FreezeConfig, LoRAConfig
+from rlhf_dist.config.freeze import FreezeConfig, LoRAConfig
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.models.adapters import add_adapters, has_adapters, initialize_adapters, plain_parameters
 from rlhf_dist.models.freeze import apply_freeze, count_parameters

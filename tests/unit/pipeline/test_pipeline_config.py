@@ -1,4 +1,4 @@
-"""A pipeline's configuration: stages of the ordinary schemas, and references between them."""
+"""A pipeline's configuration: stages of the ordinary schemas, and interpolation between them."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_models_that_are_left_out_come_from_the_natural_earlier_stage(tmp_path: 
         "reward.model": "${sft.model}",
         "ppo.policy": "${sft.model}",
         "ppo.reward": "${reward.model}",
-        "ppo.value": None,  # PPO itself takes the reward model's
-        "ppo.reference": None,
+        "ppo.value": "${reward.model}",  # PPO itself takes the reward model's
+        "ppo.reference": "${sft.model}",
         "eval.policy": "${ppo.model}",
         "eval.reference": "${sft.model}",
         "eval.reward": "${reward.model}",
@@ -169,22 +169,20 @@ def test_all_problems_are_reported_together(tmp_path: Path):
         (["--ppo.policy.model_path", "${sft.modl}"], "sft makes no 'modl'; write ${sft.model}"),
         (["--eval.policy.model_path", "${ppo.model_ema}"], "set ppo.ppo.ema_decay, or write ${ppo.model}"),
         (["--ppo.policy.model_path", "${data.reviews.a}"], "only a model_path takes a model and only the path of a source"),
-        (["--sft.model.model_path", "x/${sft.model}"], "which is no reference; write ${STAGE.model} for a model"),
+        (["--sft.model.model_path", "x/${sft.model}"], "which is not an interpolation; write ${STAGE.model} for a model"),
         (["--ppo.data.template_path", "${sft.model}"], "only a model_path takes a model"),
-        (["--eval.data.prompts", '[{path: "${data.reviews}", kind: text}]'], "its parts: ${data.reviews.a}, ${data.reviews.b}"),
+        (["--eval.data.prompts", '[{path: "${data.reviews}", kind: text}]'], "name one of them: ${data.reviews.a}"),
         (["--data", "null"], "the pipeline has no data stage; add it, or give a path"),
         (["--reward", "null"], "there is no reward stage to take it from; set it, or add a reward stage"),
     ],
 )  # fmt: skip
-def test_a_reference_that_leads_nowhere(overrides: list[str], expected: str, tmp_path: Path):
+def test_an_interpolation_that_does_not_resolve(overrides: list[str], expected: str, tmp_path: Path):
     assert expected in refusal(whole(), tmp_path, *overrides)
 
 
 def test_a_set_that_is_not_divided_has_no_parts(tmp_path: Path):
     sets = [{"name": "reviews", "sources": [REVIEWS]}]
-    assert "is not divided; write ${data.reviews}, or give the set parts" in refusal(
-        whole(data={"sets": sets}), tmp_path
-    )
+    assert "has no parts; write ${data.reviews}, or give the set parts" in refusal(whole(data={"sets": sets}), tmp_path)
 
 
 def test_the_average_of_the_policy_can_be_evaluated_where_it_is_kept(tmp_path: Path):
@@ -230,5 +228,6 @@ def test_rules_of_the_commands_hold(tmp_path: Path):
 def test_editors_are_told_what_may_be_left_out():
     definitions = json.loads(json_schema(PipelineConfig))["$defs"]
     assert "model_path" in definitions["TrainedModel"]["required"]
-    assert "required" not in definitions["LinkedTrainedModel"]
+    assert "model_path" not in definitions["PipelineReward"]["properties"]["model"]["required"]
+    assert "model_path" not in definitions["PipelinePPO"]["properties"]["value"]["required"]
     assert definitions["PipelinePPO"]["required"] == ["data"]

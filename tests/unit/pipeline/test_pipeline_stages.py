@@ -165,7 +165,7 @@ def test_a_stage_is_given_what_its_command_would_be(make: Make, tmp_path: Path):
     assert reward.run_dir == stages["reward"].folder
     assert reward.resume == ppo.resume == "auto"
     assert reward.model.model_path == ppo.policy.model_path == str(stages["sft"].folder / "model")
-    assert ppo.reward.model_path == ppo.value_model.model_path == str(stages["reward"].folder / "model")
+    assert ppo.reward.model_path == ppo.value.model_path == str(stages["reward"].folder / "model")
     assert evaluation.policy.model_path == str(stages["ppo"].folder / "model")
     [source] = reward.data.train
     assert source.path == str(stages["data"].folder / "sets" / "reviews.reward" / "0.jsonl")

@@ -18,6 +18,9 @@ CROSSED = [("llama", stage, precision) for stage in range(4) for precision in ("
 OTHERS = [("tied", 0, "fp32"), ("tied", 1, "bf16"), ("tied", 2, "fp32"), ("tied", 3, "bf16"), ("scalar", 1, "bf16")]
 OTHERS += [("scalar", 3, "fp32"), ("gpt2", 0, "bf16"), ("gpt2", 2, "bf16"), ("gpt2", 3, "bf16")]
 OFFLOADED = [("llama", 2, "zero2_offload"), ("tied", 3, "zero3_offload"), ("llama", 2, "torch_adamw")]
+OFFLOADED += [
+    ("llama", stage, f"zero{stage}_offload:{precision}") for stage in (2, 3) for precision in ("fp32", "fp16")
+]
 SMALL_GROUPS = ("llama", 3, "small")
 PARTLY: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 5, "alpha": 10.0}},
@@ -66,14 +69,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """`kind`: a precision, a file of ds_configs/, `torch_adamw` (offloaded, stepped by torch), or `small`: shards in many
-    tensors, nothing persistent, a small bucket."""
+    """`kind`: a precision; a file of ds_configs/ (`:` and a precision but bf16); `torch_adamw`: offloaded, stepped by torch;
+    or `small`: shards in many tensors, nothing persistent, a small bucket."""
     case: dict[str, Any] = {"path": str(models[name]), "scalar": name == "scalar", "zero_stage": stage}
     if " " in kind:
         part, kind = kind.split(" ")
         case |= PARTLY[part]
     if kind in ("fp32", "bf16", "fp16"):
         return case | {"precision": kind}
+    kind, _, precision = kind.partition(":")
     if kind == "small":
         path = folder / "small.json"
         section = {
@@ -82,14 +86,14 @@ def case_of(name: str, stage: int, kind: str, models: dict[str, Path], folder: P
             "stage3_param_persistence_threshold": 40,
             "reduce_bucket_size": 5000,
         }
-        path.write_text(json.dumps({"zero_optimization": section, "bf16": {"enabled": True}}), encoding="utf-8")
+        path.write_text(json.dumps({"zero_optimization": section}), encoding="utf-8")
     elif kind == "torch_adamw":
         path = folder / "torch_adamw.json"
         content = json.loads((DS_CONFIGS / "zero2_offload.json").read_text(encoding="utf-8"))
         path.write_text(json.dumps(content | {"zero_force_ds_cpu_optimizer": False}), encoding="utf-8")
     else:
         path = DS_CONFIGS / f"{kind}.json"
-    return case | {"precision": "bf16", "ds_config_path": str(path)}
+    return case | {"precision": precision or "bf16", "ds_config_path": str(path)}
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ def test_stages_chain_and_train_on_two_ranks(recipe, tmp_path: Path):
     ppo = ppo_config(recipe, stages, 7, "ray")
     assert sft.model.model_path == str(base)
     assert reward.model.model_path == ppo.policy.model_path == str(sft.run_dir / "model")
-    assert ppo.reward.model_path == ppo.value_model.model_path == str(reward.run_dir / "model")
-    assert ppo.reference_model.model_path == ppo.policy.model_path
-    for trained in (sft.model, reward.model, ppo.policy, ppo.value_model):
+    assert ppo.reward.model_path == ppo.value.model_path == str(reward.run_dir / "model")
+    assert ppo.reference.model_path == ppo.policy.model_path
+    for trained in (sft.model, reward.model, ppo.policy, ppo.value):
         assert (trained.num_ranks, trained.zero_stage) == (2, 2)
-    for single in (ppo.reward, ppo.reference_model, ppo.rollout):
+    for single in (ppo.reward, ppo.reference, ppo.rollout):
         assert single.num_ranks == 1
     assert {config.seed for config in (sft, reward, ppo)} == {7}
     assert ppo.ppo.ptx_coef > 0
@@ -39,7 +39,7 @@ def test_stages_chain_and_train_on_two_ranks(recipe, tmp_path: Path):
 
 def test_seven_processes_fit_on_two_cores(tmp_path: Path):
     ppo = ppo_config(TINY, Stages(tmp_path), 0, "ray")
-    roles = (ppo.policy, ppo.value_model, ppo.reward, ppo.reference_model, ppo.rollout)
+    roles = (ppo.policy, ppo.value, ppo.reward, ppo.reference, ppo.rollout)
     assert sum(role.num_ranks for role in roles) == 7
     assert sum(role.num_ranks * role.cpus_per_rank for role in roles) <= 2
 

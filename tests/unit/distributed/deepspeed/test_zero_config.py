@@ -23,6 +23,7 @@ def test_sections_of_the_file_replace_the_generated_ones(tmp_path: Path):
     )
     config = ds_config(zero_stage=2, precision="bf16", max_grad_norm=0.5, path=file)
     assert config["zero_optimization"] == {"stage": 2, "contiguous_gradients": True}
+    assert config["bf16"] == {"enabled": True}
     assert config["gradient_accumulation_steps"] == 1
     assert config["gradient_clipping"] == 0.5
 
@@ -36,7 +37,10 @@ def test_sections_of_the_file_replace_the_generated_ones(tmp_path: Path):
         ({"train_batch_size": 8, "scheduler": {}}, r"sets scheduler, train_batch_size; remove it"),
         ({"zero_optimization": {"stage": 3}}, r"has ZeRO stage 3 but the role's zero_stage is 2; make them equal"),
         ({}, r"has ZeRO stage 0 but the role's zero_stage is 2"),
-        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, r"bf16 on but the role's precision is fp32"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+            r"bf16.enabled true but the role's precision is fp32",
+        ),
     ],
 )
 def test_a_file_that_contradicts_the_run_is_aborted(tmp_path: Path, content: object, message: str):

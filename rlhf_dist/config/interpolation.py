@@ -1,7 +1,7 @@
-"""References between the stages of a pipeline: `${sft.model}` for a model, `${data.reviews.train}` for a set of records.
+"""Interpolation between the stages of a pipeline: `${sft.model}` is a model, `${data.reviews.train}` a set of records.
 
-They are read in the mapping that the file and the overrides give, before the schema sees it: what a stage naturally takes
-from an earlier one is filled in, and a reference that leads nowhere becomes a problem beside those of the schema.
+It works on the mapping that the file and the overrides give, before the schema checks it: inputs that a stage takes from an
+earlier one by default are filled in, and an interpolation that does not resolve is reported beside the errors of the schema.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rlhf_dist.config.yaml_file import Location
 STAGES = ("data", "sft", "reward", "ppo", "eval")
 """In the order in which they run."""
 
-_REFERENCE = re.compile(r"^\$\{([a-z]+)\.([A-Za-z0-9_.-]+)\}$")
-_SPELLING = "write ${STAGE.model} for a model, ${data.SET} or ${data.SET.PART} for records"
-_OF_THE_SET = ("kind", "fields", "min_margin")
-"""What a source that refers to a set takes from it, where it does not say otherwise."""
+_PATTERN = re.compile(r"^\$\{([a-z]+)\.([A-Za-z0-9_.-]+)\}$")
+_SYNTAX = "write ${STAGE.model} for a model, ${data.SET} or ${data.SET.PART} for records"
+_INHERITED_KEYS = ("kind", "fields", "min_margin")
+"""What a source that reads a set takes over from it, unless it sets its own."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What an earlier stage made."""
+class Interpolation:
+    """An output of an earlier stage."""
 
     stage: str
     output: str
@@ -38,23 +38,23 @@ class Reference:
 
 @dataclass(frozen=True)
 class Problem:
-    """A value that cannot be meant, at its place."""
+    """An invalid value, and where it is."""
 
     location: Location
     value: Any
     message: str
 
 
-def reference(value: Any) -> Reference | None:
-    """The reference that a string is; None for every other value."""
-    found = _REFERENCE.match(value) if isinstance(value, str) else None
-    return Reference(*found.groups()) if found else None
+def parse_interpolation(value: Any) -> Interpolation | None:
+    """The value as an interpolation; None where it is none."""
+    found = _PATTERN.match(value) if isinstance(value, str) else None
+    return Interpolation(*found.groups()) if found else None
 
 
-def with_natural_sources(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """A pipeline's mapping with what its stages take from earlier ones filled in, and the references that lead nowhere.
+def with_defaults(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """A pipeline's mapping with default inputs filled in from earlier stages, and the interpolations that do not resolve.
 
-    Whatever else is wrong with the mapping is left to the schema.
+    All other errors are left to the schema.
     """
     filled = copy.deepcopy(dict(given))
     problems: list[Problem] = []
@@ -67,13 +67,13 @@ def with_natural_sources(given: Mapping[str, Any]) -> tuple[dict[str, Any], list
                 section[name] = {**filled[name], **section[name]}
         problems += _fill_models(filled, stage)
         problems += [
-            problem for place, value in _strings(section, (stage,)) if (problem := _wrong(filled, place, value))
+            problem for place, value in _strings(section, (stage,)) if (problem := _error(filled, place, value))
         ]
         _fill_sources(filled, section)
     return filled, problems
 
 
-def _there(config: Mapping[str, Any], stage: str) -> bool:
+def _has_stage(config: Mapping[str, Any], stage: str) -> bool:
     return isinstance(config.get(stage), dict)
 
 
@@ -81,7 +81,7 @@ def _there(config: Mapping[str, Any], stage: str) -> bool:
 
 
 def _fill_models(config: dict[str, Any], stage: str) -> list[Problem]:
-    """Give the models of a stage their natural starting points: reward and policy begin as the SFT model, and so on."""
+    """Default starting weights of a stage's models: reward and policy start from the SFT model, and so on."""
     section = config[stage]
     problems = []
     for name, earlier in {"reward": {"model": "sft"}, "ppo": {"policy": "sft", "reward": "reward"}}.get(
@@ -90,7 +90,7 @@ def _fill_models(config: dict[str, Any], stage: str) -> list[Problem]:
         model = section.setdefault(name, {})
         if not isinstance(model, dict) or model.get("model_path") is not None:
             continue
-        if _there(config, earlier):
+        if _has_stage(config, earlier):
             model["model_path"] = f"${{{earlier}.model}}"
         else:
             problems.append(_missing(stage, name, f"an {earlier} stage" if earlier == "sft" else f"a {earlier} stage"))
@@ -102,16 +102,16 @@ def _fill_eval(config: dict[str, Any], section: dict[str, Any]) -> list[Problem]
     given = section.get("data")
     data = given if isinstance(given, dict) else {}
     prompts, instructions, preferences = (bool(data.get(k)) for k in ("prompts", "instructions", "preferences"))
-    last = next((stage for stage in ("ppo", "sft") if _there(config, stage)), None)
-    natural = {
+    last = next((stage for stage in ("ppo", "sft") if _has_stage(config, stage)), None)
+    defaults = {
         "policy": (prompts or instructions, f"${{{last}.model}}" if last else None),
-        "reward": (prompts or preferences, "${reward.model}" if _there(config, "reward") else None),
+        "reward": (prompts or preferences, "${reward.model}" if _has_stage(config, "reward") else None),
     }
     problems = []
-    for name, (wanted, source) in natural.items():
+    for name, (wanted, source) in defaults.items():
         problems += _fill_evaluated(section, name, wanted, source)
     policy = section.get("policy")
-    of_ppo = reference(policy.get("model_path")) if isinstance(policy, dict) else None
+    of_ppo = parse_interpolation(policy.get("model_path")) if isinstance(policy, dict) else None
     start = _ppo_reference(config) if of_ppo and of_ppo.stage == "ppo" else None
     return problems + _fill_evaluated(section, "reference", prompts and start is not None, start)
 
@@ -129,7 +129,7 @@ def _fill_evaluated(section: dict[str, Any], name: str, wanted: bool, source: st
 
 
 def _ppo_reference(config: Mapping[str, Any]) -> str | None:
-    ppo = config["ppo"] if _there(config, "ppo") else {}
+    ppo = config["ppo"] if _has_stage(config, "ppo") else {}
     for role in ("reference", "policy"):
         model = ppo.get(role)
         if isinstance(model, dict) and isinstance(model.get("model_path"), str):
@@ -155,15 +155,15 @@ def _sets(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _fill_sources(config: Mapping[str, Any], tree: Any) -> None:
-    """A source that refers to a set is of the set's kind; of the same kind, it has its fields and margin, too."""
+    """A source that reads a set has the set's kind by default; and where it has that kind, its fields and margin."""
     for node in _mappings(tree):
-        found = reference(node.get("path"))
+        found = parse_interpolation(node.get("path"))
         if found is None or found.stage != "data":
             continue
         sources = _sets(config).get(found.output.partition(".")[0], {}).get("sources")
         first = sources[0] if isinstance(sources, (list, tuple)) and sources else None
         if isinstance(first, dict) and node.get("kind", first.get("kind")) == first.get("kind"):
-            for name in _OF_THE_SET:
+            for name in _INHERITED_KEYS:
                 if name in first:
                     node.setdefault(name, copy.deepcopy(first[name]))
 
@@ -175,7 +175,7 @@ def _mappings(tree: Any) -> Iterator[dict[str, Any]]:
         yield from _mappings(value)
 
 
-# -- What can be wrong with a reference -------------------------------------------------------------------------------
+# -- Errors -----------------------------------------------------------------------------------------------------------
 
 
 def _strings(tree: Any, place: Location) -> Iterator[tuple[Location, str]]:
@@ -192,33 +192,35 @@ def _strings(tree: Any, place: Location) -> Iterator[tuple[Location, str]]:
         yield from _strings(value, (*place, key))
 
 
-def _wrong(config: Mapping[str, Any], place: Location, value: str) -> Problem | None:
-    found = reference(value)
+def _error(config: Mapping[str, Any], place: Location, value: str) -> Problem | None:
+    found = parse_interpolation(value)
     stage, key = str(place[0]), place[-1]
     if found is None or found.stage not in STAGES:
-        message = f"is {value!r}, which is no reference; {_SPELLING}"
+        message = f"is {value!r}, which is not an interpolation; {_SYNTAX}"
     elif key not in ("path", "model_path") or (key == "path") != (found.stage == "data"):
-        message = f"is {value!r}, and only a model_path takes a model and only the path of a source takes records; {_SPELLING}"
+        message = (
+            f"is {value!r}, and only a model_path takes a model and only the path of a source takes records; {_SYNTAX}"
+        )
     elif STAGES.index(found.stage) >= STAGES.index(stage):
         message = f"is {value!r}, but {found.stage} does not run before {stage}; name an earlier stage, or give a path"
-    elif not _there(config, found.stage):
+    elif not _has_stage(config, found.stage):
         message = f"is {value!r}, but the pipeline has no {found.stage} stage; add it, or give a path"
     else:
-        message = _wrong_records(config, found) if found.stage == "data" else _wrong_model(config, found)
+        message = _records_error(config, found) if found.stage == "data" else _model_error(config, found)
     return Problem(place, value, message) if message else None
 
 
-def _wrong_model(config: Mapping[str, Any], found: Reference) -> str:
+def _model_error(config: Mapping[str, Any], found: Interpolation) -> str:
     settings = config[found.stage].get("ppo")
     averaged = found.stage == "ppo" and isinstance(settings, dict) and settings.get("ema_decay") is not None
     if found.output == "model" or (found.output == "model_ema" and averaged):
         return ""
     if found.output == "model_ema" and found.stage == "ppo":
-        return f"is '{found}', but ppo keeps no average of the weights; set ppo.ppo.ema_decay, or write ${{ppo.model}}"
+        return f"is '{found}', but ppo keeps no moving average of the weights; set ppo.ppo.ema_decay, or write ${{ppo.model}}"
     return f"is '{found}', but {found.stage} makes no {found.output!r}; write ${{{found.stage}.model}}"
 
 
-def _wrong_records(config: Mapping[str, Any], found: Reference) -> str:
+def _records_error(config: Mapping[str, Any], found: Interpolation) -> str:
     sets = _sets(config)
     name, dot, part = found.output.partition(".")
     if name not in sets:
@@ -229,7 +231,7 @@ def _wrong_records(config: Mapping[str, Any], found: Reference) -> str:
     parts = list(parts) if isinstance(parts, dict) else []
     if parts and part not in parts:
         choices = ", ".join(f"${{data.{name}.{p}}}" for p in parts)
-        return f"is '{found}', but the set is divided; name one of its parts: {choices}"
+        return f"is '{found}', but the set has parts; name one of them: {choices}"
     if dot and not parts:
-        return f"is '{found}', but the set is not divided; write ${{data.{name}}}, or give the set parts"
+        return f"is '{found}', but the set has no parts; write ${{data.{name}}}, or give the set parts"
     return ""
