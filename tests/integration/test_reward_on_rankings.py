@@ -118,7 +118,7 @@ def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_pat
     found = prepared.run_summary["training records: responses dropped from rankings"]
     assert found.startswith("2 (")
     assert "rows.jsonl:26" in found
-    assert "training records: left out" not in prepared.run_summary
+    assert "training records: skipped" not in prepared.run_summary
 
 
 @pytest.mark.parametrize(
