@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.data import DataSettings, DataSource, RewardData
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data import tokenization
 from rlhf_dist.data.bad_rows import BadRows, Tally
 from rlhf_dist.data.datasets import Ragged
-from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences, tokenization
+from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences
 from rlhf_dist.data.reader import read_sequences
 from rlhf_dist.data.records import Text
 from rlhf_dist.data.tokenization import tokenize
