@@ -3,8 +3,8 @@
     python tests/support/mutations.py            all of them, about three minutes each; writes the table of tests/README.md
     python tests/support/mutations.py "mask"     those whose name contains a text; writes nothing
 
-Each mutation is made in a copy of the last commit; the checkout is never touched. `tests/unit/algo` and
-`tests/golden` run to their end, `tests/invariants` up to its first failure.
+Each mutation is made in a copy of the last commit; the checkout is never touched. The unit tests of the
+formulas and `tests/golden` run to their end, `tests/invariants` (what `pytest` alone runs of it) up to its first failure.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "tests" / "README.md"
+UNIT = ("tests/unit/core", "tests/unit/ppo", "tests/unit/reward")
 START, END = "<!-- mutations -->\n", "<!-- end of mutations -->"
 
 
@@ -32,7 +33,7 @@ class Mutation(NamedTuple):
     """(file under rlhf_dist/, text that stands in it once, what replaces it)."""
 
 
-_POLICY, _TRAIN = "workers/policy.py", "engine/train.py"
+_POLICY, _TRAIN = "ppo/policy_worker.py", "distributed/deepspeed/train.py"
 
 MUTATIONS = [
     Mutation(
@@ -59,7 +60,7 @@ MUTATIONS = [
         "score position: paid one token late",
         [
             (
-                "algo/rewards.py",
+                "ppo/rewards.py",
                 "last = response_mask.sum(1) - 1",
                 "last = response_mask.sum(1).clamp(max=response_mask.shape[1] - 1)",
             )
@@ -69,15 +70,15 @@ MUTATIONS = [
         "GAE through padding",
         [
             (
-                "algo/advantages.py",
+                "ppo/advantages.py",
                 "rewards, values = torch.where(response_mask, rewards, 0.0), torch.where(response_mask, values, 0.0)",
                 "pass",
             ),
-            ("algo/advantages.py", "torch.where(is_last[:, t], ends, next_value)", "next_value"),
+            ("ppo/advantages.py", "torch.where(is_last[:, t], ends, next_value)", "next_value"),
             (
-                "algo/advantages.py",
-                "(delta + discount * gae_lambda * next_advantage) * keep[:, t]",
-                "delta + discount * gae_lambda * next_advantage",
+                "ppo/advantages.py",
+                "(delta + gamma * gae_lambda * next_advantage) * keep[:, t]",
+                "delta + gamma * gae_lambda * next_advantage",
             ),
         ],
     ),
@@ -130,7 +131,7 @@ def mutate(package: Path, mutation: Mutation) -> None:
     for name, old, new in mutation.edits:
         text = (package / name).read_text(encoding="utf-8")
         if text.count(old) != 1:
-            raise ValueError(f"{mutation.name}: {old!r} stands {text.count(old)} times in {name}; mend the mutation")
+            raise ValueError(f"{mutation.name}: {old!r} occurs {text.count(old)} times in {name}; fix the mutation")
         (package / name).write_text(text.replace(old, new), encoding="utf-8")
 
 
@@ -144,7 +145,7 @@ def caught_by(mutation: Mutation | None) -> list[str]:
         if mutation is not None:
             mutate(copy / "rlhf_dist", mutation)
         found = []
-        for options in (["tests/unit/algo", "tests/golden"], ["-x", "tests/invariants"]):
+        for options in ([*UNIT, "tests/golden"], ["-x", "tests/invariants"]):
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
             result = subprocess.run(
                 command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True

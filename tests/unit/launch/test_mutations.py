@@ -1,4 +1,4 @@
-"""The mutations of tests/support/mutations.py can still be made, and all of them stand in the table with a test each."""
+"""The mutations of tests/support/mutations.py can still be made, and all of them are in the table with a test each."""
 
 from __future__ import annotations
 

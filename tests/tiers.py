@@ -1,0 +1,51 @@
+"""Which tests run when: the three tiers, in one table.
+
+    pytest               FAST: every module, each trainer inline and once on Ray with two ranks, the core of the invariants
+    pytest -m slow       what CI runs besides: whole runs on Ray, a cluster of two hosts, a Slurm, a browser
+    pytest -m matrix     every layout, further Slurm scenarios, mutations, wide sweeps
+
+A test is of the tier that the first matching line names (a regular expression on its id below tests/, whole folders and files
+included); without a line it is FAST unless it carries the mark itself.
+"""
+
+from __future__ import annotations
+
+import re
+
+FAST, SLOW, MATRIX = "", "slow", "matrix"
+
+TIERS: list[tuple[str, str]] = [
+    # -- invariants: about a dozen trainings of the fifty layouts
+    (r"invariants/test_layouts.py::test_zero_stages_and_ranks\[(2-2-SFT|3-2-RM|3-2-PPO policy \+ PTX|2-2-PPO value)\]", FAST),
+    (r"invariants/test_layouts.py::test_zero_stages_and_ranks\[(0-1|1-2)-.*", SLOW),
+    (r"invariants/test_layouts.py::test_micro_batch_sizes\[1-PPO policy \+ PTX\]", FAST),
+    (r"invariants/test_layouts.py::test_token_budgets\[2-3-(RM|PPO policy, other terms)\]", FAST),
+    (r"invariants/test_layouts.py::test_packed_forward_passes\[2-2-True-(SFT|PPO policy \+ PTX)\]", FAST),
+    (r"invariants/test_layouts.py::test_inline_and_ray_agree_in_every_bit\[2-(SFT|PPO policy \+ PTX)\]", FAST),
+    (r"invariants/test_layouts.py::test_the_reference_loop_meets_every_case", FAST),
+    (r"invariants/test_layouts.py", MATRIX),
+    (r"invariants/test_partly_trained_layouts.py::test_low_margin.*\[2-2-0.3\]", FAST),
+    (r"invariants/test_partly_trained_layouts.py::test_partly_trained.*2-3.*lora all-linear", SLOW),
+    (r"invariants/test_partly_trained_layouts.py", MATRIX),
+    (r"invariants/test_ranks_decide_alike.py.*ray ranks=2 zero=2 micro=\d+\]", SLOW),
+    (r"invariants/test_ranks_decide_alike.py", MATRIX),
+    (r"invariants/test_iteration.py::test_scores_to_weights\[ray ranks=2 zero=2 micro=\d+\]", SLOW),
+    (r"invariants/test_iteration.py::test_scores_to_weights", MATRIX),
+    (r"invariants/test_rollout_tokens.py.*ranks=3", MATRIX),
+    (r"invariants/test_sft_mix_layouts.py.*ranks=3", MATRIX),
+    # -- integration
+    (r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray_follow_the_same_trajectory\[(sft|reward|ppo)-2\]", FAST),
+    (r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray", SLOW),
+    (r"integration/test_end_to_end.py::test_(saved_models_load|training_moves)", FAST),
+    (r"integration/test_slurm.py::test_(ranks_on_both_nodes|a_preempted_job|a_job_submitted_by_the_command_line)", SLOW),
+    (r"integration/test_slurm.py", MATRIX),
+    (r"integration/", SLOW),
+    (r"learning/test_ppo_reaches_the_optimum.py.*", SLOW),
+    (r"learning/test_recovers_bradley_terry.py.*\[1500-4\]", SLOW),
+    (r"learning/test_recovers_bradley_terry.py", MATRIX),
+]
+
+
+def tier_of(test: str) -> str | None:
+    """`slow`, `matrix` or "" (fast) of a test id below tests/; None where the table has no line for it."""
+    return next((tier for pattern, tier in TIERS if re.match(pattern, test)), None)
