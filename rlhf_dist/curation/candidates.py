@@ -15,11 +15,11 @@ from typing import Any
 
 from rlhf_dist.config.data import BadRowPolicy, DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
-from rlhf_dist.data.dialogues import preference_messages
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_fields
+from rlhf_dist.data.preferences import preference_messages
+from rlhf_dist.data.reader import read_fields
 
 Messages = tuple[Message, ...]
 
@@ -57,7 +57,7 @@ def _pairs(value: str | Sequence[Message], role: str) -> list[list[str]]:
     return [[message["role"], message["content"]] for message in value]
 
 
-def read_items(sources: Iterable[DataSource], quarantine: Quarantine | None = None) -> list[Item]:
+def read_items(sources: Iterable[DataSource], quarantine: BadRows | None = None) -> list[Item]:
     """The items of sources of kind `candidates` or `preference`, each once.
 
     Args:
@@ -68,7 +68,7 @@ def read_items(sources: Iterable[DataSource], quarantine: Quarantine | None = No
         DataError: a row that cannot be used (also one that repeats an item), with its place; a source without items.
         ConfigError: another kind of source.
     """
-    quarantine = Quarantine() if quarantine is None else quarantine
+    quarantine = BadRows() if quarantine is None else quarantine
     items: dict[str, Item] = {}
     for source in sources:
         if source.kind not in ("candidates", "preference"):

@@ -29,7 +29,7 @@ from rlhf_dist.curation.dedup import find_duplicates
 from rlhf_dist.curation.examples import Example, draw_examples
 from rlhf_dist.curation.fingerprints import encoded, normalized
 from rlhf_dist.curation.text_quality import MEANINGS, MOJIBAKE, count_oddities, looks_for_mojibake, printable, scripts
-from rlhf_dist.data.quarantine import BadRow
+from rlhf_dist.data.bad_rows import BadRow
 
 MAX_LISTED = 20
 """Duplicates, tasks, places and bad rows that a report lists; the rest is only counted."""

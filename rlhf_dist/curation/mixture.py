@@ -20,8 +20,8 @@ from rlhf_dist.curation.config.mix import MixSource
 from rlhf_dist.curation.fingerprints import encoded
 from rlhf_dist.curation.rows import read_records
 from rlhf_dist.curation.spool import Spool
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import Composition, MixtureSampler
-from rlhf_dist.data.quarantine import Quarantine
 
 STREAM = "data/mix"
 """Of the draws."""
@@ -37,7 +37,7 @@ class SpooledSources:
     lines: Spool
 
 
-def spool_sources(sources: Sequence[MixSource], path: Path, quarantine: Quarantine) -> SpooledSources:
+def spool_sources(sources: Sequence[MixSource], path: Path, quarantine: BadRows) -> SpooledSources:
     """Read and check all sources, and write their records to a file, each with its `source`.
 
     Where kinds `instruction` and `messages` meet, instructions become messages.

@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf_dist import __version__
 from rlhf_dist.core.errors import RunFolderError
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.run_folder import BAD_ROWS, write_atomically
 
 RECORDS = "records.jsonl"
@@ -55,7 +55,7 @@ class OutputFolder:
             os.fsync(file.fileno())
         return number
 
-    def write_bad_rows(self, quarantine: Quarantine) -> None:
+    def write_bad_rows(self, quarantine: BadRows) -> None:
         """The account of rows that were left out, where there are any."""
         if quarantine:
             write_atomically(self.path / BAD_ROWS, "".join(quarantine.lines()))

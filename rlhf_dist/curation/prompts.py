@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.data.sandbox import Sandbox, render
+from rlhf_dist.data.templates.sandbox import Sandbox, render
 
 
 class PromptTemplate:

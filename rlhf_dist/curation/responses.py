@@ -19,9 +19,10 @@ from rlhf_dist.core.random import permutation
 from rlhf_dist.curation.candidates import item_id
 from rlhf_dist.curation.config.responses import ResponsesConfig
 from rlhf_dist.curation.generators import Completion, Request
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.encoding import Message
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import Prompt, read_prompts
+from rlhf_dist.data.reader import read_prompts
+from rlhf_dist.data.records import Prompt
 
 
 class Slot(NamedTuple):
@@ -60,9 +61,7 @@ class ResponsesReport:
     records: int = 0
 
 
-def read_distinct_prompts(
-    sources: Iterable[DataSource], quarantine: Quarantine, report: ResponsesReport
-) -> list[Prompt]:
+def read_distinct_prompts(sources: Iterable[DataSource], quarantine: BadRows, report: ResponsesReport) -> list[Prompt]:
     """The prompts of all sources, each once; bad rows as `on_bad_row` says."""
     return distinct((prompt for source in sources for prompt in read_prompts(source, quarantine)), report)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import FIELDS, read_fields
-from rlhf_dist.data.sets import subject
+from rlhf_dist.data.kinds import KINDS
+from rlhf_dist.data.reader import read_fields
 
 Record = dict[str, Any]
 
@@ -30,7 +30,7 @@ class SourceRow:
 
 
 def read_records(
-    sources: Sequence[DataSource], quarantine: Quarantine, change: Callable[[int, Record], Record] | None = None
+    sources: Sequence[DataSource], quarantine: BadRows, change: Callable[[int, Record], Record] | None = None
 ) -> Iterator[SourceRow]:
     """The records of sources, one after the other, checked as far as every use of their kind needs.
 
@@ -47,7 +47,7 @@ def read_records(
         for row in read_fields(source, quarantine):
             found = None
             with quarantine.guard(source.on_bad_row, row.values):
-                subject(source, row)
+                KINDS[source.kind].subject(row)
                 record = source_record(source, row)
                 record = record if change is None else change(number, record)
                 found = SourceRow(number, row.location, record, _line(row.location, record))
@@ -63,7 +63,7 @@ def read_records(
 
 def source_record(source: DataSource, row: Fields) -> Record:
     """A row's fields and other columns; a column that a field was mapped to appears under the field's name only."""
-    fields = {field: row.get(field) for field in FIELDS[source.kind]}
+    fields = {field: row.get(field) for field in KINDS[source.kind].fields}
     record = {field: value for field, value in fields.items() if value is not None}
     mapped = set(source.fields.values())
     return record | {name: value for name, value in row.values.items() if name not in fields and name not in mapped}

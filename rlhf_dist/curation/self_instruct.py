@@ -24,9 +24,9 @@ from rlhf_dist.curation.resumable import Work
 from rlhf_dist.curation.rouge import nearest_of, rouge_tokens, words
 from rlhf_dist.curation.task_filters import TaskFilter
 from rlhf_dist.curation.task_parsing import Task, TaskParser
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_fields
+from rlhf_dist.data.reader import read_fields
 
 PROMPT = "self_instruct.jinja"
 _NEAREST_SAMPLE = 500
@@ -69,7 +69,7 @@ def seed_tasks(rows: Iterable[Mapping[str, Any]]) -> list[Task]:
     return [_seed(Fields(f"seed {number}", row, {})) for number, row in enumerate(rows, start=1)]
 
 
-def read_seeds(sources: Iterable[DataSource], quarantine: Quarantine) -> list[Task]:
+def read_seeds(sources: Iterable[DataSource], quarantine: BadRows) -> list[Task]:
     """Seed tasks of sources of kind `instruction`; bad rows as `on_bad_row` says."""
     seeds = []
     for source in sources:

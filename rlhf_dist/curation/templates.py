@@ -12,10 +12,10 @@ from typing import Any
 
 from rlhf_dist.config.data import DataSource, source_names
 from rlhf_dist.config.templates import TemplateSettings
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_fields
-from rlhf_dist.data.templating import instruction_rows
+from rlhf_dist.data.reader import read_fields
+from rlhf_dist.data.templates.render import instruction_rows
 
 
 @dataclass
@@ -32,7 +32,7 @@ def render_rows(
     rows: Iterable[Mapping[str, Any]],
     settings: TemplateSettings,
     fields: Mapping[str, str] | None = None,
-    quarantine: Quarantine | None = None,
+    quarantine: BadRows | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Instruction records of rows in memory, such as a `datasets.Dataset`.
 
@@ -51,7 +51,7 @@ def render_rows(
 
 
 def render_sources(
-    sources: Sequence[DataSource], quarantine: Quarantine, report: TemplateReport
+    sources: Sequence[DataSource], quarantine: BadRows, report: TemplateReport
 ) -> Iterator[dict[str, Any]]:
     """Instruction records of sources that name their templates, with the column `source`; counts into `report`.
 

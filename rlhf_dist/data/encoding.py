@@ -1,8 +1,8 @@
-"""Conversations and texts to token ids, with the tokens whose prediction is trained.
+"""Conversations, prompts and texts → token ids and loss masks.
 
-A conversation is rendered whole and tokenized once. Which tokens belong to assistant turns is read off the offsets
-that this one tokenization reports. Tokenizing a prompt and its response apart gives other tokens at the border than
-the model sees in use, and a mask that is off by the difference.
+A conversation is rendered whole and tokenized once; the character offsets of that tokenization say which tokens belong to
+assistant turns. Tokenizing a prompt and its response separately gives other tokens at the boundary than the model sees in
+use, and a loss mask that is off by the difference.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from rlhf_dist.core.errors import DataError
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, as chat templates take it."""
+
+Encoded = tuple[list[int], list[bool]]
+"""Token ids of a sequence and its loss mask."""
 
 Span = tuple[int, int]
 """Characters start..end-1 of a rendered conversation."""
@@ -41,30 +44,48 @@ class Rendered:
 
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], first_target: int = 0
-) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation up to its last assistant turn, and which of them are trained.
+) -> Encoded:
+    """Ids of a conversation up to its last assistant turn, and its loss mask.
 
-    Targets are the tokens that hold any character of an assistant turn or of the token that ends it, for the turns
+    Targets are the tokens that contain any character of an assistant turn or of the token that ends it, for the turns
     from `messages[first_target]` on. The last id is EOS or the template's end-of-turn token: EOS is appended where a
-    template ends turns with neither, and white space that a template puts behind is left out. What follows the last
-    assistant turn is left out, since no target can see it. The mask is never True at 0.
+    template ends turns with neither, and white space that a template renders after it is dropped. What follows the last
+    assistant turn is dropped, since no target can see it. The mask is never True at 0.
 
     Raises:
-        DataError: no assistant turn, a template that refuses the messages or that renders a conversation's
-            beginning differently from the conversation (no location: the caller knows it).
+        DataError: no assistant turn, messages that the template does not support, or a template that renders a
+            conversation's beginning differently from the conversation (without location: the caller knows it).
     """
-    rendered = render_conversation(tokenizer, messages, first_target)
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = list(encoded["input_ids"])
-    if not ids or ids[-1] not in stop_token_ids(tokenizer):
-        raise DataError(
+    [encoded] = encode_rendered(tokenizer, [render_conversation(tokenizer, messages, first_target)])
+    if isinstance(encoded, DataError):
+        raise encoded
+    return encoded
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> list[Encoded | DataError]:
+    """Ids and loss masks of rendered conversations, tokenized in one call; a `DataError` in place of an invalid one."""
+    if not rendered:
+        return []
+    found = tokenizer(
+        [one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    stops = stop_token_ids(tokenizer)
+    return [
+        _masked(list(ids), offsets, one, stops)
+        for ids, offsets, one in zip(found["input_ids"], found["offset_mapping"], rendered, strict=True)
+    ]
+
+
+def _masked(ids: list[int], offsets: Sequence[Span], rendered: Rendered, stops: Sequence[int]) -> Encoded | DataError:
+    if not ids or ids[-1] not in stops:
+        return DataError(
             f"the rendered conversation ends in {rendered.text[-20:]!r}, which does not tokenize to an end-of-turn "
             "token; make the template end assistant turns with eos_token"
         )
-    mask = _mask(encoded["offset_mapping"], rendered.spans)
+    mask = _mask(offsets, rendered.spans)
     mask[0] = False
     if not any(mask):
-        raise DataError(
+        return DataError(
             f"the conversation {rendered.text[:40]!r} is one token, so nothing comes before its response; let the chat "
             "template mark the turns"
         )
@@ -72,10 +93,10 @@ def encode_conversation(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation that ends where the assistant begins to speak.
+    """Ids of a conversation up to where the assistant's response begins.
 
     Raises:
-        DataError: a template that refuses the messages, or a prompt of no tokens.
+        DataError: messages that the template does not support, or a prompt of no tokens.
     """
     text = _render(tokenizer, messages, generation_prompt=True)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -85,7 +106,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a plain text, begun as the tokenizer begins texts (BOS where it has the habit), ended by one EOS.
+    """Ids of a plain text: the tokenizer's own special tokens at its beginning (BOS, if it adds one), one EOS at its end.
 
     Raises:
         DataError: a text of no tokens.
@@ -105,7 +126,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    return cast(int, tokenizer.eos_token_id)  # `load_tokenizer` refuses tokenizers without
+    return cast(int, tokenizer.eos_token_id)  # `load_tokenizer` requires one
 
 
 @lru_cache(maxsize=8)
@@ -115,10 +136,10 @@ def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, eo
         return (eos,)
     probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
     try:
-        behind = _render(tokenizer, probe).rpartition(_SENTINEL)[2].strip()
+        after = _render(tokenizer, probe).rpartition(_SENTINEL)[2].strip()
     except DataError:
         return (eos,)
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return (eos, ids[0]) if ids and ids[0] != eos and ids[0] in special else (eos,)
 
@@ -130,7 +151,7 @@ def render_conversation(
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i in turns if i >= first_target]
     if not wanted:
-        raise DataError("the conversation has no assistant turn to learn from; add one, or leave the record out")
+        raise DataError("the conversation has no assistant turn to learn from; add one, or remove the record")
     if turns[0] == 0:
         raise DataError("the conversation begins with an assistant turn; put a user or system message before it")
     messages = messages[: turns[-1] + 1]
@@ -156,12 +177,12 @@ def _tagged_spans(
             **cast(dict[str, Any], tokenizer.special_tokens_map),
         )
     except TemplateError as err:
-        raise _refusal(err) from err
+        raise _unsupported(err) from err
     [text], [spans] = rendered
     if len(spans) != num_turns:
         raise DataError(
             f"the chat template marks {len(spans)} assistant turns with {{% generation %}} where the conversation "
-            f"has {num_turns}; mend the template so that each turn is marked once, or remove the marks"
+            f"has {num_turns}; fix the template so that each turn is marked once, or remove the marks"
         )
     return text, list(spans)
 
@@ -184,24 +205,24 @@ def _prefix_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 
 
 def _close_turns(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], last_content: str) -> Rendered:
-    """Let every span end with its stop token, and the text with the last span.
+    """Extends or shortens every span to its stop token, and the text to the end of the last span.
 
-    Templates put white space behind the stop token that a model which stops there never writes, and some a second stop token;
-    some put the stop token outside their {% generation %} marks.
+    Templates render white space after the stop token, which a model that stops there never generates, and some a second stop
+    token; some render the stop token outside their {% generation %} marks.
     """
     stops = tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in stop_token_ids(tokenizer))
     closed: list[Span] = []
     has_stop = False
     for start, end in spans:
-        body, behind = text[start:end].rstrip(), text[end:].lstrip()
-        stop = next((s for s in stops if behind.startswith(s)), None)
+        body, after = text[start:end].rstrip(), text[end:].lstrip()
+        stop = next((s for s in stops if after.startswith(s)), None)
         has_stop = True
         if body.endswith(stops):
             while (shorter := _without_stop(body, stops)).endswith(stops):
                 body = shorter
             end = start + len(body)
         elif stop is not None:
-            end = len(text) - len(behind) + len(stop)
+            end = len(text) - len(after) + len(stop)
         else:
             has_stop = False
         closed.append((start, end))
@@ -218,10 +239,10 @@ def _without_stop(body: str, stops: Sequence[str]) -> str:
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """True for tokens that hold any character of a span.
+    """True for tokens that contain any character of a span.
 
-    Some tokenizers trim a token's leading space off its offsets, so a token reaches back to where the one before ended.
-    The pieces of one character that takes several tokens all report that character.
+    Some tokenizers trim a token's leading space off its offsets, so a token extends back to the end of the previous one.
+    The tokens of a character that takes several all report that character.
     """
     mask: list[bool] = []
     which, reached = 0, 0
@@ -238,11 +259,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], gen
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
     except TemplateError as err:
-        raise _refusal(err) from err
+        raise _unsupported(err) from err
     return str(text)
 
 
-def _refusal(err: TemplateError) -> DataError:
+def _unsupported(err: TemplateError) -> DataError:
     return DataError(
-        f"the chat template refuses the conversation ({err}); mend the roles and their order, or use another template"
+        f"the chat template does not support the conversation ({err}); fix the roles and their order, or use another template"
     )

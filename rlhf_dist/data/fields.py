@@ -1,4 +1,4 @@
-"""Typed access to the fields of one row; every refusal names the place, the field and the remedy."""
+"""Typed access to the fields of one row; every error names place, field, value, constraint and remedy."""
 
 from __future__ import annotations
 
@@ -29,45 +29,53 @@ class Fields:
         return self._values
 
     def named_values(self) -> dict[str, Any]:
-        """All columns, and what `mapping` gives other names."""
+        """All columns, and the mapped ones under their field names, too."""
         named = {field: self.get(field) for field in self._mapping if self.has_column(self._mapping[field])}
         return {**self._values, **named}
 
     def column(self, column: str) -> Any:
-        """A column's value, or a mapped field's; it must be there."""
+        """A column's value, or a mapped field's.
+
+        Raises:
+            DataError: it is missing or null.
+        """
         value = _lookup(self._values, self._mapping.get(column, column))
         if value is _MISSING or value is None:
             raise self.error(
-                column, f"is missing; the row has {_listed(self._values)}", "name another column, or mend the row"
+                column, f"is missing; the row has {_listed(self._values)}", "name another column, or fix the row"
             )
         return value
 
     def has_column(self, column: str) -> bool:
-        """Whether the row has that column, filled or not."""
+        """Whether the row has that column, null or not."""
         return _lookup(self._values, column) is not _MISSING
 
     def is_mapped(self, field: str) -> bool:
-        """Whether the config says which column the field is, be it one of the field's own name."""
+        """Whether the config maps the field to a column, be it one of its own name."""
         return field in self._mapping
 
     def get(self, field: str) -> Any:
-        """The field's value; None where it is absent."""
+        """The field's value; None where it is missing."""
         value = _lookup(self._values, self._mapping.get(field, field))
         return None if value is _MISSING else value
 
     def required(self, field: str) -> Any:
-        """The field's value, which must be there."""
+        """The field's value.
+
+        Raises:
+            DataError: it is missing or null.
+        """
         value = self.get(field)
         if value is None:
             raise self.error(field, f"is missing; the row has {_listed(self._values)}", _remedy(field))
         return value
 
     def text(self, field: str) -> str:
-        """A string that is not blank."""
+        """A non-blank string; errors as `required` and `checked_text`."""
         return self.checked_text(field, self.required(field))
 
     def optional_text(self, field: str) -> str:
-        """A string, or "" where the field is absent, null or blank."""
+        """A string, or "" where the field is missing, null or blank."""
         value = self.get(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
@@ -92,10 +100,10 @@ class Fields:
         """`value`, if it is a finite number, as a number or as text."""
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise self.error(field, f"is {_short(value)}, which is not a finite number", "mend the row")
+            raise self.error(field, f"is {_short(value)}, which is not a finite number", "fix the row")
         return number
 
     def checked_messages(self, field: str, value: Any) -> tuple[Message, ...]:
@@ -113,17 +121,17 @@ class Fields:
                 field, f"is {_short(value)}, a {type(value).__name__}, not a string", "write it as a string"
             )
         if not value.strip():
-            raise self.error(field, f"is {value[:20]!r}, which holds no text", "fill it, or remove the row")
+            raise self.error(field, f"is {value[:20]!r}, which is blank", "fill it, or remove the row")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as err:
             raise self.error(
-                field, f"holds half a character at position {err.start}", "write it as valid UTF-8"
+                field, f"has a lone surrogate (half a character) at position {err.start}", "write it as valid UTF-8"
             ) from err
         return value
 
     def error(self, field: str, problem: str, remedy: str) -> DataError:
-        """The refusal of a field."""
+        """The error of a field: place, field (and column), then `problem` and `remedy`."""
         column = self._mapping.get(field, field)
         named = f"field {field!r}" if column == field else f"field {field!r} (column {column!r})"
         return DataError(f"{self.location}: {named} {problem}; {remedy}")

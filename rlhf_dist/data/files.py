@@ -1,4 +1,13 @@
-"""Rows of data files, each with the place it came from. The formats are read by the libraries that own them."""
+"""Data files → rows, each with the place it came from.
+
+`datasets` reads what its own files are: directories written by `Dataset.save_to_disk`, and hub names. Its builders for text
+formats (5.2.0) were compared and are not used, because an invalid row then has no line number, and values change:
+
+- json: a broken line, a lone surrogate or a 401-digit number fails the file (or becomes `inf`) without a line number;
+  integers become floats where a column has both; columns that a row lacks become null.
+- csv (pandas): "007" becomes 7, "NA" becomes null, and a stray quote in a .tsv swallows the rest of the file.
+- text and parquet: give the same rows, but `data_files` are glob patterns, so that a path with [..] is not found.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +21,39 @@ from typing import Any
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.kinds import KINDS
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row is, as "file.jsonl:17" where the file has lines, and its columns."""
 
-_PLAIN_TEXT_FIELD = {"text": "text", "prompt": "prompt"}
-"""Kinds that a file of plain lines can hold, and the field that a line is."""
-
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_rows(source: DataSource, quarantine: Quarantine | None = None) -> Iterator[Row]:
+def read_rows(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[Row]:
     """The first `source.limit` rows of a file, a `datasets` directory or a hub name.
 
-    Under `source.on_bad_row: skip` a row that cannot be parsed goes to `quarantine`; a file that cannot be read on behind
-    it (a .json or .parquet file, an open quotation in a table) is refused all the same.
+    Under `source.on_bad_row: skip` a row that cannot be parsed is added to `bad_rows`. Where reading cannot continue after it
+    (a .json or .parquet file, an unclosed quote in a table), the file is invalid all the same.
 
     Raises:
-        DataError: nothing there, an unknown format, broken or non-UTF-8 content (with its line), no rows.
+        DataError: no such file, an unknown format, broken or non-UTF-8 content (with its line), no rows.
     """
-    quarantine = Quarantine() if quarantine is None else quarantine
-    known = len(quarantine)
+    bad_rows = BadRows() if bad_rows is None else bad_rows
+    known = len(bad_rows)
     empty = True
-    for row in islice(_rows(source, quarantine), source.limit):
+    for row in islice(_rows(source, bad_rows), source.limit):
         empty = False
         yield row
     if empty:
-        bad = quarantine.rows[known:]
+        bad = bad_rows.rows[known:]
         why = f" (all {len(bad)} rows are bad, the first: {bad[0].reason})" if bad else ""
         raise DataError(
-            f"{source.path} holds no records{why}; a set needs at least one: give another file, or leave it out"
+            f"{source.path} has no records{why}; a data set needs at least one: give another file, or remove it"
         )
 
 
-def _rows(source: DataSource, quarantine: Quarantine) -> Iterator[Row]:
+def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _dataset_rows(source, _load_directory(source, path))
@@ -62,11 +69,11 @@ def _rows(source: DataSource, quarantine: Quarantine) -> Iterator[Row]:
     if reader is not None:
         if not path.is_file():
             raise DataError(f"{source.path} does not exist (looked in {Path.cwd()}); give the path of a data file")
-        return reader(source, path, quarantine)
+        return reader(source, path, bad_rows)
     if path.exists() or path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         known = ", ".join(readers)
         raise DataError(
-            f"{source.path} is no data set: files end in one of {known}; directories are written by "
+            f"{source.path} is not a supported data set: files end in one of {known}; directories are written by "
             "Dataset.save_to_disk; rename the file, or convert it"
         )
     return _dataset_rows(source, _load_hub(source))
@@ -89,21 +96,21 @@ def _decode(source: DataSource, number: int, line: bytes) -> str:
         ) from err
 
 
-def _text_lines(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[tuple[int, str]]:
+def _text_lines(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
     """Number and text of each line that is UTF-8 and not blank."""
     for number, raw in enumerate(_lines(path), start=1):
         line = ""
-        with quarantine.guard(source.on_bad_row, repr(raw)):
+        with bad_rows.guard(source.on_bad_row, repr(raw)):
             line = _decode(source, number, raw)
         if line.strip():
             yield number, line
 
 
-def _jsonl_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
-    for number, line in _text_lines(source, path, quarantine):
+def _jsonl_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    for number, line in _text_lines(source, path, bad_rows):
         location = f"{source.path}:{number}"
         values = None
-        with quarantine.guard(source.on_bad_row, line.rstrip("\r\n")):
+        with bad_rows.guard(source.on_bad_row, line.rstrip("\r\n")):
             values = _object(location, _parse(location, line))
         if values is not None:
             yield location, values
@@ -114,29 +121,33 @@ def _parse(location: str, line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as err:
         raise DataError(
-            f"{location}: not JSON ({err.msg} at column {err.colno}); every line must be one JSON object: mend it"
+            f"{location}: not JSON ({err.msg} at column {err.colno}); every line must be one JSON object: fix it"
         ) from err
     except RecursionError as err:
-        raise DataError(f"{location}: JSON nested too deeply to be read; a record is one flat object: mend it") from err
+        raise DataError(f"{location}: JSON nested too deeply to be read; a record is one flat object: fix it") from err
+    except ValueError as err:  # an integer of thousands of digits
+        raise DataError(f"{location}: a number that cannot be read ({err}); fix the line") from err
 
 
-def _json_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
+def _json_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
     try:
         content = json.loads("".join(_decode(source, number, raw) for number, raw in enumerate(_lines(path), start=1)))
+    except RecursionError as err:
+        raise DataError(f"{source.path}: JSON nested too deeply to be read; records are flat objects: fix it") from err
     except json.JSONDecodeError as err:
         raise DataError(
             f"{source.path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); a .json file is one list of "
-            'objects, or {"data": [...]}: mend it, or name it .jsonl if every line is an object'
+            'objects, or {"data": [...]}: fix it, or name it .jsonl if every line is an object'
         ) from err
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise DataError(
-            f'{source.path} holds neither a list of objects nor {{"data": [...]}}; give it one of these forms'
+            f'{source.path} contains neither a list of objects nor {{"data": [...]}}; give it one of these forms'
         )
     for number, found in enumerate(records, start=1):
         location = f"{source.path}: record {number}"
         values = None
-        with quarantine.guard(source.on_bad_row, found):
+        with bad_rows.guard(source.on_bad_row, found):
             values = _object(location, found)
         if values is not None:
             yield location, values
@@ -148,23 +159,24 @@ def _object(location: str, values: Any) -> Mapping[str, Any]:
     return values
 
 
-def _txt_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
-    """A table when columns or a delimiter are named, else one plain text a line (empty lines are left out)."""
+def _txt_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    """A table when columns or a delimiter are named, else one plain text a line (empty lines are skipped)."""
     if source.columns is not None or source.delimiter is not None:
-        yield from _table_rows(source, path, quarantine)
+        yield from _table_rows(source, path, bad_rows)
         return
-    field = _PLAIN_TEXT_FIELD.get(source.kind)
+    field = KINDS[source.kind].line_field
     if field is None:
+        supported = " and ".join(repr(name) for name, kind in KINDS.items() if kind.line_field)
         raise DataError(
-            f"{source.path}: a .txt file of plain lines cannot hold kind {source.kind!r}, only "
-            f"{' and '.join(map(repr, _PLAIN_TEXT_FIELD))}; if it is a table, name its columns"
+            f"{source.path}: a .txt file of plain lines does not support kind {source.kind!r}, only {supported}; if it is a "
+            "table, name its columns"
         )
     column = source.fields.get(field, field)
-    for number, line in _text_lines(source, path, quarantine):
+    for number, line in _text_lines(source, path, bad_rows):
         yield f"{source.path}:{number}", {column: line.rstrip("\r\n")}
 
 
-def _table_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
+def _table_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Rows of delimited text. Comma-separated files may quote fields, as RFC 4180 has it.
 
     In tab-separated text a quote is a character like any other (IANA's text/tab-separated-values has no quoting), so a
@@ -174,13 +186,13 @@ def _table_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Itera
     if len(delimiter) != 1:
         raise DataError(f"{source.path}: delimiter {delimiter!r} must be one character; set delimiter to one")
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    # What is not UTF-8 passes through the reader, so that lines keep their numbers; a row that holds such is then refused.
+    # What is not UTF-8 passes through the reader, so that lines keep their numbers; a row with such bytes is invalid.
     lines = (raw.decode("utf-8", "surrogateescape") for raw in _lines(path))
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    # The csv module refuses fields over 128 KiB unless told otherwise, for the whole process; documents are longer.
+    # The csv module limits fields to 128 KiB by default, for the whole process; documents are longer.
     old_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        yield from _named_columns(source, reader, quarantine)
+        yield from _named_columns(source, reader, bad_rows)
     except csv.Error as err:
         raise DataError(
             f"{source.path}:{reader.line_num}: not a table delimited by {delimiter!r} ({err}); close the quoted field, "
@@ -190,7 +202,7 @@ def _table_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Itera
         csv.field_size_limit(old_limit)
 
 
-def _named_columns(source: DataSource, reader: Any, quarantine: Quarantine) -> Iterator[Row]:
+def _named_columns(source: DataSource, reader: Any, bad_rows: BadRows) -> Iterator[Row]:
     """Rows of a `csv.reader`, named by `source.columns` or by the first row."""
     columns = source.columns
     last_line = 0
@@ -203,7 +215,7 @@ def _named_columns(source: DataSource, reader: Any, quarantine: Quarantine) -> I
             columns = tuple(cells)
             continue
         row = None
-        with quarantine.guard(source.on_bad_row, cells):
+        with bad_rows.guard(source.on_bad_row, cells):
             row = _checked_cells(source, line, cells, columns)
         if row is not None:
             yield f"{source.path}:{line}", row
@@ -214,20 +226,20 @@ def _checked_cells(source: DataSource, line: int, cells: list[str], columns: tup
     if len(cells) != len(columns):
         raise DataError(
             f"{source.path}:{line}: {len(cells)} columns where there should be {len(columns)} "
-            f"({', '.join(columns)}); mend the line, or set columns and delimiter to what the file has"
+            f"({', '.join(columns)}); fix the line, or set columns and delimiter to what the file has"
         )
     return dict(zip(columns, cells, strict=True))
 
 
 def _check_utf8(source: DataSource, first_line: int, cells: list[str]) -> None:
-    """Refuse cells that were read from bytes that are not UTF-8."""
+    """Raises DataError for cells that were read from bytes that are not UTF-8."""
     for cell in cells:
         if not cell.isascii():
             for number, part in enumerate(cell.split("\n"), start=first_line):
                 _decode(source, number, part.encode("utf-8", "surrogateescape"))
 
 
-def _parquet_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Iterator[Row]:
+def _parquet_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
@@ -240,7 +252,7 @@ def _parquet_rows(source: DataSource, path: Path, quarantine: Quarantine) -> Ite
                     yield f"{source.path}: row {number}", values
     except (ArrowException, OSError) as err:
         reason = str(err).split("\n")[0]
-        raise DataError(f"{source.path}: not a readable Parquet file ({reason}); write it anew") from err
+        raise DataError(f"{source.path}: not a readable Parquet file ({reason}); write it again") from err
 
 
 def _load_directory(source: DataSource, path: Path) -> Any:

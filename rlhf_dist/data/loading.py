@@ -1,35 +1,32 @@
-"""From sources to tokenized data sets: read, checked and encoded once, before anything is started."""
+"""Sources → tokenized data sets: read, validated, split and tokenized before anything is started."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config.data import DataSettings, DataSource, RewardData, TrainingData, source_names
-from rlhf_dist.core.errors import DataError, TooLongError
-from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, SequenceDataset, Split
-from rlhf_dist.data.duplicates import contradictions, duplicates
-from rlhf_dist.data.encoding import Message, encode_conversation, encode_prompt, encode_text
-from rlhf_dist.data.fitting import Encoded, FittedResponses, fit, fit_responses, fit_text
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import (
-    Conversation,
-    Preference,
-    Prompt,
-    Text,
-    read_preferences,
-    read_prompts,
-    read_sequences,
-    turns_of,
-)
-from rlhf_dist.data.splitting import hold_out
-from rlhf_dist.data.store import Tally
+from rlhf_dist.config.data import DataSettings, DataSource, RewardData, SFTData, TrainingData, source_names
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.data.bad_rows import BadRows, Tally
+from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, Ragged, SequenceDataset, Split
+from rlhf_dist.data.mixing import MixtureSampler, compose
+from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.records import Conversation, Messages, Preference, Text, contradictions, duplicates
+from rlhf_dist.data.sampler import TRAINING_ORDER
+from rlhf_dist.data.splits import hold_out
+from rlhf_dist.data.tokenization import tokenize
 
 R = TypeVar("R")
+
+SOURCE, TASK = "source", "task"
+MAX_LISTED_TASKS = 8
+"""Tasks that an error message lists."""
 
 
 def load_sequences(
@@ -38,14 +35,14 @@ def load_sequences(
     tokenizer: PreTrainedTokenizerBase,
     keep_records: bool = False,
 ) -> SequenceDataset:
-    """All records of kinds `instruction`, `messages` and `text`. `keep_records`: the data set holds them, too.
+    """All records of kinds for supervised training. `keep_records`: keep them in the data set, for inspection.
 
     Raises:
-        DataError: a file or record that cannot be used (with its place), or nothing left.
+        DataError: an invalid file or record (with its place), or none left.
     """
-    bad = Quarantine()
-    records = [record for source in sources for record in read_sequences(source, bad)]
-    return encode_sequences(records, settings, tokenizer, bad, keep_records=keep_records)
+    bad_rows = BadRows()
+    records = [record for source in sources for record in read_sequences(source, bad_rows)]
+    return _tokenized_sequences(records, settings, tokenizer, bad_rows, keep_records=keep_records)
 
 
 def load_preferences(
@@ -56,18 +53,18 @@ def load_preferences(
     held_out_margins: bool = False,
     keep_records: bool = False,
 ) -> Split[PreferenceDataset]:
-    """Training and held-out pairs and rankings; no prompt is on both sides of a split by `eval_fraction`.
+    """Training and held-out pairs and rankings; a split by `eval_fraction` keeps each prompt on one side.
 
-    `seed` draws the pairs of `ratings` and the split. `use_margins` False: margins are not read. `held_out_margins`: whether
-    those of `eval` are, which the held-out loss is without. `keep_records` and errors as in `load_sequences`.
+    `seed` draws the pairs of kind `ratings` and the split. `use_margins` False: margins are not read. `held_out_margins`:
+    whether those of `eval` are, which the held-out loss does not use. `keep_records` and errors as in `load_sequences`.
     """
-    bad, bad_held_out = Quarantine(), Quarantine()
-    train = _named_preferences(data.train, seed, use_margins, bad)
+    bad_rows, bad_held_out = BadRows(), BadRows()
+    train = _named_preferences(data.train, seed, use_margins, bad_rows)
     held_out = _named_preferences(data.eval, seed, held_out_margins, bad_held_out)
-    train, held_out = split_records(data, train, held_out, seed, lambda record: _prompt_of(record[0]))
+    train, held_out = _split(data, train, held_out, seed, lambda named: named[0].subject)
     return Split(
-        _encode_preferences(train, data, tokenizer, bad, keep_records),
-        None if held_out is None else _encode_preferences(held_out, data, tokenizer, bad_held_out, keep_records),
+        _tokenized_preferences(train, data, tokenizer, bad_rows, keep_records),
+        None if held_out is None else _tokenized_preferences(held_out, data, tokenizer, bad_held_out, keep_records),
     )
 
 
@@ -78,9 +75,11 @@ def load_pairs(
     seed: int,
     use_margins: bool = True,
 ) -> PreferenceDataset:
-    """All pairs and rankings of kinds `preference` and `ratings`; the arguments as in `load_preferences`."""
-    bad = Quarantine()
-    return _encode_preferences(_named_preferences(sources, seed, use_margins, bad), settings, tokenizer, bad)
+    """All pairs and rankings of kinds for reward modeling; the arguments as in `load_preferences`."""
+    bad_rows = BadRows()
+    return _tokenized_preferences(
+        _named_preferences(sources, seed, use_margins, bad_rows), settings, tokenizer, bad_rows
+    )
 
 
 def load_prompts(
@@ -90,150 +89,277 @@ def load_prompts(
     on_too_long: Literal["error", "skip", "truncate"] = "error",
     keep_records: bool = False,
 ) -> PromptDataset:
-    """Prompts to generate from. A longer one than `max_prompt_tokens` is left out under `skip`, else refused: prompts
-    are never cut. `keep_records` and errors as in `load_sequences`."""
-    bad = Quarantine()
-    prompts = [prompt for source in sources for prompt in read_prompts(source, bad)]
-    rows, texts, used, tally = [], [], [], Tally(bad)
-    for prompt in prompts:
-        with _guarded(prompt, bad):
-            ids = encode_prompt(tokenizer, prompt.messages)
-            if len(ids) > max_prompt_tokens and on_too_long != "skip":
-                raise (TooLongError if on_too_long == "error" else DataError)(
-                    f"the prompt has {len(ids)} tokens, more than the {max_prompt_tokens} that data.max_length_tokens "
-                    "leaves beside rollout.max_response_tokens; raise the first, lower the second, shorten the prompt, "
-                    "or set on_too_long to skip"
-                )
-            tally.num_records += 1
-            if len(ids) > max_prompt_tokens:
-                tally.skip(prompt.location)
-                continue
-            tally.num_tokens += len(ids)
-            rows.append(ids)
-            texts.append(_readable(prompt.messages))
-            used.append(prompt)
-    _refuse_empty(rows, tally, f"max_prompt_tokens {max_prompt_tokens}")
-    return PromptDataset(rows, texts, tally.report(duplicates(used)), used if keep_records else ())
+    """Prompts to generate from. One longer than `max_prompt_tokens` is skipped under `skip`, else an error: prompts are never
+    truncated. `keep_records` and errors as in `load_sequences`."""
+    tally = Tally(BadRows())
+    prompts = [prompt for source in sources for prompt in read_prompts(source, tally.bad_rows)]
+    settings = DataSettings(max_length_tokens=max_prompt_tokens, on_too_long=on_too_long)
+    tokens = tokenize(prompts, tokenizer, settings)
+    used, rows = [], []
+    for found in tokens.usable(prompts, tally):
+        tally.num_tokens += found.num_tokens
+        rows += found.sequences
+        used.append(prompts[found.number])
+    tally.check_not_empty(len(rows), f"max_prompt_tokens {max_prompt_tokens}")
+    texts = [_readable(prompt.messages) for prompt in used]
+    report = tally.report(duplicates(used))
+    return PromptDataset(tokens.ids.select(rows), texts, report, used if keep_records else ())
 
 
-def split_records(
-    settings: TrainingData,
-    train: list[R],
-    held_out: list[R],
-    seed: int,
-    together: Callable[[R], Hashable] | None = None,
-) -> tuple[list[R], list[R] | None]:
-    """Records to train on, and held out: `held_out` if there are any, else `eval_fraction` of `train`, or None. Records are
-    split, not chunks: no text is on both sides."""
-    if held_out:
-        return train, held_out
-    if settings.eval_fraction == 0:
-        return train, None
-    return hold_out(train, settings.eval_fraction, seed, together)
+@dataclass(frozen=True)
+class SFTSets(Split[SequenceDataset]):
+    """Data sets of an SFT run.
+
+    The groups of `train` are its sources, by name, each one's sequences together. Those of `eval` are `task/NAME` for records
+    of `hold_out_tasks`, and `source/NAME` for the rest.
+    """
+
+    pretraining: SequenceDataset | None = None
+    """Plain text mixed into every step."""
+    eval_pretraining: SequenceDataset | None = None
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A record, and the name of its source."""
+
+    record: Conversation | Text
+    source: str
+
+    @property
+    def task(self) -> str:
+        return self.record.task or self.source
+
+
+def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_records: bool = False) -> SFTSets:
+    """All data sets of an SFT run. `keep_records`: keep the records in the data sets, for inspection, with their tasks also
+    where none is held out.
+
+    Held out are the records of `hold_out_tasks`, and either those of `eval` or `eval_fraction` of the rest of `train`, which
+    keeps the records of a prompt, text or labelled row on one side.
+
+    Raises:
+        DataError: an invalid file or record (with its place), or none left to train or evaluate on.
+        ConfigError: a task in `hold_out_tasks` that no record has.
+    """
+    bad_rows, bad_held_out = BadRows(), BadRows()
+    with_tasks = bool(data.hold_out_tasks)
+    reads_tasks = True if with_tasks else None if keep_records else False
+    everything = list(_named_sequences(data.train, bad_rows, reads_tasks))
+    given = list(_named_sequences(data.eval, bad_held_out, reads_tasks))
+    train, of_tasks = _without_tasks(everything, given, data.hold_out_tasks)
+    train, held_out = _split(data, train, given, seed, lambda named: named.record.subject)
+    held_out = None if held_out is None and not of_tasks else [*(held_out or []), *of_tasks]
+    unseen = set(data.hold_out_tasks)
+    eval_groups = [
+        f"{TASK}/{named.task}" if with_tasks and named.task in unseen else f"{SOURCE}/{named.source}"
+        for named in held_out or []
+    ]
+    pretraining = _load_pretraining(data, tokenizer, seed, keep_records)
+
+    def tokenized(those: Sequence[_Named], bad: BadRows, groups: Sequence[str]) -> SequenceDataset:
+        return _tokenized_sequences([named.record for named in those], data, tokenizer, bad, groups, keep_records)
+
+    return SFTSets(
+        tokenized(train, bad_rows, [named.source for named in train]),
+        None if held_out is None else tokenized(held_out, bad_held_out, eval_groups),
+        pretraining.train if pretraining else None,
+        pretraining.eval if pretraining else None,
+    )
+
+
+def mixed_order(data: SFTData, train: SequenceDataset, seed: int) -> MixtureSampler | None:
+    """The order of training sequences under `data.mixing`; None without.
+
+    A source of which everything is held out has no share; its weight is ignored.
+
+    Raises:
+        ConfigError: shares that these sources cannot have.
+    """
+    if data.mixing is None:
+        return None
+    settings, groups = data.mixing, train.groups
+    if settings.weights is not None:
+        names = dict.fromkeys(source_names(data.train))
+        weights = tuple(weight for name, weight in zip(names, settings.weights, strict=True) if name in groups)
+        settings = settings.model_copy(update={"weights": weights})
+    try:
+        composition = compose(settings, list(groups), [len(items) for items in groups.values()])
+    except ConfigError as error:
+        raise ConfigError(f"data.mixing: {error}") from error
+    return MixtureSampler(composition, seed, TRAINING_ORDER)
+
+
+def shares_of(train: SequenceDataset, order: MixtureSampler | None) -> tuple[dict[str, Any], ...]:
+    """What each source gives to an epoch: `source`, `available` sequences, `rate` (of the mixing method; absent without
+    mixing), sequences `taken`, their `share` and `share_of_tokens`, `epochs` (how often each is seen), rounded."""
+    sizes = {name: len(items) for name, items in train.groups.items()}
+    given = {share.name: share for share in order.composition.shares} if order is not None else {}
+    taken = {name: given[name].num_records if given else size for name, size in sizes.items()}
+    tokens = {name: float(train.lengths[items.numpy()].mean()) * taken[name] for name, items in train.groups.items()}
+    return tuple(
+        {
+            "source": name,
+            "available": size,
+            **({"rate": round(float(given[name].rate), 6)} if given else {}),
+            "taken": taken[name],
+            "share": round(taken[name] / sum(taken.values()), 6),
+            "share_of_tokens": round(tokens[name] / sum(tokens.values()), 6),
+            "epochs": round(taken[name] / size, 4),
+        }
+        for name, size in sizes.items()
+    )
+
+
+def _named_sequences(sources: Sequence[DataSource], bad_rows: BadRows, with_tasks: bool | None) -> Iterator[_Named]:
+    """Records, those of one name together."""
+    names = source_names(sources)
+    for name in dict.fromkeys(names):
+        for source, its_name in zip(sources, names, strict=True):
+            if its_name == name:
+                for record in read_sequences(source, bad_rows, with_tasks):
+                    yield _Named(record, name)
 
 
 def _named_preferences(
-    sources: Sequence[DataSource], seed: int, use_margins: bool, bad: Quarantine
+    sources: Sequence[DataSource], seed: int, use_margins: bool, bad_rows: BadRows
 ) -> list[tuple[Preference, str]]:
     """Pairs and rankings, each with the name of its source."""
     return [
         (record, name)
         for source, name in zip(sources, source_names(sources), strict=True)
-        for record in read_preferences(source, seed, use_margins, bad)
+        for record in read_preferences(source, seed, use_margins, bad_rows)
     ]
 
 
-def _prompt_of(preference: Preference) -> Hashable:
-    """What a split keeps on one side: records of one prompt. Plain texts have none, and each record stands alone."""
-    if not preference.prompt:
-        return preference.location
-    return turns_of(preference.prompt)
+def _split(
+    settings: TrainingData, train: list[R], held_out: list[R], seed: int, subject: Callable[[R], Hashable]
+) -> tuple[list[R], list[R] | None]:
+    """Records to train on and held-out records: `held_out` if there are any, else `eval_fraction` of `train`, or None.
+    Records are split, not chunks: no text is on both sides."""
+    if held_out:
+        return train, held_out
+    if settings.eval_fraction == 0:
+        return train, None
+    kept, drawn = hold_out([subject(record) for record in train], settings.eval_fraction, seed)
+    return [train[i] for i in kept], [train[i] for i in drawn]
 
 
-def encode_sequences(
+def _without_tasks(train: list[_Named], given: list[_Named], tasks: Sequence[str]) -> tuple[list[_Named], list[_Named]]:
+    """The records of `train` of other tasks than `tasks`, and those of `tasks`."""
+    if not tasks:
+        return train, []
+    known = Counter(named.task for named in (*train, *given))
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, 1)
+            listed = ", ".join(f"{name} ({number})" for name, number in known.most_common(MAX_LISTED_TASKS))
+            more = f" and {len(known) - MAX_LISTED_TASKS} more" if len(known) > MAX_LISTED_TASKS else ""
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"data.hold_out_tasks names {task!r}, a task that no record of data.train or data.eval has; {hint}The records' "
+                f"tasks are {listed}{more}. A record's task is its field `task`, or else the name of its source."
+            )
+    kept = [named for named in train if named.task not in tasks]
+    if not kept:
+        raise DataError(
+            f"data.hold_out_tasks {', '.join(map(repr, tasks))} holds out all {len(train)} records of data.train and leaves "
+            "none to train on; remove a task from it, or add records of other tasks"
+        )
+    return kept, [named for named in train if named.task in tasks]
+
+
+def _load_pretraining(
+    data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_records: bool
+) -> Split[SequenceDataset] | None:
+    if not data.pretraining:
+        return None
+    bad_rows, bad_held_out = BadRows(), BadRows()
+    train = [record for source in data.pretraining for record in read_sequences(source, bad_rows)]
+    held_out = [record for source in data.eval_pretraining for record in read_sequences(source, bad_held_out)]
+    try:
+        train, held_out = _split(data, train, held_out, seed, lambda record: record.subject)
+    except DataError as error:
+        raise DataError(f"data.pretraining: {error} (data.eval_pretraining names held-out text)") from error
+    return Split(
+        _tokenized_sequences(train, data, tokenizer, bad_rows, keep_records=keep_records),
+        None
+        if held_out is None
+        else _tokenized_sequences(held_out, data, tokenizer, bad_held_out, keep_records=keep_records),
+    )
+
+
+def _tokenized_sequences(
     records: Sequence[Conversation | Text],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
-    bad: Quarantine,
+    bad_rows: BadRows,
     groups: Sequence[str] = (),
     keep_records: bool = False,
 ) -> SequenceDataset:
-    """Records as sequences with targets. `groups`: of each record, as in `SequenceDataset`. `keep_records` and errors as in
-    `load_sequences`."""
-    rows: list[Encoded] = []
-    of_row: list[str] = []
+    """`groups`: of each record, as in `SequenceDataset`."""
+    tally = Tally(bad_rows)
+    tokens = tokenize(records, tokenizer, settings)
+    rows: list[int] = []
+    group_of_row: list[str] = []
     used: list[Conversation | Text] = []
-    kept_records: list[Conversation | Text] = []
-    tally = Tally(bad)
-    for number, record in enumerate(records):
-        with _guarded(record, bad):
-            if isinstance(record, Text):
-                kept = fit_text(encode_text(tokenizer, record.text), settings)
-            else:
-                kept = fit(encode_conversation(tokenizer, record.messages), settings, tally)
-            tally.num_records += 1
-            if not kept:
-                tally.skip(record.location)
-            tally.num_tokens += sum(len(ids) for ids, _ in kept)
-            rows += kept
-            of_row += [groups[number] if groups else ""] * len(kept)
-            used += [record] if kept else []
-            kept_records += [record] * len(kept) if keep_records else []
-    _refuse_empty(rows, tally, f"max_length_tokens {settings.max_length_tokens}")
-    return SequenceDataset(rows, tally.report(duplicates(used)), of_row, kept_records)
+    record_of_row: list[Conversation | Text] = []
+    for found in tokens.usable(records, tally):
+        record = records[found.number]
+        tally.num_tokens += found.num_tokens
+        tally.num_truncated += any(found.cut)
+        rows += found.sequences
+        group_of_row += [groups[found.number] if groups else ""] * len(found.sequences)
+        used.append(record)
+        record_of_row += [record] * len(found.sequences) if keep_records else []
+    tally.check_not_empty(len(rows), f"max_length_tokens {settings.max_length_tokens}")
+    report = tally.report(duplicates(used))
+    return SequenceDataset(tokens.ids.select(rows), tokens.masks.select(rows), report, group_of_row, record_of_row)
 
 
-def _encode_preferences(
+def _tokenized_preferences(
     preferences: Sequence[tuple[Preference, str]],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
-    bad: Quarantine,
+    bad_rows: BadRows,
     keep_records: bool = False,
 ) -> PreferenceDataset:
-    records: list[FittedResponses] = []
+    """`preferences`: each with the name of its source."""
+    tally = Tally(bad_rows)
+    records = [preference for preference, _ in preferences]
+    tokens = tokenize(records, tokenizer, settings)
+    rows: list[int] = []
     used: list[Preference] = []
     sources: list[str] = []
-    tally = Tally(bad)
-    for preference, source in preferences:
-        with _guarded(preference, bad):
-            record = fit_responses(tokenizer, preference, settings)
-            tally.num_records += 1
-            left = preference.of(record.kept)
-            if not any(left.ranks):
-                tally.skip(preference.location)
-                continue
-            tally.drop(preference.num_repeated + len(preference.responses) - len(record.kept), preference.location)
-            tally.num_truncated += any(record.cut)
-            tally.num_tokens += sum(map(len, record.sequences))
-            records.append(record)
-            used.append(left)
-            sources.append(source)
-    _refuse_empty(records, tally, f"max_length_tokens {settings.max_length_tokens}")
-    report = tally.report(duplicates(used), contradictions(used))
-    return PreferenceDataset(records, used, report, sources, keep_records)
+    response_tokens: list[list[int]] = []
+    cut: list[list[bool]] = []
+    for found in tokens.usable(records, tally):
+        preference = records[found.number]
+        left = preference.of(found.kept)
+        if not any(left.ranks):  # one response, or a tie, is left: nothing to compare
+            tally.skip(preference.location)
+            continue
+        tally.drop(preference.num_repeated + len(preference.responses) - len(found.kept), preference.location)
+        tally.num_truncated += any(found.cut)
+        tally.num_tokens += found.num_tokens
+        rows += found.sequences
+        used.append(left)
+        sources.append(preferences[found.number][1])
+        response_tokens.append(found.response_tokens)
+        cut.append(found.cut)
+    tally.check_not_empty(len(rows), f"max_length_tokens {settings.max_length_tokens}")
+    return PreferenceDataset(
+        tokens.ids.select(rows),
+        used,
+        tally.report(duplicates(used), contradictions(used)),
+        Ragged(response_tokens),
+        Ragged(cut, np.bool_),
+        sources,
+        keep_records,
+    )
 
 
-def _refuse_empty(rows: Sequence[object], tally: Tally, limit: str) -> None:
-    if not rows:
-        report = tally.report()
-        bad = f"; {len(report.bad)} bad, the first since {report.bad[0].reason}" if report.bad else ""
-        raise DataError(
-            f"none of {report.num_records} records is left ({report.num_skipped} skipped under {limit}, first "
-            f"{', '.join(report.skipped[:3]) or 'none'}{bad}); a set needs at least one: raise the limit, or give other data"
-        )
-
-
-@contextmanager
-def _guarded(record: Conversation | Text | Preference | Prompt, bad: Quarantine) -> Iterator[None]:
-    """The block encodes a record; what is wrong with it gets its place, and goes where its source's `on_bad_row` says."""
-    try:
-        yield
-    except DataError as err:
-        policy = "error" if isinstance(err, TooLongError) else record.on_bad_row
-        bad.add(policy, DataError(f"{record.location}: {err}"), asdict(record))
-
-
-def _readable(messages: tuple[Message, ...]) -> str:
+def _readable(messages: Messages) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

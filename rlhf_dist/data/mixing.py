@@ -71,7 +71,7 @@ def mixing_rates(settings: MixingSettings, sizes: Sequence[int]) -> Rates:
     weights = settings.weights or ()
     if len(weights) != len(sizes):
         raise ConfigError(
-            f"weights holds {len(weights)} numbers for {len(sizes)} sources; give each source one, in the order of the sources"
+            f"weights has {len(weights)} numbers for {len(sizes)} sources; give each source one, in the order of the sources"
         )
     return weight_rates(weights)
 
@@ -140,7 +140,7 @@ def compose(settings: MixingSettings, names: Sequence[str], sizes: Sequence[int]
 
     Args:
         settings: shares and size.
-        names: of the sources, for tables and refusals.
+        names: of the sources, for tables and errors.
         sizes: records that each has.
 
     Raises:
@@ -152,7 +152,7 @@ def compose(settings: MixingSettings, names: Sequence[str], sizes: Sequence[int]
         raise ConfigError("a mixture needs at least one source; add one")
     for name, size in zip(names, sizes, strict=True):
         if size < 1:
-            raise DataError(f"source {name!r} has no records to mix; leave it out, or give it some")
+            raise DataError(f"source {name!r} has no records to mix; remove it, or give it some")
     rates = mixing_rates(settings, sizes)
     total = settings.num_records
     if total is None:
@@ -175,7 +175,7 @@ def _check_enough(names: Sequence[str], sizes: Sequence[int], rates: Rates, coun
         if count > size:
             raise ConfigError(
                 f"num_records {sum(counts)} takes {count} records of source {name!r} (a share of {float(rate):.4g}), which has "
-                f"{size}; lower num_records to {largest_mixture(rates, sizes)} (or leave it out), give the source a smaller "
+                f"{size}; lower num_records to {largest_mixture(rates, sizes)} (or omit it), give the source a smaller "
                 "share, or set oversample to true so that its records are taken more than once"
             )
 
@@ -186,7 +186,7 @@ def _check_none_empty(names: Sequence[str], rates: Rates, counts: Sequence[int],
             remedy = "raise num_records" if asked else "set oversample to true for a larger mixture"
             raise ConfigError(
                 f"source {name!r} would give no record to the mixture: its share of {float(rate):.3g} of {sum(counts)} records "
-                f"rounds to none; {remedy}, give it a larger share, or leave it out"
+                f"rounds to none; {remedy}, give it a larger share, or remove it"
             )
 
 
@@ -211,9 +211,9 @@ def share_table(composition: Composition) -> list[tuple[str, ...]]:
 
 
 class MixtureSampler:
-    """An endless sequence of mixtures; takes the place of `EpochSampler` where there are shares to keep.
+    """An endless sequence of mixtures: the sampler for sources that are drawn in given shares.
 
-    Mixture e holds exactly c_i records of source i, in an order drawn from (seed, stream, e). They are the next c_i of a
+    Mixture e has exactly c_i records of source i, in an order drawn from (seed, stream, e). They are the next c_i of a
     permutation of the whole source; when fewer than c_i of it are left, the next mixture begins a new permutation. So
     where c_i ≤ n_i no record is twice in a mixture, nor in the ⌊n_i / c_i⌋ mixtures of one permutation; where c_i > n_i each is
     in a mixture ⌊c_i / n_i⌋ or ⌈c_i / n_i⌉ times. Position p is known without the positions before it.

@@ -54,10 +54,10 @@ class LengthGroupedSampler:
     As in transformers' `LengthGroupedSampler`, an epoch is cut into mega-batches of up to `MEGA_BATCH_STEPS` steps, at least
     four of them where it is long enough, and each is sorted by length; here all have the same number of steps, to within one.
     There the steps then come longest first, and lengths fall through every mega-batch; here their order is drawn, so that a
-    step's length says nothing about when it comes. A step that holds the end of one epoch and the beginning of the next takes
+    step's length says nothing about when it comes. A step that spans the end of one epoch and the beginning of the next takes
     what comes, without regard to length.
 
-    An epoch's order is a function of seed, stream and epoch, and it holds the items of the other sampler's epoch.
+    An epoch's order is a function of seed, stream and epoch, and it has the items of the other sampler's epoch.
     """
 
     def __init__(self, base: Sampler, lengths: np.ndarray, batch_size: int, seed: int, stream: str) -> None:

@@ -54,10 +54,10 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
 
 def _from_pretrained(model_path: str) -> PreTrainedTokenizerBase:
     folder = Path(model_path).expanduser()
-    remedy = "give a directory in Hugging Face format that holds tokenizer.json, or a hub name that can be reached"
+    remedy = "give a directory in Hugging Face format with a tokenizer.json, or a hub name that can be reached"
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise ModelError(f"{model_path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); {remedy}")
+            raise ModelError(f"{model_path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); {remedy}")
         model_path = str(folder)
     elif folder.exists() or folder.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1:
         raise ModelError(f"{model_path} is not a directory; {remedy}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf_dist.config.interpolation import Interpolation
 from rlhf_dist.core.errors import RlhfDistError
-from rlhf_dist.data.sets import write_set
+from rlhf_dist.data.splits import write_set
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session
 from rlhf_dist.models import score_moments
@@ -170,7 +170,7 @@ def make_data(stage: Stage, folder: Path) -> dict[str, Any]:
         sets[wanted.name] = {
             "sources": sources,
             "records": written.num_records,
-            "left_out": written.num_left_out,
+            "left_out": written.num_unassigned,
             "files": files,
         }
         if written.bad:

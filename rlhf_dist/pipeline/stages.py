@@ -20,7 +20,7 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.interpolation import STAGES, Interpolation
 from rlhf_dist.core.errors import ConfigError, RlhfDistError, RunFolderError
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.sets import set_path
+from rlhf_dist.data.splits import set_path
 from rlhf_dist.models.loading import load_model_config
 from rlhf_dist.pipeline.config import DataStage, PipelineConfig
 from rlhf_dist.pipeline.stage_config import stage_config

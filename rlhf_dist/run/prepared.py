@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.distributed.group import WorkerSpec
 from rlhf_dist.run.identity import fingerprint
 
@@ -44,7 +44,7 @@ class Prepared(Generic[D]):
 
 def bad_rows(*datasets: Any) -> tuple[str, ...]:
     """Lines of bad_rows.jsonl, of all data sets."""
-    return tuple(line for found in datasets if found is not None for line in Quarantine(list(found.report.bad)).lines())
+    return tuple(line for found in datasets if found is not None for line in BadRows(list(found.report.bad)).lines())
 
 
 def decoder(tokenizer: Any) -> Callable[[Tensor], str]:

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.data.loading import SFTSets, load_sft, mixed_order, shares_of
 from rlhf_dist.data.sampler import EpochSampler
-from rlhf_dist.data.sft import SFTSets, load_sft, mixed_order, shares_of
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker

@@ -13,8 +13,8 @@ import sys
 import numpy as np
 
 from rlhf_dist.config.data import SFTData
+from rlhf_dist.data.loading import load_sft
 from rlhf_dist.data.sampler import EpochSampler, LengthGroupedSampler, Sampler
-from rlhf_dist.data.sft import load_sft
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.partition import MicroBatching, partition
 

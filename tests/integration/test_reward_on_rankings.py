@@ -115,10 +115,10 @@ def test_an_evaluation_does_not_check_margins(make_config: Make, tmp_path: Path,
 def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_path: Path):
     rows = [*ROWS, {"prompt": "p", "responses": ["good", "good", "bad", "good"]}]
     prepared = prepare_reward(reward_config(make_config, tmp_path, rows, eval_fraction=0))
-    found = prepared.run_summary["training records: responses left out of rankings"]
+    found = prepared.run_summary["training records: responses dropped from rankings"]
     assert found.startswith("2 (")
     assert "rows.jsonl:26" in found
-    assert "training records: left out" not in prepared.run_summary
+    assert "training records: skipped" not in prepared.run_summary
 
 
 @pytest.mark.parametrize(

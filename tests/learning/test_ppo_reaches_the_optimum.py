@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, RunConfig
 from rlhf_dist.core.batches import SequenceBatch
-from rlhf_dist.data.datasets import PromptDataset
-from rlhf_dist.data.store import DataReport
+from rlhf_dist.data.bad_rows import DataReport
+from rlhf_dist.data.datasets import PromptDataset, Ragged
 from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
@@ -139,7 +139,7 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
         yield PPOTrainer(
             run,
             roles,
-            PPOData(PromptDataset(PROMPTS, ["a", "b"], DataReport()), None, None, decode=str),
+            PPOData(PromptDataset(Ragged(PROMPTS), ["a", "b"], DataReport()), None, None, decode=str),
             ppo,
             Checkpoints(folder.checkpoints_dir, CheckpointConfig(at_end=False)),
             max_response_tokens=num_tokens,

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf_dist.config.hosting import CheckpointConfig, RunConfig
-from rlhf_dist.data.datasets import PromptDataset, SequenceDataset
-from rlhf_dist.data.store import DataReport
+from rlhf_dist.data.bad_rows import DataReport
+from rlhf_dist.data.datasets import PromptDataset, Ragged, SequenceDataset
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
 from rlhf_dist.run.checkpoint import Checkpoints
@@ -45,13 +46,15 @@ def metrics(path: Path) -> dict[int, dict[str, float]]:
 def prompts(num: int, seed: int = 0) -> PromptDataset:
     """Prompts of 2 to 5 tokens."""
     rows = [row.tolist() for row in random_rows([2 + i % 4 for i in range(num)], seed)]
-    return PromptDataset(rows, [f"prompt {i}" for i in range(num)], DataReport())
+    return PromptDataset(Ragged(rows), [f"prompt {i}" for i in range(num)], DataReport())
 
 
 def texts(num: int) -> SequenceDataset:
     """Texts of 3 to 6 tokens."""
     rows = [row.tolist() for row in random_rows([3 + i % 4 for i in range(num)], 9)]
-    return SequenceDataset([(row, [False] + [True] * (len(row) - 1)) for row in rows], DataReport())
+    return SequenceDataset(
+        Ragged(rows), Ragged([[False] + [True] * (len(row) - 1) for row in rows], np.bool_), DataReport()
+    )
 
 
 def decode(tokens: torch.Tensor) -> str:

@@ -18,7 +18,7 @@ from rlhf_dist.curation.output import OutputFolder, written
 from rlhf_dist.curation.parallel import default_processes
 from rlhf_dist.curation.rows import read_records
 from rlhf_dist.curation.spool import Spool
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import print_table
 
 REMOVED = "removed.jsonl"
@@ -27,7 +27,7 @@ _CURVE = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 def run(config: DedupConfig) -> None:
     """Read, compare, write what stays and what does not."""
-    quarantine = Quarantine()
+    quarantine = BadRows()
     fields = config.fields or TEXT_FIELDS[config.sources[0].kind]
     processes = default_processes() if config.num_processes is None else config.num_processes
     if config.near is not None:
@@ -62,7 +62,7 @@ def run(config: DedupConfig) -> None:
     print(f"The result is in {config.out_dir}; what was removed, and why, in its {REMOVED}{bad}")
 
 
-def _evaluation(config: DedupConfig, work: Path, quarantine: Quarantine) -> EvaluationIndex | None:
+def _evaluation(config: DedupConfig, work: Path, quarantine: BadRows) -> EvaluationIndex | None:
     """The evaluation sets' runs of words."""
     if config.decontaminate is None:
         return None
@@ -80,7 +80,7 @@ def _evaluation(config: DedupConfig, work: Path, quarantine: Quarantine) -> Eval
     return index
 
 
-def _spooled(config: DedupConfig, quarantine: Quarantine, records: Spool) -> Iterator[Mapping[str, Any]]:
+def _spooled(config: DedupConfig, quarantine: BadRows, records: Spool) -> Iterator[Mapping[str, Any]]:
     """The records as they come, each written down on the way as its place and its line."""
     unseen = set(config.fields or ())
     for row in read_records(config.sources, quarantine):

@@ -157,7 +157,7 @@ def _views(tokenizer: Any, *sets: tuple[str, Any, Any]) -> tuple[View, ...]:
 
 
 def _sft(config: Any) -> Loaded:
-    from rlhf_dist.data.sft import load_sft, mixed_order, shares_of
+    from rlhf_dist.data.loading import load_sft, mixed_order, shares_of
     from rlhf_dist.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
@@ -213,14 +213,14 @@ def _write(
 ) -> None:
     from rlhf_dist.curation.inspection_page import render_page
     from rlhf_dist.curation.output import written
-    from rlhf_dist.data.quarantine import Quarantine
+    from rlhf_dist.data.bad_rows import BadRows
     from rlhf_dist.run.run_folder import write_atomically
 
     out_dir = settings.out_dir or Path()
     title = f"Data of {command} run {config.run_dir.name}"
     with written(out_dir, settings.overwrite, dump_yaml(config)) as folder:
         write_atomically(folder.path / PAGE, render_page(title, facts, reports))
-        folder.write_bad_rows(Quarantine(bad))
+        folder.write_bad_rows(BadRows(bad))
         sets = [{"name": r.name, "kind": r.kind} | r.numbers | {"examples": _examples(r)} for r in reports]
         folder.write_report(
             {"command": command, "facts": facts, "options": settings.model_dump(mode="json"), "sets": sets}

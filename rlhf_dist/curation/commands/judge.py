@@ -20,7 +20,7 @@ from rlhf_dist.curation.labeling import units_of
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import RunProgress, print_table
 
 ANSWERS = "answers.jsonl"
@@ -32,7 +32,7 @@ _PIECE = 64
 def run(config: JudgeConfig) -> None:
     """Judge every pair in both orders; go on where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
-    quarantine = Quarantine()
+    quarantine = BadRows()
     items = read_items(config.sources, quarantine)
     units = units_of(items, config.pairs, config.seed)
     if not units:
@@ -98,7 +98,7 @@ def _judge_of(
     return judge, max(1, config.judge.batch_size // 2)
 
 
-def _set_aside(state: Judging, quarantine: Quarantine) -> None:
+def _set_aside(state: Judging, quarantine: BadRows) -> None:
     """Pairs that the function could not judge, as the policy of their source says."""
     for unit, why in state.failures:
         item = unit.item

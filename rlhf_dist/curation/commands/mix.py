@@ -9,14 +9,14 @@ from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.curation.config.mix import MixConfig
 from rlhf_dist.curation.mixture import mixed_lines, spool_sources
 from rlhf_dist.curation.output import written
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import SHARE_COLUMNS, compose, share_table
-from rlhf_dist.data.quarantine import Quarantine
 from rlhf_dist.run.console import print_table
 
 
 def run(config: MixConfig) -> None:
     """Read, show the shares, write the mixture."""
-    quarantine = Quarantine()
+    quarantine = BadRows()
     with (
         written(config.out_dir, config.overwrite, dump_yaml(config)) as folder,
         tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,

@@ -10,21 +10,21 @@ from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.pairs import PairsConfig
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.curation.pairs import ranked_pairs
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_preferences
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.reader import read_preferences
 from rlhf_dist.run.console import print_table
 
 
 def run(config: PairsConfig) -> None:
     """Write the pairs of all sources into `out_dir`, and print how many each gave."""
     check_output(config.out_dir, config.overwrite)
-    quarantine = Quarantine()
+    quarantine = BadRows()
     counts: dict[str, int] = {}
 
     def records() -> Iterator[dict[str, Any]]:
         for source in config.sources:
             counts[source.path] = counts.get(source.path, 0)
-            preferences = read_preferences(source, config.seed, quarantine=quarantine)
+            preferences = read_preferences(source, config.seed, bad_rows=quarantine)
             for record in ranked_pairs(preferences, config.min_margin, source=source.name or ""):
                 counts[source.path] += 1
                 yield record

@@ -14,7 +14,7 @@ from rlhf_dist.curation.generators import Completion, Generator, check_some_answ
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.curation.responses import Responses, ResponsesReport, read_distinct_prompts
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import RunProgress, print_table
 
 COMPLETIONS = "completions.jsonl"
@@ -24,7 +24,7 @@ LEFT_OUT = "left_out.jsonl"
 def run(config: ResponsesConfig) -> None:
     """Let every generator answer every prompt; go on where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
-    quarantine, report = Quarantine(), ResponsesReport()
+    quarantine, report = BadRows(), ResponsesReport()
     prompts = read_distinct_prompts(config.prompts, quarantine, report)
     state = Responses(config, prompts, report)
     fingerprint = hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
@@ -75,7 +75,7 @@ def _generate(config: ResponsesConfig, state: Responses, work: Work) -> None:
                 current[1].close()
 
 
-def _show(config: ResponsesConfig, report: ResponsesReport, quarantine: Quarantine) -> None:
+def _show(config: ResponsesConfig, report: ResponsesReport, quarantine: BadRows) -> None:
     header = ("generator", "temperature", "kept", "cut off", "equal", "empty", "failed")
     rows = [
         [

@@ -17,7 +17,7 @@ from rlhf_dist.curation.output import CONFIG, OutputFolder, check_output, writte
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, read_seeds, restore, run_rounds
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import RunProgress, print_table
 
 COMPLETIONS = "completions.jsonl"
@@ -28,7 +28,7 @@ _CAPS = ("num_records", "max_requests")
 def run(config: SelfInstructConfig) -> None:
     """Generate until `num_records` are kept or `max_requests` are used up; go on where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
-    quarantine = Quarantine()
+    quarantine = BadRows()
     seeds = read_seeds(config.seeds, quarantine)
     prompt = PromptTemplate(config.prompt_path, PROMPT)
     state = SelfInstruct(config, seeds, prompt)
@@ -81,9 +81,7 @@ def _generate(config: SelfInstructConfig, state: SelfInstruct, work: Work) -> No
             generator.close()
 
 
-def _write(
-    folder: OutputFolder, state: SelfInstruct, nearest: dict[str, Any], work: Work, quarantine: Quarantine
-) -> None:
+def _write(folder: OutputFolder, state: SelfInstruct, nearest: dict[str, Any], work: Work, quarantine: BadRows) -> None:
     folder.write_records(state.records)
     folder.write_records(state.rejections, REJECTED)
     work.save_to(folder.path / COMPLETIONS)
@@ -103,7 +101,7 @@ def _write(
     )
 
 
-def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, Any], quarantine: Quarantine) -> None:
+def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, Any], quarantine: BadRows) -> None:
     report = state.report
     rows: list[tuple[str, Any]] = [
         ("requests", report.requests),

@@ -7,14 +7,14 @@ from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.templates import TemplatesConfig
 from rlhf_dist.curation.output import check_output, written
 from rlhf_dist.curation.templates import TemplateReport, render_sources
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import print_table
 
 
 def run(config: TemplatesConfig) -> None:
     """Render all sources into `out_dir`, and print how many records each template made."""
     check_output(config.out_dir, config.overwrite)
-    quarantine, report = Quarantine(), TemplateReport()
+    quarantine, report = BadRows(), TemplateReport()
     with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
         number = folder.write_records(render_sources(config.sources, quarantine, report))
         if not number:
@@ -26,7 +26,7 @@ def run(config: TemplatesConfig) -> None:
                 "rows": report.num_rows,
                 "records": number,
                 "bad": len(quarantine),
-                "passed_over": len(quarantine.passed_over),
+                "passed_over": len(quarantine.filtered),
                 "templates": [
                     {"task": task, "template": name, "records": count}
                     for (task, name), count in sorted(report.num_records.items())
@@ -35,5 +35,5 @@ def run(config: TemplatesConfig) -> None:
         )
     rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
     rows += [("rows read", str(report.num_rows)), ("bad, set aside", str(len(quarantine)))]
-    rows += [("passed over by every template", str(len(quarantine.passed_over))), ("records", str(number))]
+    rows += [("passed over by every template", str(len(quarantine.filtered))), ("records", str(number))]
     print_table(str(config.out_dir), rows)

@@ -24,7 +24,7 @@ from rlhf_dist.curation.label_report import (
 )
 from rlhf_dist.curation.labeling import JUDGEMENTS, LabelTask, judgements_of, open_folder
 from rlhf_dist.curation.output import OutputFolder, check_output, written
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.pipeline.arguments import PROG, load_schema
 from rlhf_dist.run.console import print_table
 from rlhf_dist.run.run_folder import BAD_ROWS, write_atomically
@@ -128,16 +128,16 @@ def report(config: LabelConfig) -> None:
         print_table("criteria", criteria_rows(found), CRITERIA_HEADER)
 
 
-def _items(config: LabelConfig) -> tuple[list[Item], Quarantine]:
+def _items(config: LabelConfig) -> tuple[list[Item], BadRows]:
     """The items, and the rows that are none."""
-    quarantine = Quarantine()
+    quarantine = BadRows()
     items = read_items(config.sources, quarantine)
     if quarantine:
         print(f"{len(quarantine)} rows are left out ({BAD_ROWS} lists them), the first: {quarantine.rows[0].reason}")
     return items, quarantine
 
 
-def _list_bad_rows(config: LabelConfig, quarantine: Quarantine) -> None:
+def _list_bad_rows(config: LabelConfig, quarantine: BadRows) -> None:
     """The account of them in OUT_DIR; none where the rows have been mended."""
     (config.out_dir / BAD_ROWS).unlink(missing_ok=True)
     OutputFolder(config.out_dir).write_bad_rows(quarantine)

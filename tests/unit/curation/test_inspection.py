@@ -17,9 +17,8 @@ from rlhf_dist.config.data import DataSource, RewardData, SFTData
 from rlhf_dist.curation.config.inspect import InspectSettings
 from rlhf_dist.curation.dataset_view import View
 from rlhf_dist.curation.inspection import SetReport, bad_row_kinds, inspect_set, length_numbers, overlap_numbers
-from rlhf_dist.data.loading import load_preferences, load_prompts
-from rlhf_dist.data.quarantine import BadRow
-from rlhf_dist.data.sft import load_sft
+from rlhf_dist.data.bad_rows import BadRow
+from rlhf_dist.data.loading import load_preferences, load_prompts, load_sft
 from rlhf_dist.data.tokenizer import load_tokenizer
 
 LONG = "Explain in two sentences why the sea is salt and the lakes that feed it are not, for a child of nine years."

@@ -21,8 +21,8 @@ from rlhf_dist.curation.judgements import (
     read_judgements,
     tallies,
 )
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_preferences
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.reader import read_preferences
 
 GOOD = {"item": "i", "annotator": "ann", "choice": "a", "shown": [0, 1]}
 
@@ -230,7 +230,7 @@ def test_rows_that_offer_no_choice_are_refused_or_kept_aside(tmp_path: Path, row
     path = write(tmp_path / "c.jsonl", [{"prompt": "q", "candidates": ["x", "y"]}, row])
     with pytest.raises(DataError, match=rf"c\.jsonl:2: .*{problem}"):
         read_items([source(path)])
-    quarantine = Quarantine()
+    quarantine = BadRows()
     assert len(read_items([source(path, on_bad_row="skip")], quarantine)) == 1
     assert [bad.row for bad in quarantine.rows] == [row]
 

@@ -20,7 +20,7 @@ from rlhf_dist.curation.config.judge import JudgeConfig
 from rlhf_dist.curation.generators import Completion, Request
 from rlhf_dist.curation.judgements import read_judgements
 from rlhf_dist.curation.judging import FAILED, UNREADABLE, read_answer
-from rlhf_dist.data.records import read_preferences
+from rlhf_dist.data.reader import read_preferences
 
 ROWS = {
     "longer": ["yes", "yes, certainly"],

@@ -13,9 +13,9 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.mixing import MixingSettings
 from rlhf_dist.curation.config.mix import MixConfig, MixSource
 from rlhf_dist.curation.mixture import mixed_lines, spool_sources
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import compose
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import read_sequences
+from rlhf_dist.data.reader import read_sequences
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -111,7 +111,7 @@ def test_instructions_beside_dialogues_become_the_messages_a_trainer_would_make(
         MixSource(path=str(write(tmp_path / "tasks.jsonl", tasks)), kind="instruction"),
         MixSource(path=str(write(tmp_path / "chats.jsonl", [{"messages": chat, "source": "oasst"}])), kind="messages"),
     )
-    spooled = spool_sources(sources, tmp_path / "spool", Quarantine())
+    spooled = spool_sources(sources, tmp_path / "spool", BadRows())
     composition = compose(MixingSettings(), spooled.names, spooled.sizes)
     with spooled.lines:
         lines = list(mixed_lines(spooled, composition, seed=0))

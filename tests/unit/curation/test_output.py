@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.core.errors import DataError, RunFolderError
 from rlhf_dist.curation.output import check_output, written
-from rlhf_dist.data.quarantine import BadRow, Quarantine
+from rlhf_dist.data.bad_rows import BadRow, BadRows
 
 
 def make(out: Path, records: list[dict[str, Any]], overwrite: bool = False) -> None:
@@ -20,7 +20,7 @@ def make(out: Path, records: list[dict[str, Any]], overwrite: bool = False) -> N
 def test_a_result_appears_whole(tmp_path: Path) -> None:
     out = tmp_path / "sub" / "out"
     with written(out, False, "seed: 0\n") as folder:
-        folder.write_bad_rows(Quarantine([BadRow("a.jsonl:1: bad", {"a": 1})]))
+        folder.write_bad_rows(BadRows([BadRow("a.jsonl:1: bad", {"a": 1})]))
         folder.write_report({"records": folder.write_records([{"text": "ü"}])})
         assert not out.exists()
     assert [json.loads(line) for line in (out / "records.jsonl").read_text("utf-8").splitlines()] == [{"text": "ü"}]

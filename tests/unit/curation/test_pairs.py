@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.config.data import DataSource
-from rlhf_dist.data.records import read_preferences
+from rlhf_dist.data.reader import read_preferences
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -29,7 +29,8 @@ from rlhf_dist.curation.rouge import rouge_l, rouge_tokens
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, seed_tasks
 from rlhf_dist.curation.task_filters import TaskFilter
 from rlhf_dist.curation.task_parsing import Task, TaskParser
-from rlhf_dist.data.records import Conversation, read_sequences
+from rlhf_dist.data.reader import read_sequences
+from rlhf_dist.data.records import Conversation
 
 SEEDS = [
     {"instruction": "Name three cities by the sea.", "input": "", "output": "Lisbon, Osaka and Perth."},

@@ -92,7 +92,7 @@ def test_generation_tags(chatml, end):
 
 def test_generation_tags_must_mark_each_turn(chatml):
     chatml.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x{% endgeneration %}"
-    with pytest.raises(DataError, match=r"marks 1 assistant turns .* has 2; mend the template"):
+    with pytest.raises(DataError, match=r"marks 1 assistant turns .* has 2; "):
         encode_conversation(chatml, [user("u"), bot("a"), user("u"), bot("b")])
 
 
@@ -110,7 +110,7 @@ def test_what_follows_the_last_assistant_turn_is_left_out(tokenizer):
     assert with_tail == encode_conversation(tokenizer, [user("u"), bot("a")])
 
 
-def test_template_that_rewrites_the_past_is_aborted(tokenizer):
+def test_template_that_rewrites_the_past_is_invalid(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '[' ~ (m.content if loop.last else m.content[:1]) ~ ']' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[' }}{% endif %}"
@@ -119,10 +119,10 @@ def test_template_that_rewrites_the_past_is_aborted(tokenizer):
         encode_conversation(tokenizer, [user("long"), bot("a")])
 
 
-def test_refusal_of_the_template_is_a_data_error(tokenizer):
+def test_messages_that_a_template_does_not_support(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     for encode in (encode_conversation, encode_prompt):
-        with pytest.raises(DataError, match=r"refuses the conversation \(roles must alternate\); mend"):
+        with pytest.raises(DataError, match=r"chat template .*\(roles must alternate\)"):
             encode(tokenizer, [user("u"), bot("a")])
 
 

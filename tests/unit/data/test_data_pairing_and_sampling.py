@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.data.ratings import pair_by_rating
+from rlhf_dist.data.preferences import pair_by_rating
 from rlhf_dist.data.sampler import EpochSampler, LengthGroupedSampler
 
 RATINGS = st.lists(st.sampled_from([-4.0, -1.2, 0.0, 0.3, 1.0, 3.5]), max_size=30)
@@ -52,7 +52,7 @@ def test_any_cut_gives_the_same_sequence(num_items, start, counts):
 
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 5))
-def test_each_epoch_holds_every_item_once(num_items, epoch):
+def test_each_epoch_has_every_item_once(num_items, epoch):
     sampler = EpochSampler(num_items, 0, "s")
     assert sorted(sampler.indices(epoch * num_items, num_items).tolist()) == list(range(num_items))
 
@@ -67,7 +67,7 @@ def test_epochs_seeds_and_streams_differ():
     assert len({tuple(order) for order in orders}) == 8
 
 
-def test_refusals():
+def test_invalid_arguments():
     with pytest.raises(ValueError, match="at least 1 item"):
         EpochSampler(0, 0, "s")
     with pytest.raises(ValueError, match="must not be negative"):

@@ -14,7 +14,7 @@ from support import planning_tables
 from rlhf_dist.cli.main import OTHER_COMMANDS
 from rlhf_dist.config.data import DataSource, RecordKind
 from rlhf_dist.curation.candidates import read_items
-from rlhf_dist.data.records import read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
 from rlhf_dist.pipeline.arguments import CONFIG_COMMANDS
 from rlhf_dist.run.metrics import METRICS, metrics_table
 

@@ -16,7 +16,7 @@ from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.curation.config.self_instruct import SelfInstructConfig
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, read_seeds
-from rlhf_dist.data.quarantine import Quarantine
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.distributed.ray.placement import plan_placement
 from rlhf_dist.pipeline import command as pipeline
 from rlhf_dist.pipeline.arguments import CONFIG_COMMANDS, schema_of
@@ -119,7 +119,7 @@ def test_movie_pipeline(shared_data: Path, models: dict[str, str], tmp_path: Pat
 
 def test_self_instruct(shared_data: Path, tmp_path: Path):
     config = load_config(SelfInstructConfig, RECIPES / "self_instruct.yaml", ["--out_dir", str(tmp_path / "out")])
-    seeds = read_seeds(config.seeds, Quarantine())
+    seeds = read_seeds(config.seeds, BadRows())
     state = SelfInstruct(config, seeds, PromptTemplate(config.prompt_path, PROMPT))
     assert len(seeds) == 175
     assert len(state.next_requests()) == config.generator.batch_size

@@ -10,13 +10,13 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 import torch
 from pydantic import BaseModel
+from rlhf_dist.data.store import DataReport
 from support.trainers import prompts, texts
 
 from rlhf_dist.config.base import Decides
 from rlhf_dist.config.data_set import DataSet
 from rlhf_dist.config.deepspeed_identity import ds_checkpoint_format, ds_numerics
 from rlhf_dist.data.datasets import SequenceDataset
-from rlhf_dist.data.store import DataReport
 from rlhf_dist.evaluation.config import EvalConfig
 from rlhf_dist.ppo.config import PPOConfig
 from rlhf_dist.reward.config import RewardConfig

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data_set import DataSet
 from rlhf_dist.core.errors import ConfigError, DataError
-from rlhf_dist.data.records import read_preferences, read_prompts, read_sequences
-from rlhf_dist.data.sets import divide, set_path, write_set
-from rlhf_dist.pipeline.config import DataSet
+from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.splits import divide, set_path, write_set
 
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.1}
 
@@ -97,7 +97,7 @@ def test_columns_survive_and_can_be_read_as_other_kinds(tmp_path: Path):
     table.write_text("".join(f"{i}\t{i - 5}\tReview {i}.\r\n" for i in range(10)), encoding="utf-8")
     source = DataSource(path=str(table), kind="ratings", columns=("id", "rating", "text"), fields={"response": "text"})
     written = write_set(DataSet(name="reviews", sources=(source,)), 0, tmp_path)
-    assert (written.num_records, written.num_left_out) == (10, 0)
+    assert (written.num_records, written.num_unassigned) == (10, 0)
     assert rows_of(tmp_path, "reviews")[3] == {"id": "3", "rating": "-2", "text": "Review 3."}
     path = str(tmp_path / set_path("reviews", "", 0))
     assert len(read_sequences(DataSource(path=path, kind="text"))) == 10
@@ -115,7 +115,7 @@ def test_every_source_has_a_file_of_its_own_and_the_rest_is_counted(tmp_path: Pa
         fields={"text": "body.text"},
     )
     written = write_set(DataSet(name="x", sources=(first, second), parts={"a": 0.5, "b": 0.25}), 0, tmp_path)
-    assert (written.num_records, written.num_left_out) == (40, 10)
+    assert (written.num_records, written.num_unassigned) == (40, 10)
     assert sum(written.files["a"].values()) == 20
     for part in ("a", "b"):
         for number, letter in enumerate("ab"):
@@ -127,7 +127,7 @@ def test_every_source_has_a_file_of_its_own_and_the_rest_is_counted(tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "row", "expected"),
     [
-        ("text", {"text": " "}, "holds no text"),
+        ("text", {"text": " "}, "is blank"),
         ("instruction", {"instruction": "a", "output": 3}, "not a string"),
         ("ratings", {"response": "a", "rating": "high"}, "not a finite number"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "equals its"),
@@ -146,7 +146,7 @@ def test_a_part_may_not_be_empty(tmp_path: Path):
         write_set(DataSet(name="x", sources=(source,), parts={"a": 0.9, "b": 0.1}), 0, tmp_path)
 
 
-def test_a_mapping_to_no_column_is_aborted(tmp_path: Path):
+def test_a_mapping_to_no_column_is_invalid(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
     with pytest.raises(ConfigError, match="does not have"):
         write_set(DataSet(name="x", sources=(DataSource(path=path, kind="text", fields={"txt": "text"}),)), 0, tmp_path)

@@ -8,10 +8,9 @@ from data_support import SHARED_DATA
 
 from rlhf_dist.config.data import DataSettings, DataSource, RewardData, SFTData
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.sft import load_sft
+from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data is not beside this checkout")
 
@@ -110,7 +109,7 @@ def test_too_long_under_each_policy(source, tokenizer):
         DataError, match=r":1: the prompt alone has \d+ tokens, .* max_length_tokens 5, .*on_too_long to skip"
     ):
         load("truncate", limit=5)
-    with pytest.raises(DataError, match=r"none of 2 records is left \(2 skipped under max_length_tokens 5"):
+    with pytest.raises(DataError, match=r"none of 2 records .*2 skipped under max_length_tokens 5"):
         load("skip", limit=5)
 
 
@@ -273,7 +272,7 @@ def test_prompts_are_never_cut(source, tokenizer):
     assert (len(kept), kept.report.num_skipped) == (1, 1)
 
 
-def test_rows_found_unusable_when_encoded_are_set_aside_under_skip(source, tokenizer):
+def test_rows_found_unusable_when_encoded_are_skipped_under_skip(source, tokenizer):
     long, held = "dài " * 50, []
     settings = DataSettings(max_length_tokens=60)
     chats = [
@@ -294,18 +293,18 @@ def test_rows_found_unusable_when_encoded_are_set_aside_under_skip(source, token
         assert (len(data), report.num_records, report.num_used, report.num_skipped) == (2, 2, 2, 0)
         assert [bad.reason.split(": ")[0].rpartition(":")[2] for bad in report.bad] == ["2", "4"][: len(rows) - 2]
         assert report.num_tokens == sum(data.lengths)
-        held.append(json.loads(next(Quarantine(list(report.bad)).lines()))["row"])
+        held.append(json.loads(next(BadRows(list(report.bad)).lines()))["row"])
     assert [long in json.dumps(row, ensure_ascii=False) for row in held] == [True] * 3
 
 
-def test_groups_stay_with_their_records_where_one_is_set_aside(source, write, tokenizer):
+def test_groups_stay_with_their_records_where_one_is_skipped(source, write, tokenizer):
     first = source("instruction", [{"instruction": "dài " * 50, "output": "a"}, *instructions(2)], on_bad_row="skip")
     second = DataSource(path=write("second.jsonl", [{"instruction": "q", "output": "b"}]), kind="instruction")
     train = load_sft(SFTData(train=(first, second), max_length_tokens=60), tokenizer, 0).train
     assert {name: items.tolist() for name, items in train.groups.items()} == {"data": [0, 1], "second": [2]}
 
 
-def test_on_too_long_error_stops_also_where_bad_rows_are_set_aside(source, tokenizer):
+def test_on_too_long_error_stops_also_where_bad_rows_are_skipped(source, tokenizer):
     settings = DataSettings(max_length_tokens=60, on_too_long="error")
     rows = source("instruction", [{"instruction": "q", "output": "dài " * 50}, *instructions(1)], on_bad_row="skip")
     with pytest.raises(DataError, match=r"data\.jsonl:1: the record has \d+ tokens"):
@@ -315,9 +314,9 @@ def test_on_too_long_error_stops_also_where_bad_rows_are_set_aside(source, token
         load_prompts([asked], tokenizer, 60, "error")
 
 
-def test_a_set_of_which_all_is_set_aside_is_aborted(source, tokenizer):
+def test_a_set_of_which_all_is_skipped_is_invalid(source, tokenizer):
     rows = source("instruction", [{"instruction": "dài " * 50, "output": "a"}], on_bad_row="skip")
-    with pytest.raises(DataError, match=r"none of 0 records is left \(.*1 bad, the first since .*:1: the prompt alone"):
+    with pytest.raises(DataError, match=r"none of 1 records .*1 bad, .*:1: the prompt alone"):
         load_sequences([rows], DataSettings(max_length_tokens=60), tokenizer)
 
 

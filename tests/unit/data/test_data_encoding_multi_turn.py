@@ -11,8 +11,8 @@ from data_support import train_tokenizer
 from rlhf_dist.config.data import DataSource, SFTData
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.encoding import encode_conversation
-from rlhf_dist.data.records import read_prompts, read_sequences
-from rlhf_dist.data.sft import load_sft
+from rlhf_dist.data.loading import load_sft
+from rlhf_dist.data.reader import read_prompts, read_sequences
 
 ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -115,6 +115,6 @@ def test_an_hh_set_trains_on_every_answer(tokenizer: Any, source: Callable[..., 
     assert tokenizer.decode(batch.tokens[batch.loss_mask]) == "".join(answer + "</s>" for _, answer in CHAT)
 
 
-def test_text_that_is_no_dialogue_is_aborted(source: Callable[..., DataSource]):
+def test_text_that_is_no_dialogue_is_invalid(source: Callable[..., DataSource]):
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'messages' is 'Assistant: hm', not a list of messages"):
         read_sequences(source("messages", [{"messages": "Assistant: hm"}]))

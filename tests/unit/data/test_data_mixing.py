@@ -101,8 +101,8 @@ def test_oversampling_is_done_only_when_asked() -> None:
     assert compose(MixingSettings(method="equal", oversample=True), ["a", "b"], [900, 100]).counts == (500, 500)
 
 
-def test_impossible_mixtures_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match="weights holds 1 numbers for 2 sources"):
+def test_impossible_mixtures_are_invalid_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="weights has 1 numbers for 2 sources"):
         compose(MixingSettings(method="weights", weights=(1.0,)), ["a", "b"], [3, 3])
     with pytest.raises(DataError, match="source 'b' has no records"):
         compose(MixingSettings(), ["a", "b"], [3, 0])
@@ -121,7 +121,7 @@ def test_impossible_mixtures_are_refused_with_the_remedy() -> None:
         ({"method": "weights", "weights": [1, 0]}, "greater than 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_aborted(values: dict[str, object], problem: str) -> None:
+def test_settings_that_contradict_each_other_are_invalid(values: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         MixingSettings.model_validate(values)
 

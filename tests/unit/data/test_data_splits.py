@@ -15,10 +15,9 @@ from rlhf_dist.config.templates import TemplateSettings
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.core.random import permutation
 from rlhf_dist.curation.templates import TemplateReport, render_sources
-from rlhf_dist.data.loading import load_preferences
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.sft import load_sft
-from rlhf_dist.data.splitting import hold_out
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.loading import load_preferences, load_sft
+from rlhf_dist.data.splits import hold_out
 
 
 def prompts(part, tokenizer) -> set[str]:
@@ -85,7 +84,7 @@ def test_no_labelled_row_is_on_both_sides(source, write, tokenizer, written):
     templates = TemplateSettings.model_validate({"builtin": "classification", "per_row": None, "labels": labels})
     wanted = source("instruction", [{"text": f"film {i}.", "label": i % 2} for i in range(20)], templates=templates)
     if written:  # by `data templates`, for a later run to read
-        records = list(render_sources([wanted], Quarantine(), TemplateReport()))
+        records = list(render_sources([wanted], BadRows(), TemplateReport()))
         wanted = wanted.model_copy(update={"path": write("made.jsonl", records), "templates": None})
     split = load_sft(SFTData(train=(wanted,), eval_fraction=0.25), tokenizer, 0, keep_records=True)
     assert split.eval is not None
@@ -127,24 +126,22 @@ def test_one_prompt_cannot_be_split(source, tokenizer):
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 7), min_size=2, max_size=40), st.floats(0.02, 0.98), st.integers(0, 5))
 def test_groups_stay_whole_and_no_choice_of_groups_is_nearer(keys, fraction, seed):
-    records = list(enumerate(keys))
-    wanted = round(len(records) * fraction)
-    if not 0 < wanted < len(records) or len(set(keys)) == 1:
+    wanted = round(len(keys) * fraction)
+    if not 0 < wanted < len(keys) or len(set(keys)) == 1:
         with pytest.raises(DataError, match="eval_fraction"):
-            hold_out(records, fraction, seed, lambda record: record[1])
+            hold_out(keys, fraction, seed)
         return
-    train, held_out = hold_out(records, fraction, seed, lambda record: record[1])
-    assert sorted(train + held_out) == records
+    train, held_out = hold_out(keys, fraction, seed)
+    assert sorted(train + held_out) == list(range(len(keys)))
     assert train == sorted(train)
     assert held_out == sorted(held_out)
-    assert not {key for _, key in held_out} & {key for _, key in train}
+    assert not {keys[i] for i in held_out} & {keys[i] for i in train}
     sizes = [keys.count(key) for key in set(keys)]
     possible = {sum(some) for num in range(1, len(sizes)) for some in combinations(sizes, num)}
     assert abs(len(held_out) - wanted) == min(abs(size - wanted) for size in possible)
 
 
-@pytest.mark.parametrize("together", [None, lambda record: record])
-def test_records_that_share_nothing_are_the_first_of_the_drawn_order(together):
-    """The draw of releases before prompts were kept whole: files without repeated prompts split as they did."""
+def test_records_that_share_nothing_are_the_first_of_the_drawn_order():
+    """The draw of earlier releases: files without repeated prompts split as they did."""
     drawn = permutation(3, "data/eval_split", 0, 50).tolist()[:10]
-    assert hold_out(list(range(50)), 0.2, 3, together)[1] == sorted(drawn)
+    assert hold_out(list(range(50)), 0.2, 3)[1] == sorted(drawn)

@@ -14,7 +14,7 @@ import torch
 from rlhf_dist.config.data import DATA_SUFFIXES, DataSource, SFTData, source_names
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.sft import load_sft, mixed_order, shares_of
+from rlhf_dist.data.loading import load_sft, mixed_order, shares_of
 
 Write = Callable[..., str]
 SMALL, LARGE = 6, 30
@@ -58,9 +58,9 @@ def test_names_come_from_paths_and_are_made_unique():
 
 
 def test_the_endings_that_names_leave_out_are_those_that_can_be_read(tmp_path: Path):
-    with pytest.raises(DataError, match="files end in one of") as refusal:
+    with pytest.raises(DataError, match="files end in one of") as error:
         next(read_rows(DataSource(path=str(tmp_path / "x.xml"), kind="text")))
-    listed = str(refusal.value).split("one of ")[1].split(";")[0]
+    listed = str(error.value).split("one of ")[1].split(";")[0]
     assert set(listed.split(", ")) == set(DATA_SUFFIXES)
 
 
@@ -121,13 +121,13 @@ def test_an_unrelated_column_named_task_does_no_harm(tokenizer: Any, write: Writ
 
 
 def test_tasks_that_cannot_be_held_out(tokenizer: Any, of: Any):
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as error:
         load_sft(of(hold_out_tasks=["poem"]), tokenizer, 0)
     assert "names 'poem', a task that no record of data.train or data.eval has; did you mean 'poems'?" in str(
-        refusal.value
+        error.value
     )
-    assert "tasks are large (30), sums (8), small (6), poems (4)" in str(refusal.value)
-    with pytest.raises(DataError, match=r"holds out all 48 records of data\.train and leaves none to train on; take"):
+    assert "tasks are large (30), sums (8), small (6), poems (4)" in str(error.value)
+    with pytest.raises(DataError, match=r"holds out all 48 records of data\.train and leaves none to train on"):
         load_sft(of(hold_out_tasks=["poems", "sums", "small", "large"]), tokenizer, 0)
 
 
@@ -174,7 +174,7 @@ def test_what_is_held_out_has_no_share(tokenizer: Any, of: Any):
     assert drawn_of(order, train, order.num_items) == {"large": 8, "two": 4}
 
 
-def test_shares_that_cannot_be_had_are_refused_with_their_section(tokenizer: Any, of: Any):
+def test_shares_that_cannot_be_had_are_invalid_with_their_section(tokenizer: Any, of: Any):
     data = of(mixing={"method": "equal", "num_records": 90})
     train = load_sft(data, tokenizer, 0).train
     with pytest.raises(ConfigError, match=r"data\.mixing: num_records 90 takes 30 records of source 'small'"):
@@ -203,7 +203,7 @@ def plain(write: Write, name: str, num: int) -> dict[str, Any]:
     return {"path": write(name, [{"text": f"{name} {i}"} for i in range(num)]), "kind": "text"}
 
 
-def test_pretraining_text_stands_apart(tokenizer: Any, of: Any, write: Write):
+def test_pretraining_text_is_a_set_of_its_own(tokenizer: Any, of: Any, write: Write):
     text = plain(write, "web.jsonl", 10)
     sets = load_sft(of(pretraining=[text]), tokenizer, 0)
     assert len(sets.train) == SMALL + LARGE + 12
@@ -214,6 +214,6 @@ def test_pretraining_text_stands_apart(tokenizer: Any, of: Any, write: Write):
     assert (len(sets.pretraining or ()), len(sets.eval_pretraining or ()), sets.eval) == (10, 3, None)
 
 
-def test_too_little_text_to_hold_some_out_is_refused_with_its_key(tokenizer: Any, of: Any, write: Write):
+def test_too_little_text_to_hold_some_out_is_invalid_with_its_key(tokenizer: Any, of: Any, write: Write):
     with pytest.raises(DataError, match=r"data\.pretraining: data.eval_fraction 0.2 of 1 records holds out 0"):
         load_sft(of(pretraining=[plain(write, "one.jsonl", 1)], eval_fraction=0.2), tokenizer, 0)

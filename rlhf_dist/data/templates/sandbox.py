@@ -1,8 +1,8 @@
-"""Jinja for texts that users write: templates that format and decide, and can do nothing else.
+"""A Jinja sandbox for templates that users write: they format and decide, and can do nothing else.
 
-They reach no file, no module, no method that changes what they are given, and nothing random. A name that they are not given is
-refused, not left blank. What one operation makes, and what a template writes, is bounded; a template that loops for hours by
-nested loops is not stopped.
+They reach no file, no module, no method that changes their arguments, and nothing random. An undefined name is an error, not
+a blank. The output of one operation, and of a template, is bounded; a template that runs for hours in nested loops is not
+stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """See the module."""
+    """The environment; see the module."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 

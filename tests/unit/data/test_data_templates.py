@@ -14,8 +14,9 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.templates import Labels, TemplateSettings
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.templates import render_rows
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.records import Conversation, read_prompts, read_sequences
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.reader import read_prompts, read_sequences
+from rlhf_dist.data.records import Conversation
 
 NAMES = Labels(names={"0": "negative", "1": "positive"})
 ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(8)]
@@ -83,7 +84,7 @@ def test_numbers_fall_into_bins_that_exclude_their_upper_end(tmp_path: Path, val
         {"bins": [{"name": "a", "below": 2}, {"name": "b", "below": 1}]},
     ],
 )
-def test_labels_that_say_nothing_or_overlap_are_aborted(labels: Any) -> None:
+def test_labels_that_say_nothing_or_overlap_are_invalid(labels: Any) -> None:
     with pytest.raises(ValueError, match=r"either names|every bin but the last"):
         Labels(**labels)
 
@@ -100,16 +101,16 @@ def test_labels_that_say_nothing_or_overlap_are_aborted(labels: Any) -> None:
         ({"text": "a", "label": None}, r"row 2: field 'label' is missing"),
     ],
 )
-def test_a_row_that_cannot_be_rendered_is_named_or_set_aside(tmp_path: Path, row: Any, problem: str) -> None:
+def test_a_row_that_cannot_be_rendered_is_named_or_skipped(tmp_path: Path, row: Any, problem: str) -> None:
     rows = [ROWS[0], row, ROWS[1]]
     with pytest.raises(DataError, match=problem):
         list(render_rows(rows, one(tmp_path)))
-    quarantine = Quarantine()
-    assert [r["output"] for r in render_rows(rows, one(tmp_path), quarantine=quarantine)] == ["negative", "positive"]
-    assert [bad.row for bad in quarantine.rows] == [row]
+    bad_rows = BadRows()
+    assert [r["output"] for r in render_rows(rows, one(tmp_path), quarantine=bad_rows)] == ["negative", "positive"]
+    assert [bad.row for bad in bad_rows.rows] == [row]
 
 
-def test_what_renders_empty_is_refused_unless_the_template_passes_it_over(tmp_path: Path) -> None:
+def test_what_renders_empty_is_invalid_unless_the_template_passes_it_over(tmp_path: Path) -> None:
     empty = one(tmp_path, output="{% if label_value %}x{% endif %}")
     with pytest.raises(DataError, match=r"row 1: template 't' of task\.yaml renders an empty output"):
         list(render_rows(ROWS, empty))
@@ -147,12 +148,12 @@ def test_a_template_cannot_change_the_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("field", "text"), [("output", "{{ label"), ("instruction", "a\n{% if %}"), ("when", "a ==")])
-def test_what_is_no_jinja_is_refused_before_a_row_is_read(tmp_path: Path, field: str, text: str) -> None:
+def test_what_is_no_jinja_is_invalid_before_a_row_is_read(tmp_path: Path, field: str, text: str) -> None:
     with pytest.raises(ConfigError, match=rf"template 't' of task\.yaml: {field} is not a Jinja template"):
         list(render_rows(ROWS, one(tmp_path, **{field: text})))
 
 
-def test_files_that_are_no_template_files_are_refused_with_the_line(tmp_path: Path) -> None:
+def test_files_that_are_no_template_files_are_invalid_with_the_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"line 4: templates\[0\]\.instructon.*did you mean"):
         list(render_rows(ROWS, file(tmp_path, "\ntask: a\ntemplates:\n  - {name: a, instructon: b, output: c}\n")))
     twice = "{name: a, instruction: b, output: c}"
@@ -187,7 +188,7 @@ def test_demonstrations_are_other_rows_in_the_same_template() -> None:
         assert f"text {n}\n" not in shown
         answers = {f"text {i}\n\n{('negative', 'positive')[i % 2]}" for i in range(8)}
         assert sum(answer in shown for answer in answers) == 2
-    with pytest.raises(DataError, match="only 1 other rows can stand as demonstrations"):
+    with pytest.raises(DataError, match="only 1 other rows "):
         list(render_rows(ROWS[:2], settings))
 
 
@@ -241,7 +242,7 @@ BUILTIN: dict[Any, dict[str, Any]] = {
     "classification": {"text": "Fine.", "label": 1},
     "pair_classification": {"first": "A man runs.", "second": "A man moves.", "label": 0},
     "question_answering": {"question": "Who runs?", "answer": "A man.", "context": "A man runs."},
-    "summarisation": {"document": "A long text.", "summary": "Short."},
+    "summarization": {"document": "A long text.", "summary": "Short."},
     "translation": {"source": "Good morning!", "target": "Chào buổi sáng!"},
     "generation": {"text": "One two three four five six seven eight nine.", "topic": "numbers"},
 }
@@ -330,11 +331,11 @@ def test_a_template_that_passes_a_row_over_makes_room_for_the_next(per_row: int)
 
 
 def test_rows_that_no_template_wants_are_counted(tmp_path: Path) -> None:
-    quarantine = Quarantine()
+    bad_rows = BadRows()
     settings = one(tmp_path, when="label_value == 1")
-    assert len(list(render_rows(ROWS, settings, quarantine=quarantine))) == 4
-    assert quarantine.passed_over == ["row 1", "row 3", "row 5", "row 7"]
-    assert not quarantine.rows
+    assert len(list(render_rows(ROWS, settings, quarantine=bad_rows))) == 4
+    assert bad_rows.filtered == ["row 1", "row 3", "row 5", "row 7"]
+    assert not bad_rows.rows
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def load_templates(settings: TemplateSettings) -> Templates:
     """The templates that `settings` names.
 
     Raises:
-        ConfigError: the file cannot be read, is no template file, or lacks a template of a wanted name.
+        ConfigError: the file cannot be read, is not a template file, or lacks a template of a wanted name.
     """
     path = settings.path
     if path is None:
@@ -80,7 +80,7 @@ def _own(path: Path, origin: str) -> Templates:
 
 
 class _PromptsourceLoader(yaml.SafeLoader):
-    """Its tags name Python classes; here they are mappings, and any other tag is refused by the safe loader."""
+    """Its tags name Python classes; here they are mappings, and the safe loader rejects any other tag."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: Any) -> dict[Any, Any]:
@@ -106,5 +106,5 @@ def _promptsource(text: str, origin: str) -> Templates:
             "`templates`, a mapping of `!Template` entries with `name` and `jinja`"
         ) from error
     if not listed:
-        raise ConfigError(f"{origin} holds no template; give a file with at least one")
+        raise ConfigError(f"{origin} has no template; give a file with at least one")
     return Templates(origin, task or origin, None, {}, tuple(listed))

@@ -1,6 +1,6 @@
 """Rows of a labelled data set → instruction records, by templates.
 
-Templates run in a sandbox (`sandbox.py`). A name that the row does not have is refused, not left blank.
+Templates run in a sandbox (`sandbox.py`). A name that the row does not have is an error, not a blank.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.templates import Labels, Template, TemplateSettings
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.core.random import derived_seed, permutation
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.quarantine import Quarantine
-from rlhf_dist.data.sandbox import Sandbox
-from rlhf_dist.data.sandbox import render as rendered_text
-from rlhf_dist.data.template_files import PromptsourceTemplate, Templates, load_templates
+from rlhf_dist.data.templates.files import PromptsourceTemplate, Templates, load_templates
+from rlhf_dist.data.templates.sandbox import Sandbox
+from rlhf_dist.data.templates.sandbox import render as rendered_text
 
 _SEPARATOR = "|||"
 _HIDDEN_SEPARATOR = "\x00separator\x00"
-"""Stands for a `|||` that is in the data, while a promptsource template is split at its own."""
+"""Replaces a `|||` in the data while a promptsource template is split at its own."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Rendered:
 
 
 Render = Callable[[Fields, int], Rendered | None]
-"""A row and its number → a record; None where the template passes the row over."""
+"""A row and its number → a record; None where the template filters the row out."""
 
 
 def instruction_rows(
-    rows: Iterable[Fields], settings: TemplateSettings, policy: Any = "error", quarantine: Quarantine | None = None
+    rows: Iterable[Fields], settings: TemplateSettings, policy: Any = "error", bad_rows: BadRows | None = None
 ) -> Iterator[dict[str, Any]]:
     """Instruction records with `task` and `provenance` (template, its file, the row's place).
 
@@ -51,13 +51,13 @@ def instruction_rows(
         rows: labelled rows.
         settings: which templates, and how many a row.
         policy: `on_bad_row`, for a row that a template cannot render.
-        quarantine: takes such rows under `skip`.
+        bad_rows: takes such rows under `skip`, and the places of rows that every template filters out.
 
     Raises:
-        ConfigError: a template file or template that cannot be used.
+        ConfigError: an invalid template file or template.
         DataError: a row lacks a name that a template uses, has an unknown label, or renders empty; with its place.
     """
-    quarantine = Quarantine() if quarantine is None else quarantine
+    bad_rows = BadRows() if bad_rows is None else bad_rows
     templates = load_templates(settings)
     renders = [_compiled(template, templates, settings.seed) for template in templates.templates]
     if settings.num_demonstrations:
@@ -67,11 +67,11 @@ def instruction_rows(
         for which in _drawn(settings, number, len(renders)):
             if taken == settings.per_row:
                 break
-            with quarantine.guard(policy, row.values):
+            with bad_rows.guard(policy, row.values):
                 taken += 1  # also by a template that the row is bad for: it is listed once, not for every template
                 rendered = renders[which](row, number)
                 if rendered is None:
-                    taken -= 1  # the next one that was drawn takes its place
+                    taken -= 1  # the next drawn template takes its place
                     continue
                 record = {"instruction": rendered.instruction, "input": rendered.input, "output": rendered.output}
                 if settings.num_demonstrations and isinstance(rows, Sequence):
@@ -80,13 +80,13 @@ def instruction_rows(
                 provenance = {"template": name, "templates": templates.origin, "row": row.location}
                 yield record | {"task": templates.task, "provenance": provenance}
         if not taken:
-            quarantine.pass_over(row.location)
+            bad_rows.filtered.append(row.location)
 
 
-def templated_rows(source: DataSource, rows: Iterable[Fields], quarantine: Quarantine | None) -> Iterator[Fields]:
-    """The rows of a source with `templates`, as instruction records that are read on like any others."""
+def templated_rows(source: DataSource, rows: Iterable[Fields], bad_rows: BadRows | None) -> Iterator[Fields]:
+    """The rows of a source with `templates`, as instruction records that are read like any others."""
     assert source.templates is not None
-    for record in instruction_rows(rows, source.templates, source.on_bad_row, quarantine):
+    for record in instruction_rows(rows, source.templates, source.on_bad_row, bad_rows):
         found = record["provenance"]
         yield Fields(f"{found['row']} (template {found['template']!r})", record, {})
 
@@ -110,20 +110,20 @@ def _demonstration(render: Render, rows: Sequence[Fields], number: int, settings
         try:
             found = None if other == number else render(rows[other], other)
         except DataError:
-            continue  # a bad row is set aside where it is itself rendered
+            continue  # a bad row is reported where it is itself rendered
         # The same text with its answer would give the answer away.
         if found is not None and own is not None and (found.instruction, found.input) != (own.instruction, own.input):
             examples.append("\n\n".join(part for part in (found.instruction, found.input, found.output) if part))
     if len(examples) < settings.num_demonstrations:
         raise DataError(
-            f"{rows[number].location}: only {len(examples)} other rows can stand as demonstrations, and "
+            f"{rows[number].location}: only {len(examples)} other rows can be demonstrations, and "
             f"num_demonstrations is {settings.num_demonstrations}; lower it, or give more rows"
         )
     return "\n\n".join(examples)
 
 
 _STRIDE = 2_654_435_761
-"""Knuth's multiplicative hash: successive examples lie far apart."""
+"""Knuth's multiplicative hash: successive examples are far apart."""
 
 
 def _compiled(template: Template | PromptsourceTemplate, templates: Templates, seed: int) -> Render:
@@ -159,8 +159,8 @@ def _compiled(template: Template | PromptsourceTemplate, templates: Templates, s
         for field in ("instruction", "output"):
             if not texts[field]:
                 raise DataError(
-                    f"{row.location}: {place} renders an empty {field}; mend the row, give the template a `when` that passes "
-                    "such rows over, or set on_bad_row to skip"
+                    f"{row.location}: {place} renders an empty {field}; fix the row, give the template a `when` that filters "
+                    "such rows out, or set on_bad_row to skip"
                 )
         return Rendered(**texts)
 
@@ -195,11 +195,11 @@ def _compiled_promptsource(template: PromptsourceTemplate, templates: Templates,
         asked, *answers = _ran(lambda: rendered_text(body, values), row, place, "jinja").split(_SEPARATOR)
         asked, answers = _shown(asked).strip(), [_shown(answer).strip() for answer in answers]
         if not asked and not any(answers):
-            return None  # that is how promptsource's templates pass a row over
+            return None  # that is how promptsource's templates filter a row out
         if not asked or not answers or not answers[0]:
             empty = "question" if not asked else "answer"
             raise DataError(
-                f"{row.location}: {place} renders an empty {empty}; mend the row, leave the template out (templates.names), or "
+                f"{row.location}: {place} renders an empty {empty}; fix the row, deselect the template (templates.names), or "
                 "set on_bad_row to skip"
             )
         return Rendered(asked, "", answers[0])
@@ -240,7 +240,7 @@ def _named(row: Fields, labels: Labels, value: Any) -> str:
         raise row.error(
             labels.column,
             f"is {text[:40]!r}, a label that has no name (known: {', '.join(map(repr, labels.names))})",
-            "add it to labels.names, or mend the row",
+            "add it to labels.names, or fix the row",
         )
     return labels.names[text]
 
@@ -251,7 +251,7 @@ def _binned(row: Fields, labels: Labels, value: Any) -> str:
         if item.below is None or number < item.below:
             return item.name
     raise row.error(
-        labels.column, f"is {number:g}, above all bins", "raise the last bin's `below`, or leave it out for no bound"
+        labels.column, f"is {number:g}, above all bins", "raise the last bin's `below`, or omit it for no bound"
     )
 
 
@@ -267,7 +267,7 @@ def _parsed(parse: Callable[[str], Any], place: str, field: str, text: str) -> A
     except TemplateError as error:
         line = getattr(error, "lineno", None)
         at = f" in line {line}" if line else ""
-        raise ConfigError(f"{place}: {field} is not a Jinja template ({error}{at}); mend it") from error
+        raise ConfigError(f"{place}: {field} is not a Jinja template ({error}{at}); fix it") from error
 
 
 def _truth(value: Any) -> bool:
@@ -275,7 +275,7 @@ def _truth(value: Any) -> bool:
 
 
 def _ran(render: Callable[[], Any], row: Fields, place: str, field: str) -> Any:
-    """What a template gives for a row; whatever goes wrong in it is the row's or the template's, and named."""
+    """What a template renders for a row; an exception in it becomes an error of the row or of the template."""
     try:
         result = render()
     except SecurityError as error:
@@ -283,11 +283,11 @@ def _ran(render: Callable[[], Any], row: Fields, place: str, field: str) -> Any:
             f"{place}: {field} may not do that ({error}); templates only format what they are given"
         ) from error
     except RecursionError as error:
-        raise DataError(f"{row.location}: {place}: {field} does not end; mend the template") from error
+        raise DataError(f"{row.location}: {place}: {field} does not end; fix the template") from error
     except Exception as error:  # undefined names, and what filters and operators raise on values of other types
         known = ", ".join(row.named_values())
         raise DataError(
             f"{row.location}: {place} cannot render {field} ({error}); the row has {known}: map a column with fields, give "
-            "variables, or mend the row or the template"
+            "variables, or fix the row or the template"
         ) from error
     return result

@@ -1,0 +1,247 @@
+"""The kinds of records: one class each, with its fields, its parsing, its subject and its uses.
+
+A new kind is a class here, an entry in `KINDS`, and its name in `RecordKind` (`config/data.py`). What a kind can be used for
+is what its class implements:
+
+    use                     method              gives
+    supervised training     `sequence`          Conversation or Text
+    reward modeling         `preference`        Preference, or what `paired` makes preferences of
+    prompts                 `prompt`            the messages that a model continues
+    pipeline sets           `subject`           what a split keeps together; validates the fields that every use needs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from rlhf_dist.config.data import DataSource, RecordKind
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.preferences import chat_messages, pair_by_rating, preference_messages, preference_of
+from rlhf_dist.data.records import (
+    Conversation,
+    Messages,
+    Preference,
+    Text,
+    before_last_response,
+    turns_of,
+)
+
+Use = Literal["supervised training", "reward modeling", "prompts"]
+
+
+class Kind:
+    """A kind of records. Methods raise `DataError` (place, field, value, remedy) for an invalid row."""
+
+    fields: ClassVar[tuple[str, ...]]
+    """Fields that the kind has."""
+    uses: ClassVar[tuple[Use, ...]] = ()
+    line_field: ClassVar[str | None] = None
+    """The field that a line of a .txt file is; None: the kind needs columns."""
+
+    def subject(self, row: Fields) -> Hashable:
+        """What keeps records together in a split: the same as `Record.subject` of what is read from the row."""
+        return turns_of(self.prompt(row))
+
+    def sequence(self, row: Fields, task: str) -> Conversation | Text:
+        """The record that a language model is trained on."""
+        raise NotImplementedError
+
+    def preference(self, row: Fields, use_margins: bool) -> Any:
+        """A preference, or what `paired` makes them of. `use_margins` False: the field `margin` is not read."""
+        raise NotImplementedError
+
+    def paired(self, found: list[Any], source: DataSource, seed: int) -> list[Preference]:
+        """The preferences of what `preference` gave for the rows of a source."""
+        return found
+
+    def prompt(self, row: Fields) -> Messages:
+        """The messages that a model is to continue."""
+        raise NotImplementedError
+
+
+class InstructionKind(Kind):
+    """User message: `demonstration` (a worked example), `instruction` and `input`, those there are, separated by empty lines.
+    Assistant message: `output`. With `templates`, rows of any columns are rendered into such records first."""
+
+    fields = ("instruction", "input", "output", "demonstration", "task")
+    uses = ("supervised training", "prompts")
+
+    def subject(self, row: Fields) -> Hashable:
+        if row.get("output") is not None:  # as prompts, instructions need none
+            row.text("output")
+        return _labelled_row(row) or turns_of(self.prompt(row))
+
+    def sequence(self, row: Fields, task: str) -> Conversation:
+        response = {"role": "assistant", "content": row.text("output")}
+        return Conversation((*self.prompt(row), response), row.location, task, _labelled_row(row))
+
+    def prompt(self, row: Fields) -> Messages:
+        parts = (row.optional_text("demonstration"), row.text("instruction"), row.optional_text("input"))
+        return (_user("\n\n".join(part for part in parts if part)),)
+
+
+class MessagesKind(Kind):
+    """A chat, as a list of messages or as text in the HH format. Trained on every assistant turn; as a prompt, what comes
+    before the last one."""
+
+    fields = ("messages", "task")
+    uses = ("supervised training", "prompts")
+
+    def subject(self, row: Fields) -> Hashable:
+        return turns_of(before_last_response(chat_messages(row, "messages")))
+
+    def sequence(self, row: Fields, task: str) -> Conversation:
+        return Conversation(chat_messages(row, "messages"), row.location, task)
+
+    def prompt(self, row: Fields) -> Messages:
+        return _ends_with_user(row, "messages", before_last_response(chat_messages(row, "messages")))
+
+
+class TextKind(Kind):
+    """Plain text, trained on every token."""
+
+    fields = ("text", "task")
+    uses = ("supervised training",)
+    line_field = "text"
+
+    def subject(self, row: Fields) -> Hashable:
+        return row.text("text").strip()
+
+    def sequence(self, row: Fields, task: str) -> Text:
+        return Text(row.text("text"), row.location, task)
+
+
+class PreferenceKind(Kind):
+    """A pair (`chosen`, `rejected`, optional `margin`) or a ranking (`responses`, best first, optional `ratings`, whose
+    differences are the margins). Responses of equal rating are tied; one that equals a better one is dropped. The formats,
+    and rows that could be both: `preferences.py`."""
+
+    fields = ("prompt", "chosen", "rejected", "margin", "responses", "ratings")
+    uses = ("reward modeling", "prompts")
+
+    def preference(self, row: Fields, use_margins: bool) -> Preference:
+        return preference_of(row, use_margins)
+
+    def prompt(self, row: Fields) -> Messages:
+        return preference_messages(row)[0]
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A response with its rating."""
+
+    prompt: str
+    response: str
+    rating: float
+    location: str
+
+
+class RatingsKind(Kind):
+    """Rated responses, of which pairs of one prompt are made. Without a `prompt`, a response is rated as plain text."""
+
+    fields = ("prompt", "response", "rating")
+    uses = ("reward modeling",)
+
+    def subject(self, row: Fields) -> Hashable:
+        rated = self.preference(row, use_margins=False)
+        return turns_of((_user(rated.prompt),)) if rated.prompt else rated.response.strip()
+
+    def preference(self, row: Fields, use_margins: bool) -> Rated:
+        return Rated(row.optional_text("prompt"), row.text("response"), row.number("rating"), row.location)
+
+    def paired(self, found: list[Rated], source: DataSource, seed: int) -> list[Preference]:
+        groups: dict[str, list[Rated]] = {}
+        for rated in found:
+            groups.setdefault(rated.prompt, []).append(rated)
+        pairs = []
+        for number, (prompt, group) in enumerate(groups.items()):
+            for i, j in pair_by_rating([rated.rating for rated in group], seed, source.min_margin, group=number):
+                better, worse = group[i], group[j]
+                pairs.append(
+                    Preference(
+                        prompt=(_user(prompt),) if prompt else (),
+                        responses=tuple(({"role": "assistant", "content": r.response},) for r in (better, worse)),
+                        location=f"{better.location} over {worse.location}",
+                        ratings=(better.rating, worse.rating),
+                    )
+                )
+        if not pairs:
+            raise DataError(
+                f"{source.path}: no two responses to one prompt differ in rating by min_margin {source.min_margin} or "
+                "more; lower min_margin, or give more rated responses a prompt"
+            )
+        return pairs
+
+
+class PromptKind(Kind):
+    """One user message, or a chat that ends with one."""
+
+    fields = ("prompt",)
+    uses = ("prompts",)
+    line_field = "prompt"
+
+    def subject(self, row: Fields) -> Hashable:
+        return turns_of(_string_or_chat(row))
+
+    def prompt(self, row: Fields) -> Messages:
+        return _ends_with_user(row, "prompt", _string_or_chat(row))
+
+
+class CandidatesKind(Kind):
+    """A prompt with responses that nobody has judged yet; `curation/candidates.py` reads them."""
+
+    fields = ("prompt", "candidates")
+
+    def subject(self, row: Fields) -> Hashable:
+        row.items("candidates")
+        return turns_of(_string_or_chat(row))
+
+
+KINDS: Mapping[RecordKind, Kind] = {
+    "instruction": InstructionKind(),
+    "messages": MessagesKind(),
+    "text": TextKind(),
+    "preference": PreferenceKind(),
+    "ratings": RatingsKind(),
+    "prompt": PromptKind(),
+    "candidates": CandidatesKind(),
+}
+
+
+def kind_of(source: DataSource, use: Use) -> Kind:
+    """The kind of a source that is used for `use`.
+
+    Raises:
+        ConfigError: the kind has no such use.
+    """
+    kind = KINDS[source.kind]
+    if use not in kind.uses:
+        suitable = ", ".join(name for name, other in KINDS.items() if use in other.uses)
+        raise ConfigError(f"{source.path}: kind {source.kind!r} is not supported for {use}; use one of {suitable}")
+    return kind
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _string_or_chat(row: Fields) -> Messages:
+    if isinstance(row.required("prompt"), str):
+        return (_user(row.text("prompt")),)
+    return row.messages("prompt")
+
+
+def _ends_with_user(row: Fields, field: str, messages: Sequence[dict[str, str]]) -> Messages:
+    if not messages or messages[-1]["role"] != "user":
+        raise row.error(field, "does not end with a user message for the assistant to answer", "add one")
+    return tuple(messages)
+
+
+def _labelled_row(row: Fields) -> str:
+    """As `Conversation.row`, also of records that `data templates` has written to a file."""
+    made = row.values.get("provenance")
+    place = made.get("row") if isinstance(made, Mapping) and "template" in made else None
+    return place if isinstance(place, str) else ""

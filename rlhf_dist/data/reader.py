@@ -1,0 +1,117 @@
+"""Sources → typed records: the one reader. File formats are in `files.py`, kinds in `kinds.py`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.files import read_rows
+from rlhf_dist.data.kinds import KINDS, kind_of
+from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
+from rlhf_dist.data.templates.render import templated_rows
+
+R = TypeVar("R")
+
+
+def read_fields(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[Fields]:
+    """The rows of a source, by field.
+
+    Args:
+        source: path, kind and mapping of fields to columns.
+        bad_rows: takes the rows that cannot be parsed, under `source.on_bad_row: skip`.
+
+    Raises:
+        ConfigError: `source.fields` maps a field that the kind does not have.
+        DataError: as `read_rows`; a mapped column that no row has, since an optional field would hide the misspelling.
+    """
+    known = KINDS[source.kind].fields
+    for field in source.fields if source.templates is None else ():
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            hint = f" (nearest: {near[0]!r})" if near else ""
+            raise ConfigError(
+                f"{source.path}: fields maps {field!r}, which kind {source.kind!r} does not have{hint}; map one of "
+                f"{', '.join(known)} to a column"
+            )
+    unseen = set(source.fields.values())
+    for location, values in read_rows(source, bad_rows):
+        row = Fields(location, values, source.fields)
+        unseen = {column for column in unseen if not row.has_column(column)}
+        yield row
+    if unseen:
+        raise DataError(
+            f"{source.path}: no row has the column {', '.join(map(repr, sorted(unseen)))} that fields names; give the "
+            "name of a column, or remove the mapping"
+        )
+
+
+def read_sequences(
+    source: DataSource, bad_rows: BadRows | None = None, with_tasks: bool | None = False
+) -> list[Conversation | Text]:
+    """Records to train a language model on.
+
+    Args:
+        source: of a kind for supervised training.
+        bad_rows: takes the invalid rows, under `source.on_bad_row: skip`.
+        with_tasks: whether to read the field `task`. False: an unrelated column of that name is ignored. None: it is read
+            where it is text, and ignored otherwise.
+
+    Raises:
+        DataError: an invalid source or row, with its place.
+        ConfigError: a kind or field name that is not supported.
+    """
+    kind = kind_of(source, "supervised training")
+
+    def record(row: Fields) -> Conversation | Text:
+        task = row.optional_text("task").strip() if with_tasks else ""
+        if with_tasks is None and isinstance(found := row.get("task"), str):
+            task = found.strip()
+        return kind.sequence(row, task)
+
+    return [replace(found, on_bad_row=source.on_bad_row) for found in _read(source, bad_rows, record)]
+
+
+def read_preferences(
+    source: DataSource, seed: int, use_margins: bool = True, bad_rows: BadRows | None = None
+) -> list[Preference]:
+    """Pairs and rankings; `seed` draws the pairs of kind `ratings`.
+
+    `use_margins` False: the field `margin` of pairs is not read, so that an unrelated column of that name is ignored.
+    `bad_rows` and errors as in `read_sequences`.
+    """
+    kind = kind_of(source, "reward modeling")
+    found = _read(source, bad_rows, lambda row: kind.preference(row, use_margins))
+    return [replace(pair, on_bad_row=source.on_bad_row) for pair in kind.paired(found, source, seed)]
+
+
+def read_prompts(source: DataSource, bad_rows: BadRows | None = None) -> list[Prompt]:
+    """Prompts, or the prompts of records of other kinds. `bad_rows` and errors as in `read_sequences`."""
+    kind = kind_of(source, "prompts")
+    return _read(source, bad_rows, lambda row: Prompt(kind.prompt(row), row.location, source.on_bad_row))
+
+
+def _read(source: DataSource, bad_rows: BadRows | None, record: Callable[[Fields], R]) -> list[R]:
+    """What `record` makes of the valid rows.
+
+    Raises:
+        DataError: an invalid row under `error`; under `skip`, that no valid row is left.
+    """
+    bad_rows = BadRows() if bad_rows is None else bad_rows
+    records: list[R] = []
+    known = len(bad_rows)
+    rows = read_fields(source, bad_rows)
+    for row in rows if source.templates is None else templated_rows(source, rows, bad_rows):
+        with bad_rows.guard(source.on_bad_row, row.values):
+            records.append(record(row))
+    if not records:
+        bad = bad_rows.rows[known:]
+        if not bad:
+            raise DataError(f"{source.path}: all templates filter out every row; give others, or fix their `when`")
+        raise DataError(f"{source.path}: no row is valid ({len(bad)} are bad, the first: {bad[0].reason})")
+    return records

@@ -1,0 +1,1 @@
+"""Templates that render rows of labelled data sets as instruction records."""

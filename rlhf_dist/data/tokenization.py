@@ -1,0 +1,433 @@
+"""Records → token ids and loss masks at `max_length_tokens`, with `Dataset.map` and its cache on disk.
+
+    records ─ contents (JSON) ─▶ Dataset.from_generator ─ map(batched, num_proc) ─▶ Arrow file, memory-mapped
+
+Both steps are cached below `HF_DATASETS_CACHE` by content: the key has what is tokenized (never where it was read), the
+tokenizer, its chat template, the length limit, and the code. A second run with the same data tokenizes nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import datasets.config
+import jinja2
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_dist.config.data import DataSettings
+from rlhf_dist.core.errors import DataError, TooLongError
+from rlhf_dist.data import encoding
+from rlhf_dist.data.bad_rows import Tally
+from rlhf_dist.data.datasets import Ragged
+from rlhf_dist.data.encoding import (
+    Encoded,
+    Rendered,
+    encode_prompt,
+    encode_rendered,
+    encode_text,
+    render_conversation,
+)
+from rlhf_dist.data.records import Conversation, Preference, Record, Text
+
+log = logging.getLogger(__name__)
+
+MIN_RECORDS_PER_PROCESS = 5_000
+"""Fewer are tokenized faster than a process starts."""
+_BATCH_SIZE = 256
+
+_FEATURES = datasets.Features(
+    {
+        "ids": datasets.List(datasets.List(datasets.Value("int32"))),
+        "masks": datasets.List(datasets.List(datasets.Value("uint8"))),
+        "kept": datasets.List(datasets.Value("int32")),
+        "cut": datasets.List(datasets.Value("uint8")),
+        "response_tokens": datasets.List(datasets.Value("int32")),
+        "error": datasets.Value("string"),
+        "is_too_long": datasets.Value("bool"),
+    }
+)
+
+
+@dataclass
+class _Tokenized:
+    """What becomes of one record: a row of the Arrow file."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    """Its sequences: one, the chunks of a text, or the distinct responses of a preference. None: too long under `skip`."""
+    masks: list[list[bool]] = field(default_factory=list)
+    """Loss mask of each."""
+    kept: list[int] = field(default_factory=list)
+    """Preferences: position of each sequence's response among all of the record's."""
+    cut: list[bool] = field(default_factory=list)
+    """Whether each sequence was truncated."""
+    response_tokens: list[int] = field(default_factory=list)
+    """Tokens of each sequence's response, its end included."""
+    error: str | None = None
+    """Why the record is invalid."""
+    is_too_long: bool = False
+    """Whether `error` is `on_too_long: error`."""
+
+    def add(
+        self, ids: list[int], mask: list[bool], cut: bool = False, response_tokens: int = 0, response: int = 0
+    ) -> None:
+        """Add a sequence."""
+        self.ids.append(ids)
+        self.masks.append(mask)
+        self.cut.append(cut)
+        self.response_tokens.append(response_tokens)
+        self.kept.append(response)
+
+
+@dataclass(frozen=True)
+class Usable:
+    """A record that was tokenized, and its sequences in `Tokens`."""
+
+    number: int
+    """Among the records that were given."""
+    sequences: range
+    kept: list[int]
+    cut: list[bool]
+    response_tokens: list[int]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The sequences of all records, memory-mapped."""
+
+    ids: Ragged
+    """int32 token ids of each sequence."""
+    masks: Ragged
+    """bool loss mask of each sequence."""
+    rows: datasets.Dataset
+
+    def usable(self, records: Sequence[Record], tally: Tally) -> Iterator[Usable]:
+        """The records that have sequences, in order; counts valid records, skipped and bad ones in `tally`.
+
+        Raises:
+            DataError: a record that is invalid under `on_bad_row: error`, or too long under `on_too_long: error`.
+        """
+        start, lengths = 0, self.ids.lengths
+        for number, (record, row) in enumerate(zip(records, self._columns(), strict=True)):
+            if row["error"] is not None:
+                error = (TooLongError if row["is_too_long"] else DataError)(f"{record.location}: {row['error']}")
+                policy = "error" if row["is_too_long"] else record.on_bad_row
+                tally.bad_rows.add(policy, error, asdict(record))
+                continue
+            tally.num_records += 1
+            sequences = range(start, start := start + len(row["cut"]))
+            if not sequences:
+                tally.skip(record.location)
+                continue
+            yield Usable(
+                number,
+                sequences,
+                row["kept"],
+                list(map(bool, row["cut"])),
+                row["response_tokens"],
+                int(lengths[sequences.start : sequences.stop].sum()),
+            )
+
+    def _columns(self) -> Iterator[dict[str, Any]]:
+        """What is not tokens, record by record."""
+        rows = self.rows.select_columns(["kept", "cut", "response_tokens", "error", "is_too_long"]).with_format("arrow")
+        for table in rows.iter(batch_size=4096):
+            yield from cast(Any, table).to_pylist()
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    num_proc: int | None = None,
+) -> Tokens:
+    """The sequences of records, cached on disk.
+
+    Args:
+        records: at least one, of one or more types.
+        tokenizer: from `load_tokenizer`.
+        settings: `max_length_tokens` (for prompts, their own limit) and `on_too_long`.
+        num_proc: processes; None: one for each CPU that this process may use, as long as each has
+            `MIN_RECORDS_PER_PROCESS` records.
+    """
+    if num_proc is None:
+        num_proc = max(1, min(len(os.sched_getaffinity(0)), len(records) // MIN_RECORDS_PER_PROCESS))
+    content_digest = _digest(map(_content, records))
+    limits = [str(settings.max_length_tokens), settings.on_too_long]
+    with _progress_bars(shown=num_proc > 1):
+        contents = datasets.Dataset.from_generator(
+            partial(_contents, records),
+            features=datasets.Features({"content": datasets.Value("string")}),
+            cache_dir=str(_cache_dir()),
+            fingerprint=content_digest,
+        )
+        rows = cast(datasets.Dataset, contents).map(
+            _tokenize_batch,
+            fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+            batched=True,
+            batch_size=_BATCH_SIZE,
+            num_proc=num_proc if num_proc > 1 else None,
+            remove_columns=["content"],
+            features=_FEATURES,
+            new_fingerprint=_digest([content_digest, *limits, *_tokenizer_identity(tokenizer), _code_digest()]),
+            load_from_cache_file=True,
+            desc="tokenizing",
+        )
+    return Tokens(Ragged.from_arrow(rows.data.column("ids")), Ragged.from_arrow(rows.data.column("masks"), bool), rows)
+
+
+def _contents(records: Sequence[Record]) -> Iterator[dict[str, str]]:
+    for record in records:
+        yield {"content": _content(record)}
+
+
+def _content(record: Record) -> str:
+    """What of a record is tokenized, as JSON; without its place, so that a renamed file is not tokenized again."""
+    if isinstance(record, Text):
+        content: Any = {"text": record.text}
+    elif isinstance(record, Conversation):
+        content = {"messages": record.messages}
+    elif isinstance(record, Preference):
+        content = {"prompt": record.prompt, "responses": record.responses}
+    else:
+        content = {"prompt": record.messages}
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _tokenize_batch(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> dict[str, list[Any]]:
+    """A batch of contents → columns of `_FEATURES`. All its conversations are tokenized in one call."""
+    contents = [json.loads(content) for content in batch["content"]]
+    rendered = [_rendered(tokenizer, content) for content in contents]
+    valid = [one for of_record in rendered for one in of_record if isinstance(one, Rendered)]
+    encoded = iter(encode_rendered(tokenizer, valid))
+    found = []
+    for content, of_record in zip(contents, rendered, strict=True):
+        results = [next(encoded) if isinstance(one, Rendered) else one for one in of_record]
+        try:
+            found.append(_tokenized(content, results, tokenizer, settings))
+        except DataError as err:
+            found.append(_Tokenized(error=str(err), is_too_long=isinstance(err, TooLongError)))
+    return {name: [getattr(one, name) for one in found] for name in _FEATURES}
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> list[Rendered | DataError]:
+    """The conversations of a content; [] for plain texts and prompts."""
+    if "messages" in content:
+        conversations, first_target = [content["messages"]], 0
+    elif content.get("prompt") and "responses" in content:
+        conversations = [[*content["prompt"], *response] for response in content["responses"]]
+        first_target = len(content["prompt"])
+    else:
+        return []
+    found: list[Rendered | DataError] = []
+    for messages in conversations:
+        try:
+            found.append(render_conversation(tokenizer, messages, first_target))
+        except DataError as err:
+            found.append(err)
+    return found
+
+
+def _tokenized(
+    content: dict[str, Any],
+    conversations: Sequence[Encoded | DataError],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+) -> _Tokenized:
+    """The sequences of a content at the length limit.
+
+    Raises:
+        DataError, TooLongError: the content is invalid.
+    """
+    found = _Tokenized()
+    if "text" in content:
+        for ids, mask in fit_text(encode_text(tokenizer, content["text"]), settings):
+            found.add(ids, mask)
+    elif "messages" in content:
+        for ids, mask, cut in fit(_valid(conversations[0]), settings):
+            found.add(ids, mask, cut)
+    elif "responses" in content:
+        for number, response in enumerate(content["responses"]):
+            encoded = (
+                _valid(conversations[number])
+                if conversations
+                else all_targets(encode_text(tokenizer, response[-1]["content"]))
+            )
+            for ids, mask, cut in fit(encoded, settings):
+                # Truncation can make two responses equal, and so can a tokenizer that folds case or accents.
+                if ids not in found.ids:
+                    found.add(ids, mask, cut, len(ids) - mask.index(True) if conversations else len(ids), number)
+    else:
+        for ids in fit_prompt(encode_prompt(tokenizer, content["prompt"]), settings):
+            found.add(ids, [False] * len(ids))
+    return found
+
+
+def _valid(encoded: Encoded | DataError) -> Encoded:
+    if isinstance(encoded, DataError):
+        raise encoded
+    return encoded
+
+
+def all_targets(ids: list[int]) -> Encoded:
+    """Every token is a target but the first, which nothing predicts."""
+    return ids, [False] + [True] * (len(ids) - 1)
+
+
+def fit_text(ids: list[int], settings: DataSettings) -> list[Encoded]:
+    """A plain text as sequences of at most `max_length_tokens`.
+
+    `truncate` chunks it without loss: each chunk begins with the last token of the previous one, since a sequence's first
+    token is never a target. `skip` gives [].
+
+    Raises:
+        TooLongError: it is longer, under `error`.
+        DataError: a limit below 2, under `truncate`.
+    """
+    limit = settings.max_length_tokens
+    if len(ids) <= limit:
+        return [all_targets(ids)]
+    if settings.on_too_long == "skip":
+        return []
+    if settings.on_too_long == "error":
+        raise _too_long(len(ids), limit)
+    if limit < 2:
+        raise DataError(f"max_length_tokens {limit} leaves no token to predict; it must be at least 2: raise it")
+    return [all_targets(ids[start : start + limit]) for start in range(0, len(ids) - 1, limit - 1)]
+
+
+def fit(encoded: Encoded, settings: DataSettings) -> list[tuple[list[int], list[bool], bool]]:
+    """[(ids, mask, was truncated)] of a conversation at `max_length_tokens`; [] where it is skipped.
+
+    Raises:
+        TooLongError: it is longer, under `error`.
+        DataError: its prompt alone is longer, under `truncate`: prompts are never truncated.
+    """
+    ids, mask = encoded
+    limit = settings.max_length_tokens
+    if len(ids) <= limit:
+        return [(ids, mask, False)]
+    if settings.on_too_long == "skip":
+        return []
+    if settings.on_too_long == "error":
+        raise _too_long(len(ids), limit)
+    prompt_tokens = mask.index(True)
+    if prompt_tokens >= limit:
+        raise DataError(
+            f"the prompt alone has {prompt_tokens} tokens, which leaves no token for a response in max_length_tokens "
+            f"{limit}, and prompts are never truncated; raise max_length_tokens, shorten the prompt, or set on_too_long to "
+            "skip"
+        )
+    # What is left of a later prompt after the last target would only be computed, never learnt from.
+    end = limit - mask[:limit][::-1].index(True)
+    return [(ids[:end], mask[:end], True)]
+
+
+def fit_prompt(ids: list[int], settings: DataSettings) -> list[list[int]]:
+    """[`ids`] of a prompt; [] where it is longer than `max_length_tokens`, under `skip`.
+
+    Raises:
+        TooLongError: it is longer, under `error`.
+        DataError: it is longer, under `truncate`: prompts are never truncated.
+    """
+    if len(ids) <= settings.max_length_tokens:
+        return [ids]
+    if settings.on_too_long == "skip":
+        return []
+    raise (TooLongError if settings.on_too_long == "error" else DataError)(
+        f"the prompt has {len(ids)} tokens, more than the {settings.max_length_tokens} that data.max_length_tokens "
+        "leaves beside rollout.max_response_tokens; raise the first, lower the second, shorten the prompt, "
+        "or set on_too_long to skip"
+    )
+
+
+def _too_long(num_tokens: int, limit: int) -> TooLongError:
+    return TooLongError(
+        f"the record has {num_tokens} tokens, more than max_length_tokens {limit}; raise it, shorten the record, or "
+        "set on_too_long to truncate or skip"
+    )
+
+
+def _digest(parts: Iterable[str]) -> str:
+    """32 hex digits of a hash of strings and their borders."""
+    found = hashlib.sha256()
+    for part in parts:
+        content = part.encode("utf-8", "surrogatepass")
+        found.update(len(content).to_bytes(8, "little") + content)
+    return found.hexdigest()[:32]
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All that decides what a tokenizer makes of a conversation. `datasets` would hash the pickled object, which changes as
+    it is used."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    # A template that renders the date is tokenized anew each day.
+    today = datetime.date.today().isoformat() if "strftime_now" in template else ""
+    return [
+        type(tokenizer).__name__,
+        core.to_str() if core is not None else repr(tokenizer),
+        template,
+        json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True),
+        today,
+    ]
+
+
+@cache
+def _code_digest() -> str:
+    """Of what tokenizes: this package's code, and the versions of the libraries."""
+    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, str(encoding.__file__))]
+    return _digest([*code, transformers.__version__, tokenizers.__version__, jinja2.__version__])
+
+
+@cache
+def _temporary_cache() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="rlhf_dist_tokens_")
+
+
+def _cache_dir() -> Path:
+    """Below `HF_DATASETS_CACHE`; where that cannot be written, a temporary folder that is removed at exit."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf_dist"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        reason = "permission denied"
+    except OSError as err:
+        reason = str(err)
+    log.warning(
+        "the cache of tokenized data %s cannot be written (%s), so the next run tokenizes again; set HF_DATASETS_CACHE to a "
+        "folder that can be",
+        folder,
+        reason,
+    )
+    return Path(_temporary_cache().name)
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Hides the progress bars of `datasets` unless `shown`."""
+    if shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

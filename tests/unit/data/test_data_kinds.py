@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_dist.config.data import DataSource
+from rlhf_dist.core.errors import ConfigError, DataError
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.records import Prompt
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def one(source, records, kind="preference", **settings):
+    read = {"preference": lambda s: read_preferences(s, 0)}.get(kind, read_sequences)
+    [record] = read(source(kind, records, **settings))
+    return record
+
+
+def test_instruction(source):
+    record = {"instruction": "Dịch", "input": "hello", "output": "xin chào", "demonstration": "a → b", "other": 1}
+    assert one(source, [record], "instruction").messages == (user("a → b\n\nDịch\n\nhello"), bot("xin chào"))
+    for empty in ({}, {"input": ""}, {"input": None}, {"input": " "}):
+        assert one(source, [{"instruction": "i", "output": "o", **empty}], "instruction").messages == (
+            user("i"),
+            bot("o"),
+        )
+
+
+def test_mapped_and_nested_columns(source):
+    record = {"question": "q", "cases": [{"in": "x", "out": "y"}]}
+    fields = {"instruction": "question", "input": "cases.0.in", "output": "cases.0.out"}
+    assert one(source, [record], "instruction", fields=fields).messages == (user("q\n\nx"), bot("y"))
+
+
+def test_messages_and_text(source):
+    messages = [{"role": "system", "content": ""}, user("u"), bot("a")]
+    assert one(source, [{"messages": messages}], "messages").messages == tuple(messages)
+    record = one(source, [{"text": "nội dung"}], "text")
+    assert record.text == "nội dung"
+    assert record.location.endswith("data.jsonl:1")
+
+
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:"
+DIALOGUE = (user("hi"), bot("hello"), user("so?"))
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "p", "chosen": "good", "rejected": "bad"}, (user("p"),)),
+        ({"prompt": [*DIALOGUE], "chosen": "good", "rejected": "bad"}, DIALOGUE),
+        ({"prompt": [user("p")], "chosen": [bot("good")], "rejected": [bot("bad")]}, (user("p"),)),
+        ({"prompt": HH, "chosen": "good", "rejected": "bad"}, DIALOGUE),
+        ({"chosen": HH + " good", "rejected": HH + " bad"}, DIALOGUE),
+        ({"chosen": [*DIALOGUE, bot("good")], "rejected": [*DIALOGUE, bot("bad")]}, DIALOGUE),
+        ({"prompt": "so?", "chosen": [*DIALOGUE, bot("good")], "rejected": [*DIALOGUE, bot("bad")]}, DIALOGUE),
+        ({"prompt": HH, "chosen": HH + " good", "rejected": HH + " bad"}, DIALOGUE),
+    ],
+)
+def test_preference_forms(source, record, prompt):
+    pair = one(source, [record])
+    assert (pair.prompt, pair.responses) == (prompt, ((bot("good"),), (bot("bad"),)))
+    assert (pair.ratings, pair.ranks) == (None, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "p", "responses": ["a", "b", "c"]}, (user("p"),)),
+        ({"prompt": [user("p")], "responses": [[bot("a")], "b", [bot("c")]]}, (user("p"),)),
+        ({"responses": [HH + " a", HH + " b", HH + " c"]}, DIALOGUE),
+        ({"responses": [[*DIALOGUE, bot(x)] for x in "abc"], "chosen": None, "ratings": None}, DIALOGUE),
+    ],
+)
+def test_ranking_forms(source, record, prompt):
+    ranking = one(source, [record])
+    assert (ranking.prompt, ranking.responses) == (prompt, ((bot("a"),), (bot("b"),), (bot("c"),)))
+    assert (ranking.ratings, ranking.ranks) == (None, (0, 1, 2))
+
+
+def test_ratings_of_a_ranking_give_its_ties(source):
+    fields = {"responses": "completions", "ratings": "scores"}
+    record = {"prompt": "p", "completions": list("abcde"), "scores": [4, "2.5", 2.5, 1, 1]}
+    ranking = one(source, [record], fields=fields)
+    assert ranking.ratings == (4, 2.5, 2.5, 1, 1)
+    assert ranking.ranks == (0, 1, 1, 3, 3)
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_a_pair_may_have_unrelated_columns(source):
+    for responses in (["c", "a", "b"], "the judge's answer", 3):
+        record = PAIR | {"responses": responses, "ratings": [1, 5]}
+        pair = one(source, [record])
+        assert (pair.responses, pair.ratings, pair.ranks) == (((bot("a"),), (bot("b"),)), None, (0, 1))
+        assert read_prompts(source("preference", [record]))[0].messages == (user("p"),)
+
+
+def test_a_ranking_may_have_unrelated_columns_when_it_is_mapped(source):
+    record = PAIR | {"responses": ["c", "a", "b"], "ratings": [3, 3, 1], "margin": -1}
+    ranking = one(source, [record], fields={"responses": "responses"})
+    assert ranking.responses == ((bot("c"),), (bot("a"),), (bot("b"),))
+    assert (ranking.ratings, ranking.ranks) == ((3, 3, 1), (0, 0, 2))
+    assert len(one(source, [{"prompt": "p", "responses": ["a", "b"], "margin": "n/a"}]).responses) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"responses": "all", "chosen": "chosen"}, r"'responses' \(column 'all'\) is in a row with chosen"),
+        ({"responses": "all", "margin": "margin"}, r"'responses' \(column 'all'\) is in a row with margin"),
+        (
+            {"ratings": "scores"},
+            r"'ratings' \(column 'scores'\) is mapped in a row with chosen and rejected, .*map responses",
+        ),
+    ],
+)
+def test_both_forms_mapped_and_filled_are_invalid(source, fields, words):
+    with pytest.raises(DataError, match=words):
+        one(source, [PAIR | {"all": ["a", "b"], "scores": [2, 1], "margin": 1}], fields=fields)
+
+
+def test_pairs_and_rankings_in_one_file_with_every_field_mapped(source):
+    fields = {"chosen": "win", "rejected": "lose", "margin": "by", "responses": "all", "ratings": "scores"}
+    rows = [
+        {"prompt": "p", "win": "a", "lose": "b", "by": 2, "all": None, "scores": None},
+        {"prompt": "p", "win": None, "lose": None, "by": None, "all": ["a", "b"], "scores": [5, 4]},
+    ]
+    pair, ranking = read_preferences(source("preference", rows, fields=fields), 0)
+    assert (pair.ratings, ranking.ratings) == ((2, 0), (5, 4))
+
+
+@pytest.mark.parametrize("margin", [-0.5, "n/a", float("nan"), [1], 2])
+def test_margins_that_nothing_uses_are_not_read(source, margin):
+    [pair] = read_preferences(source("preference", [PAIR | {"margin": margin}]), 0, use_margins=False)
+    assert pair.ratings is None
+
+
+def test_ties_of_a_ranking_do_not_depend_on_margins_being_used(source):
+    record = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [2, 1, 1]}
+    [ranking] = read_preferences(source("preference", [record]), 0, use_margins=False)
+    assert ranking.ranks == (0, 1, 1)
+
+
+def test_responses_of_equal_text_are_one_with_the_better_rank(source):
+    record = {"prompt": "p", "responses": ["a", "b", "a", "c", "c"], "ratings": [5, 4, 3, 3, 1]}
+    ranking = one(source, [record])
+    assert ranking.responses == ((bot("a"),), (bot("b"),), (bot("c"),))
+    assert (ranking.ratings, ranking.ranks, ranking.num_repeated) == ((5, 4, 3), (0, 1, 2), 2)
+    unrated = one(source, [{"responses": [[*DIALOGUE, bot(x)] for x in "abac"]}])
+    assert (unrated.responses, unrated.ranks) == (((bot("a"),), (bot("b"),), (bot("c"),)), (0, 1, 2))
+    assert unrated.prompt == DIALOGUE
+
+
+def test_a_margin_of_0_is_not_a_tie(source):
+    pair = one(source, [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0}])
+    assert (pair.ratings, pair.ranks) == ((0, 0), (0, 1))
+
+
+def test_a_response_may_talk_about_the_hh_form(source):
+    pair = one(source, [{"prompt": "p", "chosen": "write\n\nHuman: x", "rejected": "no", "margin": 2}])
+    assert pair.responses[0] == (bot("write\n\nHuman: x"),)
+    assert pair.ratings == (2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "words"),
+    [
+        (
+            "instruction",
+            {"instruction": "i"},
+            r"data\.jsonl:1: field 'output' is missing; the row has 'instruction'; add it",
+        ),
+        (
+            "instruction",
+            {"instruction": "", "output": "o"},
+            r":1: field 'instruction' is '', which is blank",
+        ),
+        ("instruction", {"instruction": "i", "output": 3}, r"field 'output' is 3, a int, not a string; write it as"),
+        ("instruction", {"instruction": "i", "output": "o", "input": [1]}, r"field 'input' is \[1\], a list"),
+        ("text", {"text": " \n"}, "is blank"),
+        ("messages", {"messages": "hi"}, "not a list of messages; write it as"),
+        ("messages", {"messages": []}, "not a list of messages"),
+        ("messages", {"messages": ["hi"]}, r"'messages\[0\]' is 'hi', without \"role\" and"),
+        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"'messages\[0\]\.role' is 'bot'; use one of"),
+        ("messages", {"messages": [user("u"), bot("")]}, r"'messages\[1\]\.content' is ''"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "a"},
+            r":1: field 'chosen' equals its rejected \('a'\)",
+        ),
+        ("preference", {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing, .* map it with fields"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": HH + " a", "rejected": "b"},
+            "'chosen' is a whole dialogue and 'rejected'",
+        ),
+        (
+            "preference",
+            {"chosen": HH + " a", "rejected": "\n\nHuman: x\n\nAssistant: b"},
+            "part after 0 messages, not at an assistant's turn; make",
+        ),
+        (
+            "preference",
+            {"prompt": "z", "chosen": HH + " a", "rejected": HH + " b"},
+            "'prompt' is 'z', which the dialogues",
+        ),
+        ("preference", {"chosen": HH, "rejected": HH + " b"}, r"'chosen \(turn 4\)' is '', which is blank"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": [user("x")], "rejected": "b"},
+            "does not end with an assistant message; add",
+        ),
+        (
+            "preference",
+            {"prompt": [bot("x")], "chosen": "a", "rejected": "b"},
+            "'prompt' does not end with a user message",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"},
+            "'margin' is 'x', which is not a",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5},
+            r":1: field 'margin' is -0.5, less than 0, though .*; exchange chosen and rejected, .*reward\.margin_coef",
+        ),
+        ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "inf"}, "not a finite number"),
+        ("preference", {"prompt": "p", "responses": ["a"]}, r":1: field 'responses' has 1, .*at least 2"),
+        ("preference", {"prompt": "p", "responses": "a"}, "'responses' is 'a', a str, not a list; write"),
+        ("preference", {"prompt": "p", "responses": ["a", ""]}, r"'responses\[1\]' is '', which is blank"),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "a", "a"], "ratings": [3, 2, 1]},
+            r":1: field 'responses\[0\]' equals its responses\[1\] \('a'\).*; remove the row",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b", "b", "a"], "ratings": [2, 2, 1, 1]},
+            "'ratings' are all 2, so nothing can be learnt",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "chosen": "a", "margin": 1},
+            r"'responses' is in a row with chosen, .*; keep either .*fields: \{responses: responses\}",
+        ),
+        ("preference", {"responses": ["a", "b", "c"]}, r"is missing, and responses\[0\] to responses\[2\] are not"),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "ratings": [2]},
+            "'ratings' has 1 numbers for 2 responses",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [3, 1, 2]},
+            r"'ratings\[1\]' is 1, less than the 2 of the next response.*; order responses",
+        ),
+        (
+            "preference",
+            {"prompt": "p", "responses": ["a", "b"], "ratings": [1, float("nan")]},
+            r"'ratings\[1\]' is nan, which is not a finite number",
+        ),
+        ("preference", {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 1]}, "are all 1, so nothing .*; remove"),
+    ],
+)
+def test_errors_name_place_and_remedy(source, kind, record, words):
+    with pytest.raises(DataError, match=words):
+        one(source, [record], kind)
+
+
+def test_lone_surrogate(write):
+    path = write("data.jsonl", '{"text": "a\\ud800"}')
+    with pytest.raises(DataError, match=r"data\.jsonl:1: field 'text' has a lone surrogate .*at position 1"):
+        read_sequences(DataSource(path=path, kind="text"))
+
+
+def test_prompts_of_each_kind(source):
+    def prompts(kind, record):
+        return [prompt.messages for prompt in read_prompts(source(kind, [record]))]
+
+    assert prompts("prompt", {"prompt": "p"}) == [(user("p"),)]
+    assert prompts("prompt", {"prompt": [*DIALOGUE]}) == [DIALOGUE]
+    assert prompts("instruction", {"instruction": "i", "input": "x"}) == [(user("i\n\nx"),)]
+    assert prompts("messages", {"messages": [*DIALOGUE]}) == [DIALOGUE[:1]]
+    assert prompts("messages", {"messages": [user("u")]}) == [(user("u"),)]
+    assert prompts("preference", {"chosen": HH + " a", "rejected": HH + " b"}) == [DIALOGUE]
+    assert prompts("preference", {"prompt": "p", "responses": ["a", "b", "c"]}) == [(user("p"),)]
+    with pytest.raises(DataError, match="does not end with a user message"):
+        prompts("prompt", {"prompt": [user("u"), bot("a")]})
+
+
+def test_prompt_type(source):
+    [prompt] = read_prompts(source("prompt", [{"prompt": "p"}]))
+    assert isinstance(prompt, Prompt)
+    assert prompt.location.endswith(":1")
+
+
+def test_kinds_and_fields_that_are_not_supported(source):
+    with pytest.raises(ConfigError, match=r"kind 'text' .* reward modeling; use one of preference, ratings"):
+        read_preferences(source("text", [{"text": "a"}]), 0)
+    with pytest.raises(ConfigError, match=r"fields maps 'instrction', .*nearest: 'instruction'"):
+        read_sequences(source("instruction", [{}], fields={"instrction": "q"}))
+    with pytest.raises(DataError, match=r"no row has the column 'inputs' that fields names"):
+        read_sequences(source("instruction", [{"instruction": "i", "output": "o"}], fields={"input": "inputs"}))
+
+
+def test_ratings_become_pairs_within_a_prompt(source):
+    rows = [{"prompt": p, "response": f"{p}{r}", "rating": r} for p in "ab" for r in (1, 2, 3, "4.0")]
+    pairs = read_preferences(source("ratings", rows, min_margin=1), 0)
+    assert len(pairs) == 4
+    for pair in pairs:
+        [prompt], ([chosen], [rejected]) = pair.prompt, pair.responses
+        high, low = (float(side["content"][1:]) for side in (chosen, rejected))
+        assert chosen["content"][0] == rejected["content"][0] == prompt["content"]
+        assert pair.ratings == (high, low)
+        assert high - low >= 1
+        assert " over " in pair.location
+    assert pairs == read_preferences(source("ratings", rows, min_margin=1), 0)
+
+
+def test_ratings_without_prompt_and_without_pairs(source):
+    rows = [{"response": "good", "rating": 2}, {"response": "bad", "rating": -2}]
+    [pair] = read_preferences(source("ratings", rows), 0)
+    assert (pair.prompt, pair.responses) == ((), ((bot("good"),), (bot("bad"),)))
+    with pytest.raises(DataError, match=r"differ in rating by min_margin 9\.0 or more; lower"):
+        read_preferences(source("ratings", rows, min_margin=9), 0)
+    with pytest.raises(DataError, match=r":1: field 'rating' is 'x', which is not a finite number"):
+        read_preferences(source("ratings", [{"response": "a", "rating": "x"}]), 0)
+
+
+def test_bad_rows_are_skipped_with_place_and_reason_and_the_others_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = b'{"instruction": "i", "output": "o"}\n'
+    bad = [b"{broken\n", b"\xff\n", b"[1]\n", b'{"instruction": "i"}\n', b'{"instruction": "i", "output": 3}\n']
+    path.write_bytes(b"".join(good + line for line in bad))
+    bad_rows = BadRows()
+    source = DataSource(path=str(path), kind="instruction", on_bad_row="skip")
+    assert len(read_sequences(source, bad_rows)) == len(bad)
+    places = [f"{path}:{2 * n}" for n in range(1, 1 + len(bad))]
+    assert [row.reason.startswith(f"{place}: ") for row, place in zip(bad_rows.rows, places, strict=True)] == [True] * 5
+    assert bad_rows.rows[0].row == "{broken"
+    assert bad_rows.rows[4].row == {"instruction": "i", "output": 3}
+    assert [json.loads(line)["row"] for line in bad_rows.lines()][3] == {"instruction": "i"}
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
+        read_sequences(source.model_copy(update={"on_bad_row": "error"}))
+
+
+def test_bad_rows_of_tables_keep_the_line_numbers_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,chosen,rejected\np,a,b\np,\xff,b\np,a\np,a,a\np,c,d\n")
+    bad_rows = BadRows()
+    source = DataSource(path=str(path), kind="preference", on_bad_row="skip")
+    found = read_preferences(source, 0, bad_rows=bad_rows)
+    assert [pair.location for pair in found] == [f"{path}:2", f"{path}:6"]
+    assert [row.reason.split(": ")[0] for row in bad_rows.rows] == [f"{path}:{n}" for n in (3, 4, 5)]
+
+
+def test_a_source_of_bad_rows_only_is_invalid_with_the_first_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for content, problem in (("{\n", "not JSON"), ('{"text": ""}\n', "is blank")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=problem):
+            read_sequences(DataSource(path=str(path), kind="text", on_bad_row="skip"))
