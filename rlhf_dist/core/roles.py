@@ -31,7 +31,7 @@ class Trained(Protocol):
 
     def save(self, folder: Path) -> Future[None]:
         """Write what a run leaves of the model: `folder`/model in Hugging Face format (safetensors, config, tokenizer; adapters
-        merged), and beside it what the model has more, such as adapter/ or model_ema/."""
+        merged), and beside it what the model has more, such as adapter/."""
         ...
 
 

@@ -117,8 +117,8 @@ def _variable(text: str) -> tuple[str, str]:
     if is_secret(name):
         raise ConfigError(
             f"--env {name}: by its name it is a secret, and a job's variables are stored in plain text in Ray's API and in its "
-            "logs on the nodes; put it into the environment that Ray is started in on the nodes, or into a file that they see (as "
-            "`hf auth login` and `wandb login` write)"
+            "logs on the nodes; put it into the environment that Ray is started in on the nodes, or into a file that they see "
+            "(as `hf auth login` and `wandb login` write)"
         )
     return name, value
 

@@ -156,7 +156,7 @@ class Run:
             )
 
     def save(self, model: Trained, files: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Write what the run leaves of its model: model/, with `files` (name → text) beside its own, and adapter/ or model_ema/
+        """Write what the run leaves of its model: model/, with `files` (name → text) beside its own, and adapter/ and the like
         where the model has them. Under a temporary name, renamed when whole, model/ last."""
         temporary = self.folder.path / ".writing_result"
         shutil.rmtree(temporary, ignore_errors=True)
