@@ -11,16 +11,12 @@ dropped depends on ranks and micro-batches, so there a change of layout gives an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel
 
 from rlhf_dist.config.base import Decides
-
-_ROWS_AT_ONCE = 256
 
 
 def identity(config: BaseModel, contents: Mapping[str, str]) -> dict[str, Any]:
@@ -49,22 +45,6 @@ def resumed_identity(config: BaseModel, contents: Mapping[str, str], fingerprint
 def run_length(config: BaseModel) -> dict[str, Any]:
     """The settings that decide how long a run is, with dotted keys."""
     return {key: value for key, value, what in _marked(config) if what == "length"}
-
-
-def fingerprint(dataset: Any) -> str:
-    """What a data set trains on (token ids, masks, ranks, ratings) as a hexadecimal SHA-256; with several groups (the sets
-    that a mixture draws from), their sizes, too."""
-    digest = hashlib.sha256()
-    for first in range(0, len(dataset), _ROWS_AT_ONCE):
-        batch = dataset.batch(range(first, min(first + _ROWS_AT_ONCE, len(dataset))))
-        for field in fields(batch):
-            value = getattr(batch, field.name)
-            digest.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().numpy().tobytes())
-    sizes = [len(items) for items in getattr(dataset, "groups", {}).values()]
-    if len(sizes) > 1:
-        digest.update(str(sizes).encode())
-    return digest.hexdigest()
 
 
 def _marked(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

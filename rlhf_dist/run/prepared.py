@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.distributed.group import WorkerSpec
-from rlhf_dist.run.identity import fingerprint
 
 D = TypeVar("D")
 
@@ -39,7 +38,7 @@ class Prepared(Generic[D]):
         """Name of each data set → fingerprint of what it holds, of those that a run which trains has."""
         data = self.data
         sets = {f.name: getattr(data, f.name) for f in fields(data)} if is_dataclass(data) else {}
-        return {name: fingerprint(found) for name, found in sets.items() if hasattr(found, "batch")}
+        return {name: found.fingerprint for name, found in sets.items() if hasattr(found, "fingerprint")}
 
 
 def bad_rows(*datasets: Any) -> tuple[str, ...]:

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import pytest
-import torch
 from pydantic import BaseModel
-from rlhf_dist.data.store import DataReport
-from support.trainers import prompts, texts
 
 from rlhf_dist.config.base import Decides
 from rlhf_dist.config.data_set import DataSet
 from rlhf_dist.config.deepspeed_identity import ds_checkpoint_format, ds_numerics
-from rlhf_dist.data.datasets import SequenceDataset
 from rlhf_dist.evaluation.config import EvalConfig
 from rlhf_dist.ppo.config import PPOConfig
 from rlhf_dist.reward.config import RewardConfig
-from rlhf_dist.run.identity import fingerprint, identity, resumed_identity, run_length
+from rlhf_dist.run.identity import identity, resumed_identity, run_length
 from rlhf_dist.run.launch import checkpoints
 from rlhf_dist.run.prepared import Prepared
 from rlhf_dist.sft.config import SFTConfig
@@ -118,27 +114,6 @@ def test_a_patch_release_is_no_other_run(tmp_path: Path, monkeypatch: pytest.Mon
     before = identity(ppo_config(tmp_path), {})
     monkeypatch.setattr("rlhf_dist.__version__", "9.9.9")
     assert identity(ppo_config(tmp_path), {}) == before
-
-
-def sequences(rows: list[list[int]], masked: int = 1, **groups: Any) -> SequenceDataset:
-    encoded = [(row, [False] * masked + [True] * (len(row) - masked)) for row in rows]
-    return SequenceDataset(encoded, DataReport(), **groups)
-
-
-def test_fingerprints_follow_content():
-    rows = [[1, 2, 3], [4, 5, 6, 7]]
-    same = fingerprint(sequences(rows))
-    assert fingerprint(sequences(rows)) == same
-    others = [
-        sequences([[1, 2, 3], [4, 5, 6, 8]]),
-        sequences(rows[::-1]),
-        sequences(rows, masked=2),
-        sequences(rows, groups=["a", "b"]),
-    ]
-    assert len({same, *map(fingerprint, others)}) == 5
-    assert fingerprint(texts(300)) != fingerprint(texts(301))
-    assert fingerprint(prompts(5)) != fingerprint(prompts(5, seed=1))
-    assert all(torch.equal(a, b) for a, b in zip(texts(3).batch([1]).tokens, texts(3).batch(range(1, 2)).tokens))  # noqa: B905
 
 
 def test_a_deepspeed_file_counts_by_what_changes_numbers(tmp_path: Path):
