@@ -4,7 +4,7 @@
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 launch/ray_job.sh ppo CONFIG.yaml [--section.key VALUE ...]
 #
 # The current directory travels with the job; files that .gitignore names stay here. The driver runs on the cluster, so the
-# run goes on when this terminal closes, and when it is submitted again. rlhf_dist must be installed on the nodes.
+# run continues when this terminal closes, and when it is submitted again. rlhf_dist must be installed on the nodes.
 # `rlhf-dist submit --ray` does the same and more: it checks the configuration here, takes the installed code along, and asks at
 # Ctrl-C. See launch/README.md.
 set -euo pipefail
@@ -39,13 +39,13 @@ told() {
 
 resume=()
 case "$command" in
-    sft | reward | ppo) # submitted again, a run goes on where the last job ended, unless the file or an argument says otherwise
+    sft | reward | ppo) # submitted again, a run continues where the last job ended, unless the file or an argument says otherwise
         overwrite="$(told overwrite "$@")"
         shopt -s nocasematch
         [[ -n "$(said resume)" || "$overwrite" =~ ^[\'\"]?(true|t|yes|y|on|1)[\'\"]?([[:space:]]|$) ]] || resume=(--resume auto)
         shopt -u nocasematch
         ;;
-    eval | pipeline) ;; # one is always run whole, the other always goes on
+    eval | pipeline) ;; # one is always run whole, the other always continues
     *) fail "the command is '$command'; a job is one of sft, reward, ppo, eval, pipeline" ;;
 esac
 

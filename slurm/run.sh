@@ -11,7 +11,7 @@ readonly PREEMPTED=75
 # A driver that USR1 met before it could listen: it has nothing to save.
 readonly ENDED_BY_USR1=$((128 + 10))
 readonly ENDED_BY_TERM=$((128 + 15))
-# Up to this one, the driver was done, or refused the run with a message.
+# Up to this one, the driver was done, or rejected the run with a message.
 readonly LAST_REFUSAL=6
 
 preempted=0          # 1: USR1 came
@@ -84,7 +84,7 @@ describe_resuming() {
     resume=()
     case "$command" in
         sft | reward | ppo) ;;
-        *) return 0 ;; # a pipeline goes on by itself, an evaluation is always run whole
+        *) return 0 ;; # a pipeline continues by itself, an evaluation is always run whole
     esac
     grep -qE '^resume[[:space:]]*:' "$config" || overwrites "$config" "$@" || resume=(--resume auto)
     [[ ! -e "$job_dir.ran" ]] || continued=(--resume auto --overwrite false)
@@ -245,15 +245,15 @@ finish() {
         take_down
         requeue
     fi
-    # What was lost with a node or killed, Slurm may start again; what is done, or was refused, it does not.
+    # What was lost with a node or killed, Slurm may start again; what is done, or was rejected, it does not.
     ((status > LAST_REFUSAL)) || rm -f "$job_dir.ran"
     exit "$status"
 }
 
-# SIGTERM: the job's time is over, or it was cancelled. A run that was warned, and had no time to follow, goes on all the same.
+# SIGTERM: the job's time is over, or it was cancelled. A run that was warned, and had no time to follow, continues all the same.
 terminated() {
     if ((preempted)) && ! cancelled; then
-        say "the job's time was over before the run had written its checkpoint, so it goes on from an earlier one, or anew:" \
+        say "the job's time was over before the run had written its checkpoint, so it continues from an earlier one, or anew:" \
             "warn it earlier (--signal=B:USR1@SECONDS, submit --signal-before-end)"
         requeue # now: Slurm soon kills this shell, too
         exit "$PREEMPTED"
@@ -269,16 +269,16 @@ requeue() {
     # By its number in the array: the last task's job id is that of the whole array, too.
     local job="$SLURM_JOB_ID"
     [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-    say "the run goes on when Slurm starts this job again"
+    say "the run continues when Slurm starts this job again"
     scontrol requeue "$job" || say "Slurm did not requeue the job; submit it again to continue the run"
 }
 
 # Whether somebody ended the job. Slurm would requeue such a job, too; like one whose time is over, it is "completing".
 cancelled() {
-    local facts
-    while read -r facts; do # of arrays and heterogeneous jobs, there are several lines
-        [[ "$facts " == "JobId=$SLURM_JOB_ID "*" JobState=COMPLETING "* ]] || continue
-        [[ "$facts " =~ \ (Reason=TimeLimit\ |PreemptTime=[0-9]) ]] || return 0
+    local summary
+    while read -r summary; do # of arrays and heterogeneous jobs, there are several lines
+        [[ "$summary " == "JobId=$SLURM_JOB_ID "*" JobState=COMPLETING "* ]] || continue
+        [[ "$summary " =~ \ (Reason=TimeLimit\ |PreemptTime=[0-9]) ]] || return 0
     done < <(scontrol show job --oneliner "$SLURM_JOB_ID")
     return 1
 }

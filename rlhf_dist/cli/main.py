@@ -1,6 +1,6 @@
 """`rlhf-dist COMMAND ...`.
 
-Arguments are parsed and configurations are checked before anything heavy is imported: help and refusals answer at once.
+Arguments are parsed and configurations are checked before anything heavy is imported: help and errors answer at once.
 Each command imports what it needs when it runs.
 """
 
@@ -115,7 +115,7 @@ def _run_config_command(command: str, arguments: list[str]) -> None:
 
 
 def _show_eval(summary: Mapping[str, Any]) -> None:
-    """The result on the terminal; it stands in summary.json as well."""
+    """The result on the terminal; it is in summary.json as well."""
     from rlhf_dist.run.console import format_number, print_table
 
     rows = [

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Schema(BaseModel):
-    """A frozen model that refuses unknown keys; attribute docstrings become the help texts."""
+    """A frozen model that rejects unknown keys; attribute docstrings become the help texts."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=()

@@ -101,7 +101,7 @@ class DataSettings(Schema):
     on_too_long: DataContent[Literal["error", "skip", "truncate"]] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
     cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
-    `on_bad_row` says. What was cut or left out is counted."""
+    `on_bad_row` says. What was cut or skipped is counted."""
     template_path: Annotated[AbsolutePath | None, Decides(by=sha256_of)] = None
     """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
 
@@ -123,7 +123,7 @@ class SFTData(TrainingData):
     """Held-out sets of the same kinds. With several, or with `hold_out_tasks`, the loss is also reported for each of them."""
     mixing: Result[MixingSettings | None] = None
     """In what shares the sets of `train` are drawn, and how many records an epoch then has; what is counted are sequences,
-    after everything that is held out or left out. null: all records of all sets, each once an epoch."""
+    after everything that is held out or skipped. null: all records of all sets, each once an epoch."""
     hold_out_tasks: DataContent[tuple[str, ...]] = ()
     """Tasks of which nothing is trained on: all their records in `train` are held out, and the loss is reported for each task.
     A record's task is its field `task`, or else the name of its set."""

@@ -10,7 +10,7 @@ from rlhf_dist.config.base import Count, Positive, PositiveInt, Schema
 
 
 class FreezeConfig(Schema):
-    """What stays as it was loaded. What is frozen has no gradient, no optimiser state and no weight decay; it is still part of
+    """What stays as it was loaded. What is frozen has no gradient, no optimizer state and no weight decay; it is still part of
     checkpoints and of the saved model."""
 
     embeddings: bool = False

@@ -1,4 +1,4 @@
-"""Where models live and how the trained ones are sharded and optimised."""
+"""Where models live and how the trained ones are sharded and optimized."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ class RayConfig(Schema):
     address: str | None = None
     """`null` starts a private Ray on this machine; `auto` joins the cluster that submitted this job; or a head address."""
     placement_timeout_s: Positive = 120.0
-    """Longest wait for the cluster to grant the placement before the run is refused."""
+    """Longest wait for the cluster to grant the placement before the run is rejected."""
     network_interface: str | None = None
     """Interface of the ranks' collectives (NCCL, gloo), such as `eth0`, which every node must have. It comes before
     NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; null leaves it to these variables, and where they are not set takes, on each
     node, the one with the address by which Ray knows the node."""
     env_vars: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of all rank processes, there from their start. They stand in clear in config.yaml and in logs of
-    Ray that every user of a node can read: secrets belong into the driver's environment, and their names into `pass_env`."""
+    """Environment variables of all rank processes, there from their start. They are stored in plain text in config.yaml and in
+    logs of Ray that every user of a node can read: secrets belong into the driver's environment, and their
+    names into `pass_env`."""
     pass_env: tuple[str, ...] = (
         "HF_*",
         "TRANSFORMERS_*",
@@ -63,8 +64,8 @@ class RayConfig(Schema):
     def _no_secrets(self) -> RayConfig:
         if names := [name for name in self.env_vars if is_secret(name)]:
             raise ValueError(
-                f"env_vars sets {', '.join(names)}, by the name a secret, which would stand in clear in config.yaml and in "
-                "Ray's logs on the nodes; set it in the driver's environment, and name it in pass_env"
+                f"env_vars sets {', '.join(names)}, by the name a secret, which would be stored in plain text in "
+                "config.yaml and in Ray's logs on the nodes; set it in the driver's environment, and name it in pass_env"
             )
         return self
 
@@ -94,7 +95,7 @@ class Placement(Schema):
     """CPU threads torch may use in a rank."""
     placement_strategy: PlacementStrategy = "PACK"
     """How the ranks of this role lie on the nodes of a cluster, in Ray's words: `PACK` on as few as possible, together with the
-    other roles; `STRICT_PACK` on one, or the run is refused; `SPREAD` on as many as possible; `STRICT_SPREAD` each on another.
+    other roles; `STRICT_PACK` on one, or the run is rejected; `SPREAD` on as many as possible; `STRICT_SPREAD` each on another.
     Roles that share GPUs must agree."""
 
 
@@ -112,7 +113,7 @@ class OptimizerConfig(Schema):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after warm-up; `linear` and `cosine` end at 0."""
     warmup_fraction: Fraction = 0.03
-    """Share of all optimiser steps spent warming up linearly from 0."""
+    """Share of all optimizer steps spent warming up linearly from 0."""
     max_grad_norm: NonNegative = 1.0
     """Global gradient-norm clip; 0 switches clipping off."""
 
@@ -126,16 +127,16 @@ class ModelHost(Placement):
     """Compute precision. Trained models keep fp32 master weights in any case. `fp16` is for GPUs without bf16 (V100, T4):
     numbers above 65,504 overflow, and gradients are scaled so that small ones do not vanish."""
     micro_batch_size: PositiveInt = 8
-    """Records in one forward pass of one rank. A record is one sequence; in reward modelling it is a ranking, and its K
+    """Records in one forward pass of one rank. A record is one sequence; in reward modeling it is a ranking, and its K
     responses are K sequences of the pass (a pair: 2), so bound memory by `micro_batch_tokens` where K varies. Changes memory
     and speed, never the result."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one forward pass of one rank, in place of `micro_batch_size`: sequences x longest sequence, or, when `packed`,
-    the sum of their lengths. No less than `data.max_length_tokens` (in reward modelling, times the responses of a prompt,
+    the sum of their lengths. No less than `data.max_length_tokens` (in reward modeling, times the responses of a prompt,
     which share a pass: 2 for pairs). Changes memory and speed, never the result."""
     packed: bool = False
     """Forward passes without padding: a micro-batch's sequences lie end to end in one row, and attention stays within each.
-    Changes memory and speed, never the result; a model that cannot keep packed sequences apart is refused at the start. Where
+    Changes memory and speed, never the result; a model that cannot keep packed sequences apart is rejected at the start. Where
     the model runs without flash attention, the mask alone holds (tokens in the pass)^2 entries: bound it by
     `micro_batch_tokens`."""
 
@@ -151,7 +152,7 @@ class TrainedModel(ModelHost):
     """A model that is trained under DeepSpeed ZeRO."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO shards over this role's ranks: 1 optimiser states, 2 and gradients, 3 and parameters."""
+    """What ZeRO shards over this role's ranks: 1 optimizer states, 2 and gradients, 3 and parameters."""
     ds_config_path: Annotated[AbsolutePath | None, Decides(by=ds_numerics)] = None
     """A DeepSpeed JSON (see ds_configs/) whose sections replace the generated ones. Its ZeRO stage must equal `zero_stage`; the
     precision is `precision`, which the file may only repeat."""

@@ -136,9 +136,9 @@ def _parsed(schema: type[BaseModel], overrides: list[str]) -> dict[str, Any]:
     source = _cli_source(schema, parser)
     try:
         return _typed(schema, source(args=overrides)())
-    except _OverrideError as refusal:
+    except _OverrideError as rejection:
         raise ConfigError(
-            f"Cannot read the overrides: {refusal}. Write --section.key value, or --section.key=value when the value "
+            f"Cannot read the overrides: {rejection}. Write --section.key value, or --section.key=value when the value "
             "begins with a dash."
         ) from None
     except SettingsError as error:

@@ -6,14 +6,14 @@ from rlhf_dist.config.base import Count, Positive, PositiveInt, Result, RunLengt
 
 
 class SupervisedSettings(Schema):
-    """Length and rhythm of a supervised run. A step is one optimiser step over `batch_size` records."""
+    """Length and rhythm of a supervised run. A step is one optimizer step over `batch_size` records."""
 
     batch_size: Result[PositiveInt] = 32
-    """Records (sequences; or prompts with a pair or ranking of responses) in one optimiser step, over all ranks."""
+    """Records (sequences; or prompts with a pair or ranking of responses) in one optimizer step, over all ranks."""
     num_epochs: RunLength[Positive] = 1.0
     """Passes over the training set, when `num_steps` is null."""
     num_steps: RunLength[PositiveInt | None] = None
-    """Optimiser steps of the run; overrides `num_epochs`."""
+    """Optimizer steps of the run; overrides `num_epochs`."""
     eval_every_steps: Count = 0
     """Evaluate on the held-out set every so many steps; 0 only before the first and after the last."""
     group_by_length: Result[bool] = False

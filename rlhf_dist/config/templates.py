@@ -1,4 +1,4 @@
-"""Instruction templates over labelled rows: what a file of templates holds, and how a source uses it."""
+"""Instruction templates over labeled rows: what a file of templates holds, and how a source uses it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Labels(Schema):
     column: str = "label"
     """Column of the value; a dotted path reaches into nested records."""
     names: dict[str, str] = Field(default_factory=dict)
-    """Value, as text → name, e.g. {"0": negative, "1": positive}. A value that is not here is refused."""
+    """Value, as text → name, e.g. {"0": negative, "1": positive}. A value that is not here is rejected."""
     bins: tuple[LabelBin, ...] = ()
     """For numbers instead of `names`: ranges, rising, e.g. [{name: negative, below: -1}, {name: mixed, below: 1}, {name:
-    positive}]. A number above all of them is refused."""
+    positive}]. A number above all of them is rejected."""
 
     @field_validator("names", mode="before")
     @classmethod
@@ -66,12 +66,12 @@ class Template(Schema):
     `variables`."""
 
     name: str = Field(min_length=1)
-    """Unique in its file; stands in every record made with it."""
+    """Unique in its file; is in every record made with it."""
     instruction: str
     input: str | None = None
     output: str
     when: str | None = None
-    """A Jinja expression; rows for which it is false are passed over, e.g. `label != "mixed"`. Null: every row."""
+    """A Jinja expression; rows for which it is false are skipped, e.g. `label != "mixed"`. Null: every row."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Other names for the labels in this template, e.g. in its language: {negative: tiêu cực, positive: tích cực}."""
 
@@ -80,7 +80,7 @@ class TemplateFile(Schema):
     """A YAML file of templates for one task. Template files of promptsource are read, too."""
 
     task: str | None = None
-    """What kind of task it is; stands in every record. Null: the file's name."""
+    """What kind of task it is; is in every record. Null: the file's name."""
     labels: Labels | None = None
     """Names of the labels, where a source does not give its own."""
     variables: dict[str, str] = Field(default_factory=dict)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 
 class RlhfDistError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of every error that is the user's to fix."""
 
     exit_code = 1
 

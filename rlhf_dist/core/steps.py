@@ -33,9 +33,9 @@ class StepShare:
 
 
 NON_FINITE_LOSS, NON_FINITE_GRADIENT = "a loss is not finite", "the gradient is not finite"
-"""Why a step is refused whatever the algorithm."""
+"""Why a step is aborted whatever the algorithm."""
 EARLY_STOP_KL = "the KL to the old policy is above ppo.early_stop_kl"
-"""Why the rest of an update is left out, on request."""
+"""Why the rest of an update is skipped, on request."""
 
 
 @dataclass

@@ -47,7 +47,7 @@ class Kappa:
     """Share of agreeing pairs of labels, 0 to 1, not corrected."""
     units: int
     """Units with two labels or more."""
-    left_out: int
+    skipped: int
     """Units with one label, which say nothing about agreement."""
 
 
@@ -103,20 +103,20 @@ def fleiss(units: Iterable[Sequence[Hashable]]) -> Kappa:
     counts = counts.reshape(len(kept), len(names))  # also of none
     num = counts.sum(axis=1)
     shared = num >= 2
-    left_out = int((~shared).sum())
+    skipped = int((~shared).sum())
     if not shared.any():
-        return Kappa(None, None, 0, left_out)
+        return Kappa(None, None, 0, skipped)
     n, x = num[shared], counts[shared]
     observed = float(((x * (x - 1)).sum(axis=1) / (n * (n - 1))).mean())
     chance = float(((counts / num[:, None]).mean(axis=0) ** 2).sum())
     value = None if math.isclose(chance, 1.0) else (observed - chance) / (1 - chance)
-    return Kappa(value, observed, int(shared.sum()), left_out)
+    return Kappa(value, observed, int(shared.sum()), skipped)
 
 
 def krippendorff(units: Iterable[Sequence[Hashable]]) -> Kappa:
     """Krippendorff's alpha for nominal labels (Krippendorff 2011, "Computing Krippendorff's alpha-reliability").
 
-    Made for missing labels: α = 1 − D_o/D_e, where a unit counts by its number of labels, and units with one are left out
+    Made for missing labels: α = 1 − D_o/D_e, where a unit counts by its number of labels, and units with one are skipped
     of everything. `percent` is 1 − D_o.
 
     Args:
@@ -124,9 +124,9 @@ def krippendorff(units: Iterable[Sequence[Hashable]]) -> Kappa:
     """
     all_units = [list(map(str, unit)) for unit in units if len(unit)]
     kept = [unit for unit in all_units if len(unit) >= 2]
-    left_out = len(all_units) - len(kept)
+    skipped = len(all_units) - len(kept)
     if not kept:
-        return Kappa(None, None, 0, left_out)
+        return Kappa(None, None, 0, skipped)
     total = sum(map(len, kept))
     names = {label for unit in kept for label in unit}
     disagreeing = sum(
@@ -136,7 +136,7 @@ def krippendorff(units: Iterable[Sequence[Hashable]]) -> Kappa:
     frequencies = [sum(unit.count(name) for unit in kept) for name in names]
     expected = (total**2 - sum(f**2 for f in frequencies)) / (total * (total - 1))
     value = None if expected == 0 else 1 - observed / expected
-    return Kappa(value, 1 - observed, len(kept), left_out)
+    return Kappa(value, 1 - observed, len(kept), skipped)
 
 
 def binomial(count: int, total: int, confidence: float = 0.95) -> Interval:
@@ -200,7 +200,7 @@ def _measures(table: Mapping[Unit, Mapping[str, str]], annotators: Sequence[str]
         "krippendorff_alpha": alpha.value,
         "percent": whole.percent,
         "pairs_judged_by_several": whole.units,
-        "pairs_judged_by_one": whole.left_out,
+        "pairs_judged_by_one": whole.skipped,
         "judgements_a_pair": _spread([len(unit) for unit in units]),
     }
 

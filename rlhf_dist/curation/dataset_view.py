@@ -95,7 +95,7 @@ class View:
         return _said(record.prompt) if isinstance(record, Preference) else ""
 
     def first_items(self) -> list[int]:
-        """Items without those that go on with the text of the one before."""
+        """Items without those that continue with the text of the one before."""
         records = self.records
         return [i for i in range(len(records)) if i == 0 or records[i] is not records[i - 1]]
 
@@ -148,7 +148,7 @@ class View:
                 batch = self.dataset.batch(items)
                 targets[here] = batch.loss_mask.sum(1).numpy()
                 last = batch.tokens[torch.arange(len(items)), batch.lengths - 1].tolist()
-                # A whole conversation ends with the token that ends its last turn; a text goes on in the next sequence.
+                # A whole conversation ends with the token that ends its last turn; a text continues in the next sequence.
                 cut[here] = [
                     isinstance(self.records[int(i)], Conversation) and token not in self._stops
                     for i, token in zip(items, last, strict=True)

@@ -13,7 +13,7 @@ from rlhf_dist.curation.generators import Completion, FinishReason, Request, cut
 
 _FINISH: Mapping[str | None, FinishReason] = {"stop": "eos", "length": "length", None: "eos"}
 _OF_ONE_REQUEST = (400, 413, 422)
-"""Status codes by which servers refuse what is asked rather than who asks."""
+"""Status codes by which servers reject what is asked rather than who asks."""
 
 
 class EndpointGenerator:
@@ -53,7 +53,7 @@ class EndpointGenerator:
         """One completion a request.
 
         Raises:
-            ModelError: the server cannot be reached, is still too busy after all retries, or refuses the key or model.
+            ModelError: the server cannot be reached, is still too busy after all retries, or rejects the key or model.
         """
         futures = [self._pool.submit(self._ask, request) for request in requests]
         try:
@@ -75,7 +75,7 @@ class EndpointGenerator:
             if error.status_code in _OF_ONE_REQUEST:
                 return Completion.failed(said)
             raise ModelError(
-                f"the endpoint {self.endpoint.base_url} refuses requests for {self.settings.model!r} ({said}); check model, "
+                f"the endpoint {self.endpoint.base_url} rejects requests for {self.settings.model!r} ({said}); check model, "
                 "key and quota, then give the same command again: what is done is kept"
             ) from error
         except self._errors.APIConnectionError as error:  # timeouts are among them
@@ -108,7 +108,7 @@ class EndpointGenerator:
         return self._completion(answer, request, lambda choice: choice.message.content)
 
     def _completion(self, answer: Any, request: Request, text_of: Any) -> Completion:
-        """Servers differ in what they leave out, so nothing of an answer is taken for granted."""
+        """Servers differ in what they skip, so nothing of an answer is taken for granted."""
         choices = getattr(answer, "choices", None)
         if not choices:
             return Completion.failed("the answer holds no choices")

@@ -33,7 +33,7 @@ class FunctionJudge:
             module = _module(where)
         except Exception as error:  # whatever the user's module raises
             raise ConfigError(
-                f"function {place!r}: {where} cannot be imported ({type(error).__name__}: {error}); mend it, or write "
+                f"function {place!r}: {where} cannot be imported ({type(error).__name__}: {error}); fix it, or write "
                 "module:function or file.py:function"
             ) from error
         self.function = getattr(module, name, None)
@@ -66,7 +66,7 @@ class FunctionJudge:
             value = self.function(*arguments)  # pyright: ignore[reportOptionalCall]
         except Exception as error:
             raise DataError(
-                f"{item.location}: {self.place} raised {type(error).__name__}: {error}; mend the function, or set on_bad_row "
+                f"{item.location}: {self.place} raised {type(error).__name__}: {error}; fix the function, or set on_bad_row "
                 "to skip"
             ) from error
         if isinstance(value, str) and value in CHOICES:

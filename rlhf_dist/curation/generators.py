@@ -1,6 +1,6 @@
 """Language models that write data: one protocol over local models, vLLM and endpoints.
 
-A request that cannot be answered (too long for the model, refused by the server) costs that request: its completion
+A request that cannot be answered (too long for the model, rejected by the server) costs that request: its completion
 says why. What would be so for every request (no such model, no key, no server) raises.
 """
 
@@ -119,6 +119,6 @@ def check_some_answered(completions: Sequence[Completion], name: str, answered_b
     """
     if completions and not answered_before and all(completion.finish_reason == "error" for completion in completions):
         raise ModelError(
-            f"{name} answered none of {len(completions)} requests; the first: {completions[0].error}. Mend what it names and "
+            f"{name} answered none of {len(completions)} requests; the first: {completions[0].error}. Fix what it names and "
             "give the same command again: what is done is kept"
         )

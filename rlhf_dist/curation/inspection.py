@@ -60,8 +60,8 @@ def inspect_set(
     numbers: dict[str, Any] = {
         "records read": report.num_records,
         "records used": report.num_used,
-        "records left out": report.num_skipped,
-        "first places left out": [printable(place) for place in report.skipped],
+        "records skipped": report.num_skipped,
+        "first places skipped": [printable(place) for place in report.skipped],
         "bad rows": len(report.bad),
         "records with a cut response": report.num_truncated,
         "sequences": len(view),

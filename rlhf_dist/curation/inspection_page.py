@@ -18,12 +18,12 @@ _WIDTH, _HEIGHT = 640, 110
 """Of a histogram, in the units of its SVG."""
 
 
-def render_page(title: str, facts: Mapping[str, str], sets: Sequence[SetReport]) -> str:
+def render_page(title: str, summary: Mapping[str, str], sets: Sequence[SetReport]) -> str:
     """The whole page.
 
     Args:
         title: of the page.
-        facts: what was looked at, name → value.
+        summary: what was looked at, name → value.
         sets: what was found in each data set.
     """
     import jinja2
@@ -33,7 +33,7 @@ def render_page(title: str, facts: Mapping[str, str], sets: Sequence[SetReport])
     )
     environment.filters |= {"count": _count, "percent": _percent, "parts": _parts, "bars": _bars}
     source = resources.files("rlhf_dist.curation").joinpath("inspection.html.jinja").read_text("utf-8")
-    return environment.from_string(source).render(title=title, facts=facts, sets=sets) + "\n"
+    return environment.from_string(source).render(title=title, summary=summary, sets=sets) + "\n"
 
 
 def _count(value: float | None) -> str:
@@ -49,7 +49,7 @@ def _parts(those: Sequence[Piece]) -> list[tuple[str, str, list[tuple[str, str, 
     found = []
     for run in runs(those):
         first = run[0]
-        names = [name for name in ("target", "special", "unknown", "left_out") if getattr(first, name)]
+        names = [name for name in ("target", "special", "unknown", "skipped") if getattr(first, name)]
         learnt = "learnt" if first.target else "context"
         tokens = []
         for number, piece in enumerate(run):

@@ -20,7 +20,7 @@ from rlhf_dist.core.errors import DataError, RunFolderError
 
 
 class Journal:
-    """One writer's journal; a context manager. The file is locked: a second writer is refused."""
+    """One writer's journal; a context manager. The file is locked: a second writer is rejected."""
 
     def __init__(self, path: Path) -> None:
         """Open or make the file.
@@ -107,7 +107,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                 entry = json.loads(line)
             if not isinstance(entry, dict):
                 raise DataError(
-                    f"{path}:{number}: not a JSON object; a journal is only written by its command: mend the line"
+                    f"{path}:{number}: not a JSON object; a journal is only written by its command: fix the line"
                 )
             yield entry
 

@@ -95,14 +95,14 @@ def parse_judgement(entry: Mapping[str, Any], location: str) -> Judgement:
         DataError: a field that is missing or has a value that it cannot have.
     """
 
-    def refuse(name: str, constraint: str) -> DataError:
-        return DataError(f"{location}: {name} is {entry.get(name)!r}, which is not {constraint}; mend the line")
+    def reject(name: str, constraint: str) -> DataError:
+        return DataError(f"{location}: {name} is {entry.get(name)!r}, which is not {constraint}; fix the line")
 
     for name in ("item", "annotator"):
         if not isinstance(entry.get(name), str) or not entry[name]:
-            raise refuse(name, "a text")
+            raise reject(name, "a text")
     if entry.get("choice") not in (*CHOICES, WITHDRAWN):
-        raise refuse("choice", f"one of {', '.join(CHOICES)}")
+        raise reject("choice", f"one of {', '.join(CHOICES)}")
     shown = entry.get("shown")
     if (
         not isinstance(shown, Sequence)
@@ -110,18 +110,18 @@ def parse_judgement(entry: Mapping[str, Any], location: str) -> Judgement:
         or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in shown)
         or shown[0] == shown[1]
     ):
-        raise refuse("shown", "two different candidates, counted from 0")
+        raise reject("shown", "two different candidates, counted from 0")
     criteria = entry.get("criteria") or {}
     if not isinstance(criteria, Mapping) or any(value not in CRITERION_CHOICES for value in criteria.values()):
-        raise refuse("criteria", f"a mapping of criteria to {', '.join(CRITERION_CHOICES)}")
+        raise reject("criteria", f"a mapping of criteria to {', '.join(CRITERION_CHOICES)}")
     seconds = entry.get("seconds")
     if seconds is not None and (
         isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf
     ):
-        raise refuse("seconds", "a number of 0 or more")
+        raise reject("seconds", "a number of 0 or more")
     comment, time = entry.get("comment") or "", entry.get("time") or ""
     if not isinstance(comment, str) or not isinstance(time, str):
-        raise refuse("time" if isinstance(comment, str) else "comment", "a text")
+        raise reject("time" if isinstance(comment, str) else "comment", "a text")
     return Judgement(
         item=entry["item"],
         annotator=entry["annotator"],
@@ -135,7 +135,7 @@ def parse_judgement(entry: Mapping[str, Any], location: str) -> Judgement:
 
 
 def read_judgements(path: Path) -> list[Judgement]:
-    """What stands in a file of judgements, every line, the oldest first; also while another process writes it.
+    """What is in a file of judgements, every line, the oldest first; also while another process writes it.
 
     Raises:
         DataError: there is no such file, or a line of it is not a judgement.
@@ -156,7 +156,7 @@ def latest(judgements: Iterable[Judgement]) -> list[Judgement]:
 
 
 def check_items(judgements: Iterable[Judgement], items: Mapping[str, Item], place: Path) -> None:
-    """Refuse judgements of another set of prompts.
+    """Reject judgements of another set of prompts.
 
     Raises:
         DataError: one is about an item that is not in `items`, or about a candidate that the item does not have.

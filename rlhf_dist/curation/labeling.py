@@ -151,7 +151,7 @@ def open_folder(config: LabelConfig, items: Mapping[str, Item]) -> Journal:
 
 
 def _check_settings(config: LabelConfig) -> None:
-    """Refuse to go on with other pairs, positions or shares than those the work was begun with."""
+    """Reject to continue with other pairs, positions or shares than those the work was begun with."""
     path = config.out_dir / CONFIG
     if not path.is_file():
         return
@@ -345,7 +345,7 @@ class LabelTask:
             # A part of the line may be there: what came after would be glued to it. A new start cuts it off.
             self._failure = RunFolderError(
                 f"a judgement could not be written ({error.strerror}), so it was not taken, and no more are until the server "
-                "is started again: make room, or mend the file system"
+                "is started again: make room, or fix the file system"
             )
             raise self._failure from error
         self._take(judgement)

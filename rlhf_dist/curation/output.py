@@ -3,7 +3,7 @@
 OUT_DIR/
   config.yaml      the resolved configuration
   records.jsonl    what was made, one record a line
-  bad_rows.jsonl   input rows that were left out, with the reasons; absent where there are none
+  bad_rows.jsonl   input rows that were skipped, with the reasons; absent where there are none
   report.json      counts, and where everything came from
   ...              what else a command has to say: its own files
 """
@@ -56,7 +56,7 @@ class OutputFolder:
         return number
 
     def write_bad_rows(self, quarantine: BadRows) -> None:
-        """The account of rows that were left out, where there are any."""
+        """The account of rows that were skipped, where there are any."""
         if quarantine:
             write_atomically(self.path / BAD_ROWS, "".join(quarantine.lines()))
 
@@ -67,7 +67,7 @@ class OutputFolder:
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:
-    """Refuse a folder that may not be written; touches nothing.
+    """Reject a folder that may not be written; touches nothing.
 
     Raises:
         RunFolderError: something is there that is not an earlier result, or one is and `overwrite` is not set, or the

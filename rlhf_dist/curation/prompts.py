@@ -15,7 +15,7 @@ from rlhf_dist.data.templates.sandbox import Sandbox, render
 
 
 class PromptTemplate:
-    """A prompt with gaps. It reaches no file and no code, and a name it is not given is refused."""
+    """A prompt with gaps. It reaches no file and no code, and a name it is not given is rejected."""
 
     def __init__(self, path: Path | None, built_in: str) -> None:
         """The template at `path`, else the one called `built_in` in this package.
@@ -37,7 +37,7 @@ class PromptTemplate:
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
-            raise self._refusal(error, f" in line {getattr(error, 'lineno', '?')}") from error
+            raise self._rejection(error, f" in line {getattr(error, 'lineno', '?')}") from error
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The prompt, without the white space around it.
@@ -48,10 +48,10 @@ class PromptTemplate:
         try:
             text = render(self._template, values).strip()
         except Exception as error:  # whatever a template's own expressions raise
-            raise self._refusal(error, f"; it is given {', '.join(values)}") from error
+            raise self._rejection(error, f"; it is given {', '.join(values)}") from error
         if not text:
             raise ConfigError(f"the prompt {self.origin} comes out empty; write what the model is asked")
         return text
 
-    def _refusal(self, error: Exception, more: str) -> ConfigError:
-        return ConfigError(f"the prompt {self.origin} cannot be used ({type(error).__name__}: {error}{more}); mend it")
+    def _rejection(self, error: Exception, more: str) -> ConfigError:
+        return ConfigError(f"the prompt {self.origin} cannot be used ({type(error).__name__}: {error}{more}); fix it")

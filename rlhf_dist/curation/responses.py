@@ -1,7 +1,7 @@
 """Several responses to each prompt, in a random order: what people and judges choose among.
 
 What is written has the form of `candidates.py`. A candidate's `drawn` is its place before the order was drawn (all of the first
-generator, then all of the second, ...); where it stands in the record says nothing about what made it.
+generator, then all of the second, ...); where it is in the record says nothing about what made it.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class ResponsesReport:
     redrawn: int = 0
     """Of the requests: draws in place of an empty or equal response."""
     by_generator: list[dict[str, Any]] = field(default_factory=list)
-    """For each generator: responses kept, cut off at the longest length, and left out as failed, empty or equal."""
-    left_out_prompts: int = 0
+    """For each generator: responses kept, cut off at the longest length, and skipped as failed, empty or equal."""
+    skipped_prompts: int = 0
     """With fewer than two responses."""
     records: int = 0
 
@@ -137,16 +137,16 @@ class Responses:
     def records(self) -> Iterator[dict[str, Any]]:
         """A record for each prompt with two or more responses; the report is complete when all have been taken."""
         outcome = [Counter[str]() for _ in self.settings.generators]
-        self.left_out: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, Any]] = []
         for number, prompt in enumerate(self.prompts):
             kept = self._kept(number, outcome)
             if len(kept) < 2:
                 texts = [self._text(slot) for slot in self._slots(number)]
-                self.left_out.append({"prompt": _prompt(prompt), "responses": texts, "row": prompt.location})
+                self.skipped.append({"prompt": _prompt(prompt), "responses": texts, "row": prompt.location})
                 continue
             yield self._record(number, kept)
-        self.report.left_out_prompts = len(self.left_out)
-        self.report.records = len(self.prompts) - len(self.left_out)
+        self.report.skipped_prompts = len(self.skipped)
+        self.report.records = len(self.prompts) - len(self.skipped)
         self.report.by_generator = [
             {"generator": settings.label, "sampling": settings.sampling.model_dump(mode="json"), **counts}
             for settings, counts in zip(self.settings.generators, outcome, strict=True)
@@ -178,7 +178,7 @@ class Responses:
         }
 
     def _kept(self, number: int, outcome: list[Counter[str]]) -> list[Slot]:
-        """The responses to a prompt that may stand in its record; counts what happens to each."""
+        """The responses to a prompt that may are in its record; counts what happens to each."""
         kept: list[Slot] = []
         seen: set[str] = set()
         for slot in self._slots(number):

@@ -69,9 +69,9 @@ def _without(value: Any, keys: set[str]) -> Any:
 
 @contextlib.contextmanager
 def resumable(out_dir: Path, identity: Mapping[str, Any], earlier: Path | None = None) -> Iterator[Work]:
-    """Begin work, or go on with it. When the block ends without an error the journal is removed.
+    """Begin work, or continue with it. When the block ends without an error the journal is removed.
 
-    A journal without a piece is bound to no identity: what failed before its first piece can be mended and given again.
+    A journal without a piece is bound to no identity: what failed before its first piece can be fixed and given again.
 
     Args:
         out_dir: the folder of the result; the journal is beside it.
@@ -93,7 +93,7 @@ def resumable(out_dir: Path, identity: Mapping[str, Any], earlier: Path | None =
         if different:
             raise ConfigError(
                 f"{folder} holds half-done work of another configuration: {'; '.join(different[:5])}. Give that configuration "
-                "to go on, choose another out_dir, or remove the folder to begin anew."
+                "to continue, choose another out_dir, or remove the folder to begin anew."
             )
         work = Work(journal)
         try:

@@ -2,7 +2,7 @@
 
 Self-Instruct (Wang et al. 2022, arXiv:2212.10560), with the one-step generation of Alpaca (Taori et al. 2023). A request shows
 some seed tasks and asks for new ones; completions are read, filtered, and compared by ROUGE-L with the seeds and all that
-was kept. Everything but the completions themselves follows from them: a run that goes on reads its journal and is where it
+was kept. Everything but the completions themselves follows from them: a run that continues reads its journal and is where it
 was.
 """
 
@@ -39,7 +39,7 @@ class SelfInstructReport:
 
     requests: int = 0
     failed_requests: int = 0
-    """Without a completion: refused by the server, or too long for the model."""
+    """Without a completion: rejected by the server, or too long for the model."""
     without_tasks: int = 0
     """Completions in which no task was found."""
     malformed: int = 0
@@ -217,7 +217,7 @@ def run_rounds(state: SelfInstruct, generator: Generator, work: Work) -> Iterato
     counts.
 
     Raises:
-        ModelError: no request of a round was answered, or the generator cannot go on.
+        ModelError: no request of a round was answered, or the generator cannot continue.
     """
     while not state.finished:
         completions = generator.generate(state.next_requests())

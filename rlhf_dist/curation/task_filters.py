@@ -1,4 +1,4 @@
-"""Which made-up tasks are left out, rule by rule."""
+"""Which made-up tasks are skipped, rule by rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FEWEST_RUNS = 10
 
 
 class Rejection(NamedTuple):
-    """Why a task is left out."""
+    """Why a task is skipped."""
 
     rule: Rule
     detail: str

@@ -26,11 +26,11 @@ class ParsedTasks(NamedTuple):
     num_malformed: int
     """Pieces that are no task: a heading is missing, doubled or out of place."""
     num_unfinished: int
-    """1 where the last task was cut off at the longest length, and is left out."""
+    """1 where the last task was cut off at the longest length, and is skipped."""
 
 
 class TaskParser:
-    """Reads completions that go on from a prompt which ends in the heading of an instruction.
+    """Reads completions that continue from a prompt which ends in the heading of an instruction.
 
     Models number their headings or not, write them in bold, and begin with the heading once more or a sentence of their
     own; all that is understood. A task is an instruction, at most one input, and one output, in this order; a piece between

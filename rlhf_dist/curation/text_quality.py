@@ -62,7 +62,7 @@ _PATTERNS: dict[str, tuple[str, str]] = {
 }
 _COMPILED = {name: re.compile(pattern) for name, (pattern, _) in _PATTERNS.items()}
 MEANINGS = {name: meaning for name, (_, meaning) in _PATTERNS.items()} | {
-    MOJIBAKE: "UTF-8 that was read as another encoding (ftfy's badness heuristic), such as Ã© for é; ftfy.fix_text mends it",
+    MOJIBAKE: "UTF-8 that was read as another encoding (ftfy's badness heuristic), such as Ã© for é; ftfy.fix_text fixes it",
     DECOMPOSED: "letters and accents apart (not NFC): the same word then has two spellings in tokens",
 }
 """Oddity → what it means."""

@@ -25,7 +25,7 @@ class Piece:
     unknown: bool = False
     """The vocabulary lacks it: the model cannot see what stood here."""
     num_tokens: int = 1
-    left_out: bool = False
+    skipped: bool = False
     """Stands for tokens that are not shown."""
 
 
@@ -70,7 +70,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def shortened(those: Sequence[Piece], max_pieces: int) -> list[Piece]:
-    """At most `max_pieces` of a sequence's pieces and one for those left out, from the middle of what is not at a border
+    """At most `max_pieces` of a sequence's pieces and one for those skipped, from the middle of what is not at a border
     between prompt and response: of a run too long for its share, the beginning and the end are kept."""
     if len(those) <= max_pieces:
         return list(those)
@@ -84,7 +84,7 @@ def shortened(those: Sequence[Piece], max_pieces: int) -> list[Piece]:
         head, tail = run[: share // 2], run[len(run) - (share - share // 2) :]
         hidden = run[share // 2 : len(run) - len(tail)]
         num = sum(piece.num_tokens for piece in hidden)
-        short += [*head, Piece(f"… {num:,} tokens …", run[0].target, num_tokens=num, left_out=True), *tail]
+        short += [*head, Piece(f"… {num:,} tokens …", run[0].target, num_tokens=num, skipped=True), *tail]
     return short
 
 
@@ -94,8 +94,8 @@ def runs(those: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def as_json(those: Sequence[Piece]) -> list[dict[str, Any]]:
-    """Runs of pieces for a report: text, tokens, and `target`, `special`, `unknown`, `left_out` where they are so."""
-    flags = ("target", "special", "unknown", "left_out")
+    """Runs of pieces for a report: text, tokens, and `target`, `special`, `unknown`, `skipped` where they are so."""
+    flags = ("target", "special", "unknown", "skipped")
     return [
         {"text": "".join(piece.text for piece in run), "tokens": sum(piece.num_tokens for piece in run)}
         | {flag: True for flag in flags if getattr(run[0], flag)}

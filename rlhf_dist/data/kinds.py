@@ -72,11 +72,11 @@ class InstructionKind(Kind):
     def subject(self, row: Fields) -> Hashable:
         if row.get("output") is not None:  # as prompts, instructions need none
             row.text("output")
-        return _labelled_row(row) or turns_of(self.prompt(row))
+        return _labeled_row(row) or turns_of(self.prompt(row))
 
     def sequence(self, row: Fields, task: str) -> Conversation:
         response = {"role": "assistant", "content": row.text("output")}
-        return Conversation((*self.prompt(row), response), row.location, task, _labelled_row(row))
+        return Conversation((*self.prompt(row), response), row.location, task, _labeled_row(row))
 
     def prompt(self, row: Fields) -> Messages:
         parts = (row.optional_text("demonstration"), row.text("instruction"), row.optional_text("input"))
@@ -240,7 +240,7 @@ def _ends_with_user(row: Fields, field: str, messages: Sequence[dict[str, str]])
     return tuple(messages)
 
 
-def _labelled_row(row: Fields) -> str:
+def _labeled_row(row: Fields) -> str:
     """As `Conversation.row`, also of records that `data templates` has written to a file."""
     made = row.values.get("provenance")
     place = made.get("row") if isinstance(made, Mapping) and "template" in made else None

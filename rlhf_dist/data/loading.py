@@ -136,7 +136,7 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_
     where none is held out.
 
     Held out are the records of `hold_out_tasks`, and either those of `eval` or `eval_fraction` of the rest of `train`, which
-    keeps the records of a prompt, text or labelled row on one side.
+    keeps the records of a prompt, text or labeled row on one side.
 
     Raises:
         DataError: an invalid file or record (with its place), or none left to train or evaluate on.

@@ -32,13 +32,13 @@ class Conversation:
     task: str = ""
     """The task that it is an example of; "" where tasks are not read, or the record has none."""
     row: str = ""
-    """Place of the labelled row that a template rendered it from; "" where none did."""
+    """Place of the labeled row that a template rendered it from; "" where none did."""
     on_bad_row: BadRowPolicy = "error"
     """Of its source, for a record that turns out invalid when it is tokenized."""
 
     @property
     def subject(self) -> Hashable:
-        """Records of one subject stay on one side of a split: those of one labelled row, or of one prompt."""
+        """Records of one subject stay on one side of a split: those of one labeled row, or of one prompt."""
         return self.row or turns_of(before_last_response(self.messages))
 
     @property

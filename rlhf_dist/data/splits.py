@@ -1,6 +1,6 @@
 """Splits: which records are held out, and which part of a divided set a record is in.
 
-Both keep the records of one subject (`Record.subject`, `Kind.subject`: a prompt, a text, or a labelled row) together, and
+Both keep the records of one subject (`Record.subject`, `Kind.subject`: a prompt, a text, or a labeled row) together, and
 depend on their arguments only:
 
 - `hold_out` draws `eval_fraction` of a run's training records by the seed: exactly the nearest number that whole subjects
@@ -56,7 +56,7 @@ def hold_out(subjects: Sequence[Hashable], fraction: float, seed: int) -> tuple[
     groups = _grouped(subjects)
     if len(groups) == 1:
         raise DataError(
-            f"data.eval_fraction {fraction} cannot split {num_records} records of one prompt, text or labelled row, "
+            f"data.eval_fraction {fraction} cannot split {num_records} records of one prompt, text or labeled row, "
             "which would be on both sides; give records of others, name held-out sets in data.eval, or set eval_fraction to 0"
         )
     members = list(groups.values())

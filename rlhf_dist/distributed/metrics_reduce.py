@@ -45,11 +45,11 @@ def update_report(
 
     Raises:
         SampleError: a loss or the gradient was not finite; names the rows.
-        TrainingError: the step was refused for another reason.
+        TrainingError: the step was aborted for another reason.
     """
     reason = steps[-1][0].aborted if steps else ""
     if reason and reason != EARLY_STOP_KL:
-        raise _refusal(role, reason, steps, shares)
+        raise _rejection(role, reason, steps, shares)
     taken = steps[:-1] if reason == EARLY_STOP_KL else steps
     metrics = _means(taken, counts, names.sums)
     if taken:
@@ -80,7 +80,7 @@ def _means(
     return metrics
 
 
-def _refusal(
+def _rejection(
     role: str, reason: str, steps: list[list[StepReport]], shares: Mapping[str, Sequence[Shares]]
 ) -> TrainingError:
     number = len(steps) - 1

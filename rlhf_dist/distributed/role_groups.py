@@ -163,7 +163,7 @@ class GroupWeightSync:
             if wrong:
                 raise TrainingError(
                     f"after the sync of version {version} (checksum {sent}), rollout ranks {wrong} report "
-                    f"{[answers[rank] for rank in wrong]}; the run cannot go on with stale weights"
+                    f"{[answers[rank] for rank in wrong]}; the run cannot continue with stale weights"
                 )
 
         return mapped(self.rollout.call("finish_sync", version), check)

@@ -41,7 +41,7 @@ def calibration(deltas: Tensor, weights: Tensor, num_bins: int = 10) -> Calibrat
     """Reliability of σ(|Δ|) as the probability of being right, in `num_bins` bins of equal width over [0.5, 1].
 
     The two orders of a pair say the same (σ(−Δ) = 1 − σ(Δ)), so each pair counts once, on the side of the model's choice.
-    Bins without pairs are left out. Source: Guo et al. 2017, "On calibration of modern neural networks", eq. 3.
+    Bins without pairs are skipped. Source: Guo et al. 2017, "On calibration of modern neural networks", eq. 3.
 
     Args:
         deltas: [N] Δ.

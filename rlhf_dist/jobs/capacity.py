@@ -89,7 +89,7 @@ def _with_cpus(request: SlurmRequest, device: str, plans: Sequence[PlacementPlan
 def _check(
     stage: str, roles: Mapping[str, Placement], plan: PlacementPlan, node: Mapping[str, float], num_nodes: int
 ) -> None:
-    """Refuse roles that `num_nodes` nodes cannot hold. `node`: resource → amount of each, of the resources that count."""
+    """Reject roles that `num_nodes` nodes cannot hold. `node`: resource → amount of each, of the resources that count."""
     where, have = (f"{num_nodes} nodes with", "have") if num_nodes > 1 else ("1 node with", "has")
     for resource, each in node.items():
         needed, there = sum(r.total(resource) for r in plan.reservations), each * num_nodes

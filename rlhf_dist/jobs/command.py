@@ -14,12 +14,12 @@ from rlhf_dist.jobs import ray_job
 from rlhf_dist.pipeline.arguments import CONFIG_COMMANDS, PROG, Parser, load
 
 RESUMED = ("sft", "reward", "ppo")
-"""Commands that a job starts with `--resume auto`, unless told otherwise, or to overwrite; a pipeline goes on by itself."""
+"""Commands that a job starts with `--resume auto`, unless told otherwise, or to overwrite; a pipeline continues by itself."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Check and submit; returns the job's exit code where it is waited for. Raises what the configuration or the cluster
-    refuses the run for."""
+    rejects the run for."""
     parser, belonging = _parser()
     options = parser.parse_args(list(arguments))
     if options.command not in CONFIG_COMMANDS:
@@ -47,7 +47,7 @@ def _parser() -> tuple[Parser, dict[str, argparse._ArgumentGroup]]:
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
     belonging = {
         "--ray": parser.add_argument_group("with --ray"),
-        "--slurm": parser.add_argument_group("with --slurm (what is left out, the site decides)"),
+        "--slurm": parser.add_argument_group("with --slurm (what is omitted, the site decides)"),
     }
     ray_job.add_arguments(belonging["--ray"])
     _add_slurm_options(belonging["--slurm"])
@@ -59,7 +59,7 @@ def _parser() -> tuple[Parser, dict[str, argparse._ArgumentGroup]]:
 def _refuse_options(
     options: argparse.Namespace, belonging: dict[str, argparse._ArgumentGroup], other: str, chosen: str
 ) -> None:
-    """Refuse options of the way that was not chosen: they would be of no effect."""
+    """Reject options of the way that was not chosen: they would be of no effect."""
     actions = [a for a in belonging[other]._group_actions if getattr(options, a.dest) != a.default]
     if actions:
         names = ", ".join(a.option_strings[0] for a in actions)

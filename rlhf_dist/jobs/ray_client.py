@@ -93,7 +93,7 @@ class Ended:
 
 
 def check_address(address: str) -> None:
-    """Refuse what is no dashboard's address: Ray would take it for another kind of address, and look for a cluster for long.
+    """Reject what is no dashboard's address: Ray would take it for another kind of address, and look for a cluster for long.
 
     Raises:
         ConfigError: it is not http:// or https://.
@@ -161,8 +161,8 @@ class JobClient:
                 time.sleep(1)
         except (RuntimeError, OSError) as error:
             raise SubmissionError(
-                f"the cluster at {self.address} cannot be reached any more ({_first_line(error)}); the job {job_id} may go on "
-                f"there: ray job status {job_id}"
+                f"the cluster at {self.address} cannot be reached any more ({_first_line(error)}); the job {job_id} may "
+                f"continue there: ray job status {job_id}"
             ) from error
         return ended
 
@@ -212,7 +212,7 @@ def _remedy(error: Exception) -> str:
         )
     if "status code 413" in str(error) or "exceeds the maximum size" in str(error):
         return (
-            "The folder that travels with the job is too large: leave out what the job does not need (--exclude PATTERN, "
+            "The folder that travels with the job is too large: skip what the job does not need (--exclude PATTERN, "
             ".gitignore), or give a smaller --working-dir."
         )
     return "The head node's dashboard.log says more."

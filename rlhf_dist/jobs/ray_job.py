@@ -22,7 +22,7 @@ def add_arguments(group: _ArgumentGroup) -> None:
         default=Path(),
         help="travels with the job, without results, weights and .gitignore'd",
     )
-    add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out more, in the syntax of .gitignore")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="skip more, in the syntax of .gitignore")
     add("--pip", action="append", default=[], metavar="REQUIREMENT", help="install this on every node first")
     add(
         "--env",
@@ -70,7 +70,7 @@ def run(options: Namespace, command: str, config: Any, arguments: Sequence[str])
 
 
 def job_arguments(config: Any, arguments: Sequence[str], working_dir: Path) -> list[str]:
-    """What the job is called with: the paths as they are there, its cluster, and to go on where an earlier job ended.
+    """What the job is called with: the paths as they are there, its cluster, and to continue where an earlier job ended.
 
     Raises:
         ConfigError: the configuration file does not travel with the job, or the run would not use the cluster.
@@ -90,7 +90,7 @@ def job_arguments(config: Any, arguments: Sequence[str], working_dir: Path) -> l
     added = [] if "--ray.address" in given else ["--ray.address", "auto"]
     # The job starts in a copy of the working directory, which goes with it: results do not belong there.
     added += ["--run_dir", str(config.run_dir)]
-    # An evaluation is always run whole, and a pipeline always goes on: they have no such key.
+    # An evaluation is always run whole, and a pipeline always continues: they have no such key.
     resumable = "resume" in type(config).model_fields and not config.overwrite
     if resumable and "resume" not in config.model_fields_set:  # whoever says something, here or in the file, means it
         added += ["--resume", "auto"]
@@ -116,9 +116,9 @@ def _variable(text: str) -> tuple[str, str]:
         raise ConfigError(f"--env {text}: a variable is written NAME=VALUE")
     if is_secret(name):
         raise ConfigError(
-            f"--env {name}: by its name it is a secret, and a job's variables stand in clear in Ray's API and in its logs on "
-            "the nodes; put it into the environment that Ray is started in on the nodes, or into a file that they see (as `hf "
-            "auth login` and `wandb login` write)"
+            f"--env {name}: by its name it is a secret, and a job's variables are stored in plain text in Ray's API and in its "
+            "logs on the nodes; put it into the environment that Ray is started in on the nodes, or into a file that they see (as "
+            "`hf auth login` and `wandb login` write)"
         )
     return name, value
 
@@ -145,9 +145,9 @@ def _follow(client: Any, job_id: str) -> int:
 
 
 def _leave(client: Any, job_id: str) -> bool:
-    """Whether to stop following. Where nobody can be asked, the job goes on."""
+    """Whether to stop following. Where nobody can be asked, the job continues."""
     if not sys.stdin.isatty():
-        print(f"\nThe job goes on. Stop it with: ray job stop {job_id}", file=sys.stderr)
+        print(f"\nThe job continues. Stop it with: ray job stop {job_id}", file=sys.stderr)
         return True
     try:
         answer = (
@@ -162,7 +162,7 @@ def _leave(client: Any, job_id: str) -> bool:
         print(f"Job {job_id} is being stopped.")
         return True
     if answer.startswith("l"):
-        print(f"The job goes on. Follow it with: ray job logs -f {job_id}")
+        print(f"The job continues. Follow it with: ray job logs -f {job_id}")
         return True
     return False
 

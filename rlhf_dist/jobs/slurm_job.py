@@ -1,4 +1,4 @@
-"""One sbatch file for one run, and its submission. What the job does stands in `slurm/run.sh`; slurm/README.md explains it."""
+"""One sbatch file for one run, and its submission. What the job does is in `slurm/run.sh`; slurm/README.md explains it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class SlurmJob:
 
         Raises:
             ConfigError: there is no sbatch here.
-            PlacementError: Slurm refused it, with Slurm's words.
+            PlacementError: Slurm rejected it, with Slurm's words.
         """
         if shutil.which("sbatch") is None:
             raise ConfigError(
@@ -134,7 +134,7 @@ class SlurmJob:
         )
         if done.returncode != 0:
             raise PlacementError(
-                f"Slurm refused the job: {done.stderr.strip() or f'sbatch ended with {done.returncode}'}"
+                f"Slurm rejected the job: {done.stderr.strip() or f'sbatch ended with {done.returncode}'}"
             )
         return done.stdout.strip().partition(";")[0]
 

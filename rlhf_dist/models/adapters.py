@@ -157,7 +157,7 @@ def peft_settings(config: LoRAConfig, scalar: bool) -> Any:
 
 
 def _check_targets(model: Any, config: LoRAConfig) -> None:
-    """Refuse named layers that are not there, are not linear, are trained whole, or share their matrix with the embeddings."""
+    """Reject named layers that are not there, are not linear, are trained whole, or share their matrix with the embeddings."""
     if isinstance(config.target_modules, str):
         return
     head = head_of(model)

@@ -41,7 +41,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def check_causal_lm(config: PretrainedConfig, role: str) -> None:
-    """Refuse, by its config, a model without a language-model head. Raises ModelError."""
+    """Reject, by its config, a model without a language-model head. Raises ModelError."""
     if _is_classifier(config):
         raise ModelError(
             f"the {role} model at {config.name_or_path!r} is {_architecture(config)}, which has no language-model head; give a "
@@ -50,7 +50,7 @@ def check_causal_lm(config: PretrainedConfig, role: str) -> None:
 
 
 def check_scalar_model(config: PretrainedConfig, role: str) -> None:
-    """Refuse, by its config, a model without one trained scalar output. Raises ModelError."""
+    """Reject, by its config, a model without one trained scalar output. Raises ModelError."""
     if not _is_classifier(config) or config.num_labels != 1:
         raise ModelError(
             f"the {role} model at {config.name_or_path!r} is {_architecture(config)} with {config.num_labels} outputs, not a "

@@ -71,7 +71,7 @@ def unpack(flat: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 
 def check_packing(model: Any, device: torch.device) -> None:
-    """Refuse a model that does not keep packed sequences apart. Collective under ZeRO-3.
+    """Reject a model that does not keep packed sequences apart. Collective under ZeRO-3.
 
     Raises:
         ModelError: the model takes no position ids, attends within chunks of the row, lets one sequence read another, or
@@ -112,7 +112,7 @@ def _refuse_chunks(model: Any) -> None:
 
 @torch.no_grad()
 def probe_packing(model: Any, device: torch.device) -> PackingProbe:
-    """Four forward passes over a few short sequences, on every rank. Collective under ZeRO-3."""
+    """Four forward skips a few short sequences, on every rank. Collective under ZeRO-3."""
     was_training = model.training
     model.eval()
     vocab_size: int = model.get_input_embeddings().num_embeddings

@@ -30,7 +30,7 @@ CONFIG_COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in the words of every other configuration error."""
+    """Rejects in the words of every other configuration error."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")

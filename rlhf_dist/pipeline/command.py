@@ -62,18 +62,18 @@ def validate(pipeline: PipelineConfig) -> dict[str, Any]:
         Each stage's state and key, and the derived numbers of those that have not ended.
 
     Raises:
-        RlhfDistError: what the pipeline would be refused for.
+        RlhfDistError: what the pipeline would fail with.
     """
     _check_folder(pipeline.run_dir)
     hashes = ContentHashes()
     stages = Planner(pipeline, hashes).plan()
     states = {stage.name: state_of(stage, hashes) for stage in stages}
     with tempfile.TemporaryDirectory() as scratch:
-        facts = Preflight(pipeline, stages, states, Path(scratch)).check(session=None)
+        summary = Preflight(pipeline, stages, states, Path(scratch)).check(session=None)
     found: dict[str, Any] = {}
     for stage in stages:
         found[stage.name] = f"{states[stage.name]}, {stage.folder.name}"
-        found |= {f"{stage.name}: {name}": value for name, value in facts.get(stage.name, {}).items()}
+        found |= {f"{stage.name}: {name}": value for name, value in summary.get(stage.name, {}).items()}
     return found
 
 
@@ -82,7 +82,7 @@ def run(pipeline: PipelineConfig) -> dict[str, Summary]:
 
     Raises:
         Preempted: it was asked to stop; a stage that was at work has written its checkpoint.
-        RlhfDistError: what a stage is refused or ends for. What is done stays done, and the next call goes on from there.
+        RlhfDistError: what a stage fails with. What is done stays done, and the next call continues from there.
     """
     _check_folder(pipeline.run_dir)
     hashes = ContentHashes(pipeline.run_dir / ".hashes.json")
@@ -145,7 +145,7 @@ class _Runner:
             assert session is not None
             if preemption.requested():
                 raise Preempted(
-                    f"The pipeline stopped before {stage.name}, as it was asked to (SIGUSR1). The same command goes on "
+                    f"The pipeline stopped before {stage.name}, as it was asked to (SIGUSR1). The same command continues "
                     "from there."
                 )
             check_unchanged(stage, self._hashes)
@@ -176,7 +176,7 @@ class _Runner:
         folder = RunFolder(made)
         folder.write_config(dump_yaml(stage.config))
         manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
-        folder.write_summary({name: {k: v[k] for k in ("records", "left_out")} for name, v in manifest.items()})
+        folder.write_summary({name: {k: v[k] for k in ("records", "skipped")} for name, v in manifest.items()})
         self._end(stage, made, inputs, preflight.data_seconds)
         made.rename(stage.folder)
 
@@ -247,7 +247,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def _check_folder(run_dir: Path) -> None:
-    """Refuse a folder that holds something else."""
+    """Reject a folder that holds something else."""
     if run_dir.exists() and not run_dir.is_dir():
         raise RunFolderError(f"run_dir {run_dir} is a file; a pipeline needs a folder. Choose another run_dir.")
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "pipeline.lock").exists():

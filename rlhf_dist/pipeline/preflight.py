@@ -30,11 +30,11 @@ from rlhf_dist.run.lineage import sha256_of_file
 from rlhf_dist.run.run_folder import BAD_ROWS, RunFolder, write_atomically
 
 MANIFEST = "manifest.json"
-"""Of the data stage: what each file holds, and what was left out."""
+"""Of the data stage: what each file holds, and what was skipped."""
 
 
 class _NotCheckedError(Exception):
-    """A stage that starts from one that was refused."""
+    """A stage that starts from one that was rejected."""
 
 
 class Preflight:
@@ -61,20 +61,20 @@ class Preflight:
         """Stage → derived numbers, of the stages that have not ended. `session` checks the placement, where it is given.
 
         Raises:
-            RlhfDistError: what a stage would be refused for; all of it in one message, each with its stage.
+            RlhfDistError: what a stage would be rejected for; all of it in one message, each with its stage.
         """
-        facts: dict[str, dict[str, Any]] = {}
+        summary: dict[str, dict[str, Any]] = {}
         errors: list[RlhfDistError] = []
         for name, stage in self._stages.items():
             if self._states[name].word in ("done", "written"):
                 continue
             try:
                 with contextlib.suppress(_NotCheckedError):
-                    facts[name] = self._data(stage) if name == "data" else self._stage(stage, session)
+                    summary[name] = self._data(stage) if name == "data" else self._stage(stage, session)
             except RlhfDistError as error:
                 errors.append(type(error)(f"{name}: {self._as_it_will_be(str(error))}"))
         raise_together(errors)
-        return facts
+        return summary
 
     def _stage(self, stage: Stage, session: Session | None) -> dict[str, Any]:
         RunFolder.check(stage.folder, resume=True, overwrite=False)
@@ -94,17 +94,17 @@ class Preflight:
         manifest = make_data(stage, self.data)
         self.data_seconds = time.perf_counter() - started
         self._configs["data"] = stage.config
-        facts: dict[str, Any] = {}
+        summary: dict[str, Any] = {}
         for name, made in manifest.items():
             for file in made["files"].values():
                 label = f"{name}.{file['part']}" if file["part"] else name
-                facts[label] = facts.get(label, 0) + file["records"]
-            if made["left_out"]:
-                facts[f"{name}: left out"] = f"{made['left_out']} of {made['records']}"
-        return facts
+                summary[label] = summary.get(label, 0) + file["records"]
+            if made["skipped"]:
+                summary[f"{name}: skipped"] = f"{made['skipped']} of {made['records']}"
+        return summary
 
     def _as_it_will_be(self, message: str) -> str:
-        """A message that names what will be there, in place of what stands in for it."""
+        """A message that names what will be there, in place of what is in for it."""
         for name, stage in self._stages.items():
             final = stage.folder if name == "data" else stage.folder / "model"
             message = message.replace(str(self._scratch / name), str(final))
@@ -170,7 +170,7 @@ def make_data(stage: Stage, folder: Path) -> dict[str, Any]:
         sets[wanted.name] = {
             "sources": sources,
             "records": written.num_records,
-            "left_out": written.num_unassigned,
+            "skipped": written.num_unassigned,
             "files": files,
         }
         if written.bad:

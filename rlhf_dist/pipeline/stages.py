@@ -181,7 +181,7 @@ def content_of(place: str, path: str, source: DataSource | None, hashes: Content
     """
     file = Path(path).expanduser()
     if source is not None:
-        next(read_rows(source))  # refuses what is not there; fetches a hub name, so that its commit is known
+        next(read_rows(source))  # rejects what is not there; fetches a hub name, so that its commit is known
         if not file.exists():
             return f"hub:{path}@{cached_commit(path, 'dataset')}"
     elif place.endswith("model_path"):
@@ -197,7 +197,7 @@ def content_of(place: str, path: str, source: DataSource | None, hashes: Content
 
 
 def check_unchanged(stage: Stage, hashes: ContentHashes) -> None:
-    """Refuse a stage whose inputs from outside are not those that its key was made of: hours may have passed.
+    """Reject a stage whose inputs from outside are not those that its key was made of: hours may have passed.
 
     Raises:
         RlhfDistError: an input has changed, or is gone.
@@ -274,7 +274,7 @@ def warn_of_version(stage: Stage) -> None:
 
 
 def check_descent(stage: Stage, lineages: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a finished stage whose model came from another run of an earlier stage than the one that is there.
+    """Reject a finished stage whose model came from another run of an earlier stage than the one that is there.
 
     Only where an earlier stage was removed and run again, and did not end with the same bits.
 

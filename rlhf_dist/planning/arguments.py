@@ -1,4 +1,4 @@
-"""Arguments of `rlhf-dist plan`. Imports nothing heavy: help and refusals answer at once."""
+"""Arguments of `rlhf-dist plan`. Imports nothing heavy: help and errors answer at once."""
 
 from __future__ import annotations
 

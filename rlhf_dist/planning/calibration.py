@@ -29,14 +29,14 @@ def read_rates(path: Path) -> Rates:
             f"--rates {path} cannot be read ({error.strerror}); give a JSON file of rates, or a run folder"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"--rates {path} is no JSON ({error}); mend it") from error
+        raise ConfigError(f"--rates {path} is no JSON ({error}); fix it") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--rates {path} holds a {type(values).__name__}; it must hold a JSON object of rates")
     return Rates.read(values, f"--rates {path}")
 
 
 def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster, mean_prompt: float | None = None) -> Rates:
-    """Rates with a factor for each phase that the run measured. Its first iteration is left out, which pays for warming up.
+    """Rates with a factor for each phase that the run measured. Its first iteration is skipped, which pays for warming up.
 
     Args:
         metrics_path: `metrics.jsonl` of the run.

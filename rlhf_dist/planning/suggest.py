@@ -74,7 +74,7 @@ def changed(config: AnyConfig, change: Change) -> AnyConfig:
     """The configuration with other values.
 
     Raises:
-        ValidationError: its schema refuses them.
+        ValidationError: its schema rejects them.
     """
     values = config.model_dump()
     for key, value in change.items():

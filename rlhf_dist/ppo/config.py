@@ -36,7 +36,7 @@ class PPOSettings(Schema):
     kl_horizon: Result[PositiveInt] = 10_000
     """Responses over which an adapted β can change by a factor of about e^±0.2."""
     early_stop_kl: Result[Positive | None] = None
-    """Leave out the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
+    """Skip the rest of an iteration's policy updates once the KL to the policy before them (nats a token, mean of a
     mini-batch) exceeds this, and the texts that were mixed into it; null never does."""
     gamma: Result[Fraction] = 1.0
     """Discount of future token rewards (γ of GAE)."""

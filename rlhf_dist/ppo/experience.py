@@ -89,7 +89,7 @@ class PPOState:
 
 
 def check_finite(rollout: RolloutBatch, scored: Scored) -> None:
-    """Refuse responses of which a model says something that is not a number.
+    """Reject responses of which a model says something that is not a number.
 
     Raises:
         SampleError: names the models and the responses.
@@ -115,7 +115,7 @@ def check_finite(rollout: RolloutBatch, scored: Scored) -> None:
 def shaped_scores(
     rollout: RolloutBatch, scores: Tensor, settings: PPOSettings, state: PPOState, max_response_tokens: int
 ) -> Tensor:
-    """[B] fp32: the scores as they enter the rewards; the order of operations stands in `algo.rewards`."""
+    """[B] fp32: the scores as they enter the rewards; the order of operations is in `algo.rewards`."""
     if settings.normalize_scores != "no":
         scores = normalize_scores(scores, state.moments, subtract_mean=settings.normalize_scores != "std")
     overlong = None

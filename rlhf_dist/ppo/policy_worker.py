@@ -59,7 +59,7 @@ class PolicyWorker(LanguageModelWorker):
         kl_loss_coef: float = 0.0,
         measure_terms: bool = False,
     ) -> list[StepReport]:
-        """One optimizer step an entry of `steps`, up to one that is refused.
+        """One optimizer step an entry of `steps`, up to one that is aborted.
 
         Args:
             kl_loss_coef: weight of the KL to the reference as a term of the loss; 0 leaves it out.

@@ -179,7 +179,7 @@ class PPOTrainer:
     def _dumping(
         self, iteration: int, batch: RolloutBatch | Experience, ptx: list[TokenBatch] | None = None
     ) -> Iterator[None]:
-        """Write down the samples that a step is refused for."""
+        """Write down the samples that a step is aborted for."""
         try:
             yield
         except SampleError as error:
@@ -229,7 +229,7 @@ class PPOTrainer:
         size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration
         trained = (
             iteration - self.settings.value_warmup_iterations
-        )  # no text is passed over while the value function warms up
+        )  # no text is skipped while the value function warms up
         indices = self.ptx_sampler.indices(trained * num * size, num * size)
         return [self.data.ptx.batch(part) for part in indices.split(size)]
 

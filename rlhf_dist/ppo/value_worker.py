@@ -45,7 +45,7 @@ class ValueWorker(TrainedWorker):
         return response_values(self.engine, rollout, micro_batches)
 
     def update(self, experience: Experience, steps: list[StepShare]) -> list[StepReport]:
-        """One optimizer step an entry of `steps`, up to one that is refused."""
+        """One optimizer step an entry of `steps`, up to one that is aborted."""
         reports = []
         for step in steps:
             micro_batches = pick(experience, step.micro_batches)

@@ -45,7 +45,7 @@ def lexicon_path() -> Path:
 
 
 def read_lexicon(path: Path | None = None) -> dict[str, RatedWord]:
-    """The lexicon's purely alphabetic words, in file order (sorted); emoticons and numbers are left out.
+    """The lexicon's purely alphabetic words, in file order (sorted); emoticons and numbers are skipped.
 
     Raises DataError, naming the line, when a row is not `word TAB mean TAB std TAB [ten ratings]`.
     """
@@ -74,7 +74,7 @@ def human_ratings() -> dict[str, RatedWord]:
 
 
 def by_initial(words: Iterable[RatedWord], min_words: int) -> dict[str, tuple[RatedWord, ...]]:
-    """Words grouped by first letter; letters with fewer than `min_words` words are left out."""
+    """Words grouped by first letter; letters with fewer than `min_words` words are skipped."""
     groups: dict[str, list[RatedWord]] = defaultdict(list)
     for word in words:
         groups[word.word[0]].append(word)

@@ -51,9 +51,9 @@ class StarterSizes:
     max_letters: int = 6
     """Longest word used. Short words keep the sequences short and can be learned by a tiny model."""
     max_std: float = 0.85
-    """Words whose ten ratings scatter more than this are left out: people do not agree on them."""
+    """Words whose ten ratings scatter more than this are skipped: people do not agree on them."""
     min_words_per_letter: int = 25
-    """A first letter with fewer words is left out: it would have too few different answers."""
+    """A first letter with fewer words is skipped: it would have too few different answers."""
     eval_share: float = 0.15
     """Share of words that serve as seed words of held-out prompts only."""
     min_margin: float = 1.0
@@ -123,8 +123,8 @@ class _Maker:
             word = draws.choose(seeds)
             words = [w.word for w in draws.sample(self.groups[word.word[0]], 6)]
             rated = () if word.word in held_out else RATED_TEXT_TEMPLATES
-            facts = {"letter": word.word[0], "word": word.word, "feeling": feeling(word), "words": ", ".join(words)}
-            yield {"text": draws.choose(rated + UNRATED_TEXT_TEMPLATES).format(**facts)}
+            summary = {"letter": word.word[0], "word": word.word, "feeling": feeling(word), "words": ", ".join(words)}
+            yield {"text": draws.choose(rated + UNRATED_TEXT_TEMPLATES).format(**summary)}
 
     def instructions(self, stream: str, num: int, seeds: Sequence[RatedWord]) -> Iterator[Record]:
         """Instruction records: three of four ask for words, one for a feeling."""

@@ -57,7 +57,7 @@ class HFEngine:
         """([B, R] tokens, [B, R] log-probs, [B] lengths), on the CPU. Rows leave the batch when they end."""
         device = noise.device
         stop = self.stop_token_ids.to(device)
-        # Left padding puts every row's last prompt token in the last column, where decoding goes on.
+        # Left padding puts every row's last prompt token in the last column, where decoding continues.
         width = prompts.tokens.shape[1]
         shift = (torch.arange(width, device=device)[None, :] - (width - prompts.lengths)[:, None]) % width
         inputs = prompts.tokens.gather(1, shift)

@@ -73,7 +73,7 @@ class VLLMEngine:
             self._llm: Any = LLM(model=model_path, **settings)
         except Exception as error:  # vLLM's engine process fails in ways of its own
             raise ModelError(
-                f"vLLM does not start with {model_path!r} ({str(error).strip().splitlines()[0][:300]}); mend what it names "
+                f"vLLM does not start with {model_path!r} ({str(error).strip().splitlines()[0][:300]}); fix what it names "
                 "(vllm_options are passed on to vllm.LLM), or set engine to hf"
             ) from error
         self._stop_token_ids = list(stop_token_ids)
@@ -109,7 +109,7 @@ class VLLMEngine:
         except Exception as error:  # vLLM's engine process fails in ways of its own
             raise ModelError(
                 f"vLLM fails while generating ({type(error).__name__}: {str(error).strip()[:300]}); its messages above say "
-                "why. Mend what they name, or set engine to hf"
+                "why. Fix what they name, or set engine to hf"
             ) from error
         return [VLLMResponse(tuple(o.outputs[0].token_ids), o.outputs[0].finish_reason == "length") for o in outputs]
 

@@ -1,4 +1,4 @@
-"""Refusals of models and numbers that do not fit together, before a process is started."""
+"""Checks of models and numbers that do not fit together, before a process is started."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_model(path: str, max_length_tokens: int, role: str) -> Any:
 
 
 def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num_sequences: int = 1) -> None:
-    """Refuse a token budget that one row of a batch may exceed.
+    """Reject a token budget that one row of a batch may exceed.
 
     Args:
         model: the hosted model.
@@ -64,13 +64,13 @@ def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -
 
 
 def check_ds_config(model: TrainedModel) -> None:
-    """Refuse a DeepSpeed file that contradicts its role."""
+    """Reject a DeepSpeed file that contradicts its role."""
     if model.ds_config_path is not None:
         read_ds_config(model.ds_config_path, model.zero_stage, model.precision, model.num_ranks)
 
 
 def check_ranks(batch_size: int, num_ranks: int, name: str, role: str) -> None:
-    """Refuse a batch that leaves ranks without work at every step."""
+    """Reject a batch that leaves ranks without work at every step."""
     if batch_size < num_ranks:
         raise ConfigError(
             f"{name} is {batch_size} but {role}.num_ranks is {num_ranks}: some ranks would never have work; raise the first "

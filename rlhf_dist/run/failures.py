@@ -1,4 +1,4 @@
-"""What a refused step leaves behind: the samples it was refused for, one JSON line each."""
+"""What a aborted step leaves behind: the samples it was rejected for, one JSON line each."""
 
 from __future__ import annotations
 

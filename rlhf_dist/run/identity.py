@@ -5,7 +5,7 @@ checkpoint keeps: the length of the run is not part of it, since a run may be ex
 by where it was read from.
 
 Two runs of one identity agree up to the order of floating-point additions, which layout and micro-batches change; on the
-same layout bit for bit. Dropout (`lora.dropout`, or a model's own in SFT and reward modelling) is the exception: what is
+same layout bit for bit. Dropout (`lora.dropout`, or a model's own in SFT and reward modeling) is the exception: what is
 dropped depends on ranks and micro-batches, so there a change of layout gives another draw of the same run.
 """
 

@@ -1,7 +1,7 @@
 """What a result was made from: content hashes, the version of the code, and the record beside the model.
 
 A file is known by the SHA-256 of its bytes; a directory by that of the sorted list "HASH  PATH" of its files, one a line
-(what `sha256sum` prints), hidden files left out.
+(what `sha256sum` prints), hidden files skipped.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ContentHashes:
         return sha256_of_listing(self.files(path))
 
     def files(self, path: Path) -> dict[str, str]:
-        """Relative path → SHA-256 of every file below `path`, hidden ones and those in hidden folders left out."""
+        """Relative path → SHA-256 of every file below `path`, hidden ones and those in hidden folders skipped."""
         found = {}
         for folder, folders, names in os.walk(path, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -170,7 +170,7 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
 
 
 def check_outputs(folder: Path, lineage: Mapping[str, Any], hashes: ContentHashes) -> None:
-    """Refuse a finished folder whose results are not those that its lineage names.
+    """Reject a finished folder whose results are not those that its lineage names.
 
     Raises:
         RunFolderError: a file is missing or has another content.

@@ -9,8 +9,8 @@ RUN_DIR/
   model/           the trained model in Hugging Face format
   adapter/         the adapters alone, in peft's format, where the model was trained with some (`lora`)
   model_ema/       the moving average of a policy's weights, where `ppo.ema_decay` is set
-  bad_rows.jsonl   data rows that were left out under `on_bad_row: skip`, with the reasons
-  aborted_step_*.jsonl   the samples that a step was refused for
+  bad_rows.jsonl   data rows that were skipped under `on_bad_row: skip`, with the reasons
+  aborted_step_*.jsonl   the samples that a step was aborted for
   logs/            logs of the actors, TensorBoard and wandb files
 """
 
@@ -53,10 +53,10 @@ class RunFolder:
 
     @classmethod
     def check(cls, path: Path, *, resume: bool, overwrite: bool) -> None:
-        """Refuse, touching nothing, what `open` would refuse. Raises RunFolderError.
+        """Reject, touching nothing, what `open` would reject. Raises RunFolderError.
 
         A folder that does not exist or holds no file may always be used. Any other needs `resume` (continue the run in
-        it) or `overwrite` (remove that run first); either is refused for a folder that holds no run.
+        it) or `overwrite` (remove that run first); either is rejected for a folder that holds no run.
         """
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"run_dir {path} is a file; a run needs a folder. Choose another run_dir.")
@@ -94,7 +94,7 @@ class RunFolder:
         return folder
 
     def _has_results(self) -> bool:
-        """Whether the run ever got as far as measuring: one that was refused or failed while starting did not."""
+        """Whether the run ever got as far as measuring: one that was rejected or failed while starting did not."""
         measured = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
         start = {self.config_path, self.metrics_path, self.samples_dir, self.checkpoints_dir, self.logs_dir}
         more = any(child not in start for child in self.path.iterdir())

@@ -167,7 +167,7 @@ class SupervisedTrainer:
         return {**report.metrics, **self.run_log.take_times()}
 
     def _dump(self, error: SampleError, step: int, indices: torch.Tensor) -> list[dict[str, Any]]:
-        """The training records that a step was refused for, with their numbers in the set that they are from."""
+        """The training records that a step was aborted for, with their numbers in the set that they are from."""
         drawn = self.task.drawn(step, indices)
         dump: list[dict[str, Any]] = []
         for source, rows in error.rows.items():

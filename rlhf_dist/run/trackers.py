@@ -218,7 +218,7 @@ def _wandb_sink(
             return _Wandb(run)
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
-            then = "writing offline; upload later with `wandb sync`" if mode == "online" else "going on without wandb"
+            then = "writing offline; upload later with `wandb sync`" if mode == "online" else "continuing without wandb"
             log.warning("wandb %s does not start (%s); %s", mode, reason, then)
             # Its service still holds the failed run, and would not write another run of the same id.
             wandb.teardown()

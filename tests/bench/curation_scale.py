@@ -5,7 +5,7 @@
 Instructions are made of real text: one of the 175 instructions of `alpaca_seed_tasks.jsonl`, two to four sentences of reviews,
 editorials and word problems as input, one to three as output. Copies are planted: as they are, with other case, spacing and
 full-width letters, and with one to eight words replaced. Each planted copy knows its original, and the true Jaccard similarity
-of the two is computed here from Python sets, so that what the commands find can be held against it.
+of the two is computed here from Python sets, so that what the commands find can be compared with it.
 
 The commands run as they are, in processes of their own. Memory is the largest sum of the proportional set sizes of a command
 and its processes, looked at ten times a second; files that are mapped or cached by the kernel for them count where mapped.
@@ -31,7 +31,7 @@ import psutil
 import yaml
 
 SHARES = {"reviews": 0.55, "editorials": 0.35, "problems": 0.15, "mixed": 0.10}
-"""Sizes of the sources, as shares of the number of records of the mixture: some of each is left out."""
+"""Sizes of the sources, as shares of the number of records of the mixture: some of each is skipped."""
 PLANTED = {"same": 0.05, "respelt": 0.03, "edited": 0.07}
 """Share of a source's records that are copies of an earlier one of it."""
 THRESHOLD = 0.8

@@ -3,7 +3,7 @@
     python tests/bench/plan_activations.py [--large]
 
 Runs one forward and backward pass of the project's own modules (`models/forward.py`) a line, on the CPU, and prints a table:
-what autograd really kept (saved tensors, each piece of memory once, parameters and buffers left out), and the most that was
+what autograd really kept (saved tensors, each piece of memory once, parameters and buffers skipped), and the most that was
 allocated at any moment of forward and backward pass, less the parameters' gradients; both beside the estimate.
 """
 

@@ -45,7 +45,7 @@ def run(command: str, config: dict[str, Any], session: Any = None) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def inline_runs(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each trainer once in this process with one rank: what every other layout is held against."""
+    """Each trainer once in this process with one rank: what every other layout is compared with."""
     folder = tmp_path_factory.mktemp("inline")
     for command in COMMANDS:
         run(command, make_config(command, folder / command, zero_stage=2, cluster="inline"))

@@ -136,10 +136,10 @@ def _ask_for_too_much(address: str, logs_dir: Path) -> None:
         session.check([spec("reward", 2)])
         with session._hosts([spec("other", 1)]):  # another run that holds one of the two CPUs
             started = time.monotonic()
-            refusal = pytest.raises(
+            rejection = pytest.raises(
                 PlacementError, match=r"did not grant reward 2 x 1 CPU within 3 s \(free now: 1 CPUs"
             )
-            with refusal, session.place([spec("reward", 2)], seed=0, logs_dir=lambda: logs_dir):
+            with rejection, session.place([spec("reward", 2)], seed=0, logs_dir=lambda: logs_dir):
                 pass
             assert time.monotonic() - started < 60
     finally:

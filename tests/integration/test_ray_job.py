@@ -148,7 +148,7 @@ def test_ctrl_c_asks_what_becomes_of_the_job(cluster: Cluster, project: Path, an
     assert job is not None
     drivers = cluster.drivers()
     if answer == "s":
-        assert not psutil.wait_procs(drivers, timeout=60)[1], "the job goes on"
+        assert not psutil.wait_procs(drivers, timeout=60)[1], "the job continues"
     else:
         assert drivers, "the job was stopped"
         ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "--address", cluster.dashboard]

@@ -1,4 +1,4 @@
-"""`rlhf-dist reward` on ranked records: from the file to the saved model, and what is refused before anything starts."""
+"""`rlhf-dist reward` on ranked records: from the file to the saved model, and what is rejected before anything starts."""
 
 from __future__ import annotations
 

@@ -87,13 +87,13 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bits(
 
 def test_what_is_reported(mixed: Callable[..., SFTConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path):
     config = mixed("run")
-    facts = validate(config)
+    summary = validate(config)
     before = capsys.readouterr().out
     # A fifth of 36 instructions and of the 8 chats that are left is held out, drawn together: 35 of 44 remain.
-    assert facts["training records"] == 35
-    assert facts["held-out records"] == 9 + 4
-    assert (facts["pretraining sequences"], facts["held-out pretraining sequences"]) == (16, 4)
-    assert facts["pretraining sequences a step"] == 2
+    assert summary["training records"] == 35
+    assert summary["held-out records"] == 9 + 4
+    assert (summary["pretraining sequences"], summary["held-out pretraining sequences"]) == (16, 4)
+    assert summary["pretraining sequences a step"] == 2
     summary = run_sft(config)
     shares = {row["source"]: row for row in summary["shares"]}
     assert set(shares) == {"instructions", "chats"}

@@ -46,7 +46,7 @@ class Job:
         path = self.folder / f"{self.id}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def facts(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         """What Slurm says of it."""
         shown = self.slurm.run("scontrol", "show", "job", "-o", self.id).splitlines()
         line = next(line for line in shown if line.startswith(f"JobId={self.id} "))  # of an array, there are others
@@ -56,8 +56,8 @@ class Job:
         """Until `true()`; a job that ends before is an error of the test."""
         deadline = time.monotonic() + timeout_s
         while not true():
-            if self.facts()["JobState"] in ENDED:
-                pytest.fail(f"job {self.id} ended ({self.facts()['JobState']}) before {what}:\n{self.log}")
+            if self.summary()["JobState"] in ENDED:
+                pytest.fail(f"job {self.id} ended ({self.summary()['JobState']}) before {what}:\n{self.log}")
             if time.monotonic() > deadline:
                 pytest.fail(f"job {self.id}: waited {timeout_s:g} s for {what}:\n{self.log}")
             time.sleep(0.2)
@@ -65,24 +65,24 @@ class Job:
     def end(self, timeout_s: float = 300) -> dict[str, str]:
         """Wait for the job's end; what Slurm says of it then."""
         deadline = time.monotonic() + timeout_s
-        while (facts := self.facts())["JobState"] not in ENDED or facts["EndTime"] == "Unknown":
+        while (summary := self.summary())["JobState"] not in ENDED or summary["EndTime"] == "Unknown":
             if time.monotonic() > deadline:
                 pytest.fail(f"job {self.id} did not end within {timeout_s:g} s:\n{self.log}")
             time.sleep(0.3)
-        return facts
+        return summary
 
     @property
     def name(self) -> str:
         """What Slurm's commands call it. The job id of an array's last task is that of the whole array."""
-        facts = self.facts()
-        return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayJobId" in facts else self.id
+        summary = self.summary()
+        return f"{summary['ArrayJobId']}_{summary['ArrayTaskId']}" if "ArrayJobId" in summary else self.id
 
     def warn(self) -> None:
         """What Slurm does some time before the job's time is over."""
         self.slurm.run("scancel", "--signal=USR1", "--batch", self.name)
 
     def start_now(self) -> None:
-        """Slurm lets a requeued job wait for two minutes. A start within the second of its end is refused by the nodes."""
+        """Slurm lets a requeued job wait for two minutes. A start within the second of its end is rejected by the nodes."""
         time.sleep(3)
         self.slurm.run("scontrol", "update", f"jobid={self.name}", "StartTime=now")
 
@@ -220,8 +220,8 @@ def test_ranks_on_both_nodes_train_together(submit: Callable[..., Job], make_con
         "Ray's own choices, which other jobs on the node would make as well"
     )
 
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
+    summary = job.end()
+    assert (summary["JobState"], summary["ExitCode"]) == ("COMPLETED", "0:0"), job.log
     first_lines = [path.read_text().splitlines()[0] for path in sorted((undisturbed / "logs").glob("policy_*.log"))]
     assert [re.findall(r"\(Slurm node (n\d)\)", line) for line in first_lines] in ([["n1"], ["n2"]], [["n2"], ["n1"]])
     assert len(metrics(undisturbed)) >= NUM_ITERATIONS
@@ -240,13 +240,13 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     job = submit(_ppo(make_config, run_dir))
     job.wait_for(lambda: _steps(run_dir) >= 2, "the second iteration")
     job.warn()
-    job.wait_for(lambda: job.facts()["Restarts"] == "1" and job.facts()["JobState"] == "PENDING", "the requeue")
+    job.wait_for(lambda: job.summary()["Restarts"] == "1" and job.summary()["JobState"] == "PENDING", "the requeue")
     assert "the driver ended with exit code 75" in job.log
     assert not (run_dir / "summary.json").exists(), "the signal came after the end; lengthen the run"
     _nothing_left(job)
     job.start_now()
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.log
+    summary = job.end()
+    assert (summary["JobState"], summary["ExitCode"]) == ("COMPLETED", "0:0"), job.log
     assert f"job {job.id}, start 1" in job.log
     assert not list(job.folder.joinpath("state").glob("*")), "a job that is done leaves no mark"
     expected, found = weights(undisturbed), weights(run_dir)
@@ -269,14 +269,18 @@ def test_an_array_trains_its_seeds_side_by_side_on_the_same_nodes(
     last = next(task for task in tasks if task.id == array.id)
     last.wait_for(lambda: "start 0: sft on" in last.log, "its first words")
     last.warn()
-    last.wait_for(lambda: last.facts()["Restarts"] == "1" and last.facts()["JobState"] == "PENDING", "the requeue")
+    last.wait_for(lambda: last.summary()["Restarts"] == "1" and last.summary()["JobState"] == "PENDING", "the requeue")
     assert "have joined Ray" not in last.log
     last.start_now()
-    facts = [task.end() for task in tasks]
-    assert sorted(f["Restarts"] for f in facts) == ["0", "1"]
+    summary = [task.end() for task in tasks]
+    assert sorted(f["Restarts"] for f in summary) == ["0", "1"]
     logs = "\n".join(task.log for task in tasks)
-    assert [(f["JobState"], f["ExitCode"], f["NodeList"]) for f in facts] == [("COMPLETED", "0:0", "n[1-2]")] * 2, logs
-    assert max(f["StartTime"] for f in facts) < min(f["EndTime"] for f in facts), "they did not run at the same time"
+    assert [(f["JobState"], f["ExitCode"], f["NodeList"]) for f in summary] == [("COMPLETED", "0:0", "n[1-2]")] * 2, (
+        logs
+    )
+    assert max(f["StartTime"] for f in summary) < min(f["EndTime"] for f in summary), (
+        "they did not run at the same time"
+    )
     assert len(set(re.findall(r"Ray's head is at (\S+)", logs))) == 2
     three, four = (weights(tmp_path / f"seed-{seed}") for seed in (3, 4))
     assert not all(torch.equal(three[name], four[name]) for name in three)
@@ -287,7 +291,7 @@ def test_an_array_trains_its_seeds_side_by_side_on_the_same_nodes(
 def test_an_array_without_a_folder_a_seed_is_aborted(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
     array = submit(_ppo(make_config, tmp_path / "run"), sbatch=("--nodes=1", "--array=0"))
     assert array.end()["ExitCode"] == "2:0"
-    task = Job(array.slurm, array.facts()["JobId"], tmp_path)
+    task = Job(array.slurm, array.summary()["JobId"], tmp_path)
     assert "put {seed} into it" in task.log
     assert "Ray's head" not in task.log
 
@@ -333,8 +337,8 @@ def test_a_job_submitted_by_the_command_line_and_cancelled_leaves_nothing(
     job.warn()
     job.wait_for(lambda: "USR1" in job.log, "the warning")
     job.slurm.run("scancel", job.id)
-    facts = job.end()
-    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), job.log
+    summary = job.end()
+    assert (summary["JobState"], summary["Restarts"]) == ("CANCELLED", "0"), job.log
     job.slurm.wait_idle(*slurm_cluster.NODES)
     _nothing_left(job)
     assert not (run_dir / "summary.json").exists()
@@ -351,7 +355,7 @@ def test_a_job_whose_time_is_over_before_it_could_checkpoint_is_requeued(
     job.warn()
     job.wait_for(lambda: "USR1" in job.log, "the warning")
     job.slurm.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=1")  # Slurm looks every 30 s
-    job.wait_for(lambda: job.facts()["Restarts"] == "1" and job.facts()["JobState"] == "PENDING", "the requeue")
+    job.wait_for(lambda: job.summary()["Restarts"] == "1" and job.summary()["JobState"] == "PENDING", "the requeue")
     assert "before the run had written its checkpoint" in job.log
     assert "DUE TO TIME LIMIT" in job.log
     _nothing_left(job)
@@ -364,7 +368,7 @@ def test_a_job_whose_time_is_over_before_it_could_checkpoint_is_requeued(
     assert job.end()["JobState"] == "CANCELLED"
 
 
-def test_a_heterogeneous_job_is_one_cluster_and_a_refusal_is_its_exit_code(
+def test_a_heterogeneous_job_is_one_cluster_and_a_rejection_is_its_exit_code(
     submit: Callable[..., Job], make_config: Make, tmp_path: Path
 ):
     config = _ppo(make_config, tmp_path / "run") | {"ppo": {"kl_coeff": 0.1}}

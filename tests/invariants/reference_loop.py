@@ -1,6 +1,6 @@
 """Training as the papers write it: one process, one padded forward pass a step, torch and transformers alone.
 
-What `rlhf_dist` is held against. Nothing of its engine, workers, losses or masks is used here: positions are slices,
+What `rlhf_dist` is compared with. Nothing of its engine, workers, losses or masks is used here: positions are slices,
 sums are Python sums, learning rates are written out.
 """
 
@@ -182,7 +182,7 @@ def policy_objective(model: Any, experience: Any, terms: PolicyTerms, trace: Tra
                 objective = torch.max(objective, terms.dual_clip * advantage)
             losses.append(-objective)
             moved.append(ratio - 1 - torch.log(ratio))
-            # The clip holds a token where going on would have raised the objective.
+            # The clip holds a token where continuing would have raised the objective.
             held.append((ratio > 1 + terms.clip_high) if advantage > 0 else (ratio < 1 - terms.clip_low))
             other = torch.exp(experience.ref_logprobs[b, t] - new)
             kl.append(other - 1 - torch.log(other))
@@ -238,7 +238,7 @@ def advantages_and_returns(
     ref_logprobs: list[Tensor],
     values: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Per row: whitened advantages and returns. A cut-off response goes on: its last token's return has the value of the
+    """Per row: whitened advantages and returns. A cut-off response continues: its last token's return has the value of the
     state after it. Mean and variance are over all tokens of all rows."""
     advantages, returns = [], []
     for b, score in enumerate(scores):

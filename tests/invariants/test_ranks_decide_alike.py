@@ -1,4 +1,4 @@
-"""What all ranks must do together, on several of them: average the weights, refuse a step, end an update."""
+"""What all ranks must do together, on several of them: average the weights, reject a step, end an update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses that are not finite for one sample, and what a step that is refused for it must leave behind: nothing."""
+"""Losses that are not finite for one sample, and what a step that is rejected for it must leave behind: nothing."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def lm_term(worker: Any, batch: TokenBatch, how: Callable[[Any], Any] | None = N
     return made if how is None else type(made)(**{**vars(made), "loss_sum": poisoned(worker, batch, how)})
 
 
-def steps_around_refusals(group: Any, batches: Sequence[TokenBatch], refuse: bool) -> tuple[dict[str, Any], Any]:
-    """(weights, report) after a step on batch 0 and one on batch 2. With `refuse`, steps on batch 1 are refused in between:
+def steps_around_rejections(group: Any, batches: Sequence[TokenBatch], reject: bool) -> tuple[dict[str, Any], Any]:
+    """(weights, report) after a step on batch 0 and one on batch 2. With `reject`, steps on batch 1 are rejected in between:
     for a loss and a gradient that are not finite, and by a veto. None of them may touch a weight."""
     worker = worker_of(group)
     engine = worker.engine
     engine.step([lm_term(worker, batches[0])])
     before = whole_weights(group)
-    if refuse:
+    if reject:
         for how, reason in ((lambda x: x * math.inf, NON_FINITE_LOSS), (NaNGradient.apply, NON_FINITE_GRADIENT)):
             report = engine.step([lm_term(worker, batches[1], how)])
             assert (report.aborted, report.suspects) == (reason, [SUSPECT])

@@ -30,7 +30,7 @@ class Mutation(NamedTuple):
 
     name: str
     edits: list[tuple[str, str, str]]
-    """(file under rlhf_dist/, text that stands in it once, what replaces it)."""
+    """(file under rlhf_dist/, text that is in it once, what replaces it)."""
 
 
 _POLICY, _TRAIN = "ppo/policy_worker.py", "distributed/deepspeed/train.py"
@@ -127,7 +127,7 @@ MUTATIONS = [
 
 
 def mutate(package: Path, mutation: Mutation) -> None:
-    """Make the edits. Raises ValueError where a text does not stand in its file exactly once."""
+    """Make the edits. Raises ValueError where a text does not are in its file exactly once."""
     for name, old, new in mutation.edits:
         text = (package / name).read_text(encoding="utf-8")
         if text.count(old) != 1:

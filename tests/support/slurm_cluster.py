@@ -112,7 +112,7 @@ class SlurmCluster:
         if reasons:
             raise RuntimeError(f"cannot run a Slurm here: {'; '.join(reasons)}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o755)  # munged refuses a socket in a folder that others cannot enter
+        self.folder.chmod(0o755)  # munged rejects a socket in a folder that others cannot enter
         (self.folder / "state").mkdir(exist_ok=True)
         host, address = socket.gethostname().partition(".")[0], "127.0.0.1"
         conf = _CONF.format(

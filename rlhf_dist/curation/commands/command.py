@@ -1,6 +1,6 @@
 """`rlhf-dist data ACTION CONFIG`: from the name of an action to its configuration and its code.
 
-Both are imported when the action is called, so that help and refusals answer at once.
+Both are imported when the action is called, so that help and errors answer at once.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def run(config: DedupConfig) -> None:
     fields = config.fields or TEXT_FIELDS[config.sources[0].kind]
     processes = default_processes() if config.num_processes is None else config.num_processes
     if config.near is not None:
-        banding(config.near)  # refused before anything is read
+        banding(config.near)  # rejected before anything is read
     with (
         written(config.out_dir, config.overwrite, dump_yaml(config)) as folder,
         tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,
@@ -58,7 +58,7 @@ def run(config: DedupConfig) -> None:
         _report(config, folder, verdicts, evaluation, fields, len(quarantine))
     rows = [(reason, f"{number:,}", f"{number / len(verdicts):.2%}") for reason, number in verdicts.counts().items()]
     print_table("dedup: what became of the records", rows, header=("", "records", "share"))
-    bad = f"; {len(quarantine)} bad rows left out (bad_rows.jsonl)" if quarantine else ""
+    bad = f"; {len(quarantine)} bad rows skipped (bad_rows.jsonl)" if quarantine else ""
     print(f"The result is in {config.out_dir}; what was removed, and why, in its {REMOVED}{bad}")
 
 

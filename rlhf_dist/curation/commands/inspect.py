@@ -34,14 +34,14 @@ class Loaded:
     tokenizer: Any
     mixing: tuple[dict[str, Any], ...] = ()
     """Shares of an epoch, where the run mixes."""
-    facts: Mapping[str, str] | None = None
+    summary: Mapping[str, str] | None = None
 
 
 def run(arguments: list[str]) -> None:
     """Read a run's data and show them.
 
     Raises:
-        ConfigError: no such command or option, a configuration that cannot be, data that the run would refuse.
+        ConfigError: no such command or option, a configuration that cannot be, data that the run would reject.
         DataError: the same, of a row.
         RunFolderError: out_dir may not be written.
     """
@@ -54,10 +54,10 @@ def run(arguments: list[str]) -> None:
 
     if settings.out_dir is not None:
         check_output(settings.out_dir, settings.overwrite)
-    facts, reports, bad = inspected(command, config, settings)
+    summary, reports, bad = inspected(command, config, settings)
     if settings.out_dir is not None:  # before anything is shown: a reader of a pipe may leave
-        _write(command, config, settings, facts, reports, bad)
-    show(facts, reports)
+        _write(command, config, settings, summary, reports, bad)
+    show(summary, reports)
     if settings.out_dir is not None:
         print(f"The page is {settings.out_dir / PAGE}; the numbers are in its report.json")
 
@@ -95,7 +95,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _listing_bad_rows(config: Any) -> Any:
-    """The configuration with every source's bad rows set aside."""
+    """The configuration with every source's bad rows skipped."""
 
     def skipping(value: Any) -> Any:
         return tuple(source.model_copy(update={"on_bad_row": "skip"}) for source in value)
@@ -134,14 +134,14 @@ def inspected(
         seen |= {row.reason for row in view.dataset.report.bad}
         reports.append(report)
     tokenizer = loaded.tokenizer
-    facts = {
+    summary = {
         "run": f"{command}, {config.run_dir}",
         "tokenizer": f"{tokenizer.name_or_path} ({type(tokenizer).__name__}, {len(tokenizer):,} tokens)",
         "longest sequence": f"{config.data.max_length_tokens:,} tokens; a longer one: {config.data.on_too_long}",
         "seed": str(config.seed),
-        **(loaded.facts or {}),
+        **(loaded.summary or {}),
     }
-    return facts, reports, bad
+    return summary, reports, bad
 
 
 def _trained(views: tuple[View, ...], held_out: View) -> View | None:
@@ -179,12 +179,12 @@ def _reward(config: Any) -> Loaded:
     from rlhf_dist.reward.low_margin import LowMargin
 
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
-    data, facts = load_data(config, tokenizer, keep_records=True), {}
+    data, summary = load_data(config, tokenizer, keep_records=True), {}
     if config.reward.low_margin is not None:
-        data, facts = LowMargin(config.reward.low_margin.below, config.reward.low_margin.weight).apply(data)
+        data, summary = LowMargin(config.reward.low_margin.below, config.reward.low_margin.weight).apply(data)
     sources = config.data.train
     sets = (("training pairs", data.train, sources), ("held-out pairs", data.eval, (*config.data.eval, *sources)))
-    return Loaded(_views(tokenizer, *sets), tokenizer, facts=facts)
+    return Loaded(_views(tokenizer, *sets), tokenizer, summary=summary)
 
 
 def _ppo(config: Any) -> Loaded:
@@ -199,15 +199,15 @@ def _ppo(config: Any) -> Loaded:
         ("held-out prompts", data["eval_prompts"], config.data.eval_prompts),
         ("PTX text", data["ptx"], config.data.ptx),
     )
-    facts = {"longest prompt": f"{config.max_prompt_tokens:,} tokens, beside a response"}
-    return Loaded(views, tokenizer, facts=facts)
+    summary = {"longest prompt": f"{config.max_prompt_tokens:,} tokens, beside a response"}
+    return Loaded(views, tokenizer, summary=summary)
 
 
 def _write(
     command: str,
     config: Any,
     settings: InspectSettings,
-    facts: dict[str, str],
+    summary: dict[str, str],
     reports: list[SetReport],
     bad: list[Any],
 ) -> None:
@@ -219,11 +219,11 @@ def _write(
     out_dir = settings.out_dir or Path()
     title = f"Data of {command} run {config.run_dir.name}"
     with written(out_dir, settings.overwrite, dump_yaml(config)) as folder:
-        write_atomically(folder.path / PAGE, render_page(title, facts, reports))
+        write_atomically(folder.path / PAGE, render_page(title, summary, reports))
         folder.write_bad_rows(BadRows(bad))
         sets = [{"name": r.name, "kind": r.kind} | r.numbers | {"examples": _examples(r)} for r in reports]
         folder.write_report(
-            {"command": command, "facts": facts, "options": settings.model_dump(mode="json"), "sets": sets}
+            {"command": command, "summary": summary, "options": settings.model_dump(mode="json"), "sets": sets}
         )
 
 

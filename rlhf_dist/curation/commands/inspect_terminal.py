@@ -18,7 +18,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _COUNTS = (
     "records read",
     "records used",
-    "records left out",
+    "records skipped",
     "bad rows",
     "records with a cut response",
     "sequences",
@@ -32,9 +32,9 @@ _MAX_ROWS = 12
 """Of a table; the rest is in the report."""
 
 
-def show(facts: Mapping[str, str], reports: Sequence[SetReport]) -> None:
+def show(summary: Mapping[str, str], reports: Sequence[SetReport]) -> None:
     """Print everything."""
-    print_table("data", list(facts.items()))
+    print_table("data", list(summary.items()))
     for report in reports:
         _show_numbers(report)
         for example in report.examples:
@@ -147,7 +147,7 @@ def _tokens(kind: str, sequence: ShownSequence) -> Text:
             style = "bold white on magenta" if first.target else "bold magenta"
         if first.unknown:
             style = "bold white on red"
-        if first.left_out:
+        if first.skipped:
             style = "dim italic"
         for part, is_mark in visible("".join(piece.text for piece in run)):
             text.append(part, style=f"{style} underline" if is_mark and colored else style)

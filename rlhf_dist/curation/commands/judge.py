@@ -30,7 +30,7 @@ _PIECE = 64
 
 
 def run(config: JudgeConfig) -> None:
-    """Judge every pair in both orders; go on where an earlier call stopped."""
+    """Judge every pair in both orders; continue where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
     quarantine = BadRows()
     items = read_items(config.sources, quarantine)
@@ -45,7 +45,9 @@ def run(config: JudgeConfig) -> None:
     if isinstance(asked, FunctionJudge):
         fingerprints["function"] = {"place": asked.place, "sha256": asked.sha256}
     else:
-        judge_prompt(asked, *state.next_shown(1)[0], config.guidelines, config.seed)  # refused before a model is loaded
+        judge_prompt(
+            asked, *state.next_shown(1)[0], config.guidelines, config.seed
+        )  # rejected before a model is loaded
         fingerprints["prompt"] = asked.sha256
     with resumable(config.out_dir, identity_of(config, without=("source_name",), **fingerprints)) as work:
         _judge(config, state, asked, work)
@@ -77,7 +79,7 @@ def _judge(config: JudgeConfig, state: Judging, asked: PromptTemplate | Function
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(RunProgress("judge", len(state.units), state.num_asked))
         if work.num_found:
-            progress.message(f"going on after {state.num_asked} pairs")
+            progress.message(f"continuing after {state.num_asked} pairs")
         judge, size = _judge_of(config, asked, stack)
         for answers in run_pieces(state, judge, size):
             work.add({"answers": [list(answer) for answer in answers]})

@@ -48,5 +48,5 @@ def run(config: MixConfig) -> None:
                 "bad rows": len(quarantine),
             }
         )
-    bad = f"; {len(quarantine)} bad rows left out (bad_rows.jsonl)" if quarantine else ""
+    bad = f"; {len(quarantine)} bad rows skipped (bad_rows.jsonl)" if quarantine else ""
     print(f"{num_records:,} records are in {config.out_dir}{bad}")

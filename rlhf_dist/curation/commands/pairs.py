@@ -38,4 +38,4 @@ def run(config: PairsConfig) -> None:
         folder.write_bad_rows(quarantine)
         folder.write_report({"command": "data pairs", "pairs": number, "by source": counts, "bad": len(quarantine)})
     rows = [(path, str(count)) for path, count in counts.items()]
-    print_table(str(config.out_dir), [*rows, ("bad, set aside", str(len(quarantine))), ("pairs", str(number))])
+    print_table(str(config.out_dir), [*rows, ("bad, skipped", str(len(quarantine))), ("pairs", str(number))])

@@ -18,11 +18,11 @@ from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import RunProgress, print_table
 
 COMPLETIONS = "completions.jsonl"
-LEFT_OUT = "left_out.jsonl"
+SKIPPED = "skipped.jsonl"
 
 
 def run(config: ResponsesConfig) -> None:
-    """Let every generator answer every prompt; go on where an earlier call stopped."""
+    """Let every generator answer every prompt; continue where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
     quarantine, report = BadRows(), ResponsesReport()
     prompts = read_distinct_prompts(config.prompts, quarantine, report)
@@ -32,7 +32,7 @@ def run(config: ResponsesConfig) -> None:
         _generate(config, state, work)
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
             folder.write_records(state.records())
-            folder.write_records(state.left_out, LEFT_OUT)
+            folder.write_records(state.skipped, SKIPPED)
             work.save_to(folder.path / COMPLETIONS)
             folder.write_bad_rows(quarantine)
             folder.write_report({**asdict(report), "bad": len(quarantine)})
@@ -51,7 +51,7 @@ def _generate(config: ResponsesConfig, state: Responses, work: Work) -> None:
     progress = RunProgress("responses", state.num_slots)
     with progress:
         if work.num_found:
-            progress.message(f"going on after {work.num_found} batches")
+            progress.message(f"continuing after {work.num_found} batches")
         try:
             for piece in state.pieces():
                 entry = next(found)
@@ -87,6 +87,6 @@ def _show(config: ResponsesConfig, report: ResponsesReport, quarantine: BadRows)
     ]
     print_table(str(config.out_dir), rows, header)
     print(
-        f"{report.records} prompts with two or more responses, {report.left_out_prompts} without; {report.repeated_prompts} "
+        f"{report.records} prompts with two or more responses, {report.skipped_prompts} without; {report.repeated_prompts} "
         f"came again, {len(quarantine)} bad; {report.requests} requests, {report.redrawn} of them drawn anew."
     )

@@ -26,13 +26,13 @@ _CAPS = ("num_records", "max_requests")
 
 
 def run(config: SelfInstructConfig) -> None:
-    """Generate until `num_records` are kept or `max_requests` are used up; go on where an earlier call stopped."""
+    """Generate until `num_records` are kept or `max_requests` are used up; continue where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
     quarantine = BadRows()
     seeds = read_seeds(config.seeds, quarantine)
     prompt = PromptTemplate(config.prompt_path, PROMPT)
     state = SelfInstruct(config, seeds, prompt)
-    state.next_requests()  # a prompt that cannot be rendered is refused before a model is loaded
+    state.next_requests()  # a prompt that cannot be rendered is rejected before a model is loaded
     identity = identity_of(config, without=_CAPS, seeds=_fingerprint(seeds), prompt=prompt.sha256)
     with resumable(config.out_dir, identity, _earlier(config)) as work:
         _generate(config, state, work)
@@ -67,7 +67,7 @@ def _generate(config: SelfInstructConfig, state: SelfInstruct, work: Work) -> No
     generator = load_generator(config.generator, config.seed)
     with RunProgress("self-instruct", config.num_records, min(state.report.kept, config.num_records)) as progress:
         if state.report.requests:
-            progress.message(f"going on after {state.report.requests} requests, {state.report.kept} records kept")
+            progress.message(f"continuing after {state.report.requests} requests, {state.report.kept} records kept")
         kept = state.report.kept
         try:
             for report in run_rounds(state, generator, work):
@@ -117,12 +117,12 @@ def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, An
     if nearest:
         rows.append(("nearest other, ROUGE-L", f"mean {nearest['mean']}, largest {nearest['max']}"))
     if quarantine:
-        rows.append(("bad seeds, set aside", len(quarantine)))
+        rows.append(("bad seeds, skipped", len(quarantine)))
     print_table(str(config.out_dir), [(name, str(value)) for name, value in rows])
     if report.kept < config.num_records:
         print(
             f"Stopped at max_requests {config.max_requests}: {report.kept} of {config.num_records} records. "
-            "Raise it and pass --overwrite true to go on from there."
+            "Raise it and pass --overwrite true to continue from there."
         )
 
 

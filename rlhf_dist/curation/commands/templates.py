@@ -19,14 +19,14 @@ def run(config: TemplatesConfig) -> None:
         number = folder.write_records(render_sources(config.sources, quarantine, report))
         if not number:
             why = f"; the first bad one: {quarantine.rows[0].reason}" if quarantine else ""
-            raise DataError(f"none of {report.num_rows} rows became a record{why}. Mend the templates or the rows.")
+            raise DataError(f"none of {report.num_rows} rows became a record{why}. Fix the templates or the rows.")
         folder.write_bad_rows(quarantine)
         folder.write_report(
             {
                 "rows": report.num_rows,
                 "records": number,
                 "bad": len(quarantine),
-                "passed_over": len(quarantine.filtered),
+                "skipped_by_templates": len(quarantine.filtered),
                 "templates": [
                     {"task": task, "template": name, "records": count}
                     for (task, name), count in sorted(report.num_records.items())
@@ -34,6 +34,6 @@ def run(config: TemplatesConfig) -> None:
             }
         )
     rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
-    rows += [("rows read", str(report.num_rows)), ("bad, set aside", str(len(quarantine)))]
-    rows += [("passed over by every template", str(len(quarantine.filtered))), ("records", str(number))]
+    rows += [("rows read", str(report.num_rows)), ("bad, skipped", str(len(quarantine)))]
+    rows += [("skipped by every template", str(len(quarantine.filtered))), ("records", str(number))]
     print_table(str(config.out_dir), rows)

@@ -47,7 +47,7 @@ class Endpoint(Schema):
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How the server calls the longest completion of a chat; reasoning models know `max_completion_tokens` alone."""
     omit: tuple[Literal["temperature", "top_p", "seed"], ...] = ()
-    """What is not sent, for servers that refuse it; they then take their own value."""
+    """What is not sent, for servers that reject it; they then take their own value."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further keys of every request, such as a server's own sampling settings."""
 
@@ -67,7 +67,7 @@ class Endpoint(Schema):
     @field_validator("api_key_env")
     @classmethod
     def _names_a_variable(cls, name: str | None) -> str | None:
-        # The value is left out: it may be the key itself, pasted into the wrong place.
+        # The value is skipped: it may be the key itself, pasted into the wrong place.
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError("api_key_env is no name of an environment variable; give the variable, not the key")
         return name

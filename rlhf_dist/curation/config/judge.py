@@ -17,7 +17,7 @@ class JudgeConfig(CurationConfig):
     """Pairs of responses, judged by a language model or a Python function in both orders, become preferences.
 
     Where the two answers do not agree, the pair is a tie. What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the
-    same command goes on from there.
+    same command continues from there.
     """
 
     sources: tuple[DataSource, ...] = Field(min_length=1)
@@ -35,7 +35,7 @@ class JudgeConfig(CurationConfig):
     prompt_path: AbsolutePath | None = None
     """A Jinja file with the prompt; the built-in one when null. It is given `prompt`, `a`, `b`, `guidelines` and `mark`,
     and must ask for a verdict of the form [[A]], [[B]], or [[C]] for a tie. `mark` is drawn anew for every prompt; put it on
-    the lines around the texts, so that none can pretend to have ended and go on as instructions."""
+    the lines around the texts, so that none can pretend to have ended and continue as instructions."""
     guidelines: str = ""
     """What the judge is to look for; part of the prompt."""
     annotator: str | None = Field(default=None, min_length=1)

@@ -54,7 +54,7 @@ class LabelServer(Schema):
     """Port to listen on; 0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names, without port, under which browsers reach the page (for a `host` other than loopback). Requests for any
-    other name are refused, so that no foreign site can reach the page through a name of its own."""
+    other name are rejected, so that no foreign site can reach the page through a name of its own."""
 
     @property
     def is_loopback(self) -> bool:
@@ -77,7 +77,7 @@ class LabelExport(Schema):
     policy: Literal["majority", "plurality", "unanimous", "each"] = "majority"
     """What several judgements of one pair become: `majority` takes the response that more than half of the votes prefer (a tie
     and "both bad" are votes); `plurality` the one that more votes prefer than the other; `unanimous` the one that all votes
-    prefer; `each` makes a record of every vote. Pairs without a winner are left out and counted."""
+    prefer; `each` makes a record of every vote. Pairs without a winner are skipped and counted."""
     margins: bool = True
     """Write the share of votes for the chosen response less that for the other as `margin`, where several judged a pair. What
     one person judged has none, which training with `reward.margin_coef` takes for 0; set false where only some pairs have
@@ -94,7 +94,7 @@ class LabelConfig(CurationConfig):
 
     out_dir: AbsolutePath
     """Folder of the work: `judgements.jsonl` (grows with every judgement), `config.yaml`, `tokens.json`, `bad_rows.jsonl` where
-    rows were left out, and what `export` and `report` write. The same configuration goes on where the folder stands."""
+    rows were skipped, and what `export` and `report` write. The same configuration continues where the folder stands."""
     overwrite: bool = False
     """`export`: replace an earlier export. Judgements are never overwritten."""
     sources: tuple[DataSource, ...] = Field(min_length=1)

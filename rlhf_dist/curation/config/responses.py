@@ -33,7 +33,7 @@ class ResponseGenerator(GeneratorConfig):
 class ResponsesConfig(CurationConfig):
     """Prompts, each answered by several models or under several sampling settings, for people or judges to choose among.
 
-    What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the same command goes on from there.
+    What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the same command continues from there.
     """
 
     prompts: tuple[DataSource, ...] = Field(min_length=1)

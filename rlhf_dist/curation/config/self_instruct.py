@@ -55,7 +55,7 @@ NON_TEXT_WORDS = (
 
 
 class TaskFilters(Schema):
-    """What is left out. The rules are those of Self-Instruct (Wang et al. 2022) and Alpaca (Taori et al. 2023), and one against
+    """What is skipped. The rules are those of Self-Instruct (Wang et al. 2022) and Alpaca (Taori et al. 2023), and one against
     repetition, as Gopher's (Rae et al. 2021)."""
 
     min_instruction_words: Count = 3
@@ -113,7 +113,7 @@ class TaskFormat(Schema):
 class SelfInstructConfig(CurationConfig):
     """Instruction records that a language model makes up after the example of seed tasks.
 
-    What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the same command goes on from there. So does, from a result
+    What is half done is kept beside `out_dir`, in `OUT_DIR.work`; the same command continues from there. So does, from a result
     in `out_dir`, the command with `overwrite` and a larger `num_records` or `max_requests`, when nothing else has changed.
     """
 

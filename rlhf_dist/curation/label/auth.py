@@ -1,6 +1,6 @@
 """Who may speak to the page: every request, also of the WebSocket, passes here first.
 
-- The Host header must name this server: a foreign site that makes its own name point here (DNS rebinding) is refused.
+- The Host header must name this server: a foreign site that makes its own name point here (DNS rebinding) is rejected.
 - Where a browser says where a request comes from (Origin), that must be this server too.
 - A token, in the address once and in a cookie from then on, says which role a caller has; each role has a cookie of its own, so
   that one address does not undo the other. Tokens are compared in constant time.
@@ -55,7 +55,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        status, text = self._refusal(scope, headers)
+        status, text = self._rejection(scope, headers)
         if status:
             await _refuse(scope, send, status, text)
             return
@@ -76,7 +76,7 @@ class Gate:
         else:
             await self._app(scope, receive, _with_headers(send))
 
-    def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str]:
+    def _rejection(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str]:
         host = headers.get("host", "")
         if _name_of(host) not in self._hosts:
             return 421, (
@@ -85,7 +85,7 @@ class Gate:
             )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return 403, "A page of another site asked for this; that is refused."
+            return 403, "A page of another site asked for this; that is rejected."
         return 0, ""
 
     def _roles(self, given: Mapping[str, str | None]) -> list[str]:

@@ -133,12 +133,12 @@ def _items(config: LabelConfig) -> tuple[list[Item], BadRows]:
     quarantine = BadRows()
     items = read_items(config.sources, quarantine)
     if quarantine:
-        print(f"{len(quarantine)} rows are left out ({BAD_ROWS} lists them), the first: {quarantine.rows[0].reason}")
+        print(f"{len(quarantine)} rows are skipped ({BAD_ROWS} lists them), the first: {quarantine.rows[0].reason}")
     return items, quarantine
 
 
 def _list_bad_rows(config: LabelConfig, quarantine: BadRows) -> None:
-    """The account of them in OUT_DIR; none where the rows have been mended."""
+    """The account of them in OUT_DIR; none where the rows have been fixed."""
     (config.out_dir / BAD_ROWS).unlink(missing_ok=True)
     OutputFolder(config.out_dir).write_bad_rows(quarantine)
 

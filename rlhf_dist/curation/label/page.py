@@ -100,7 +100,7 @@ def _start(task: LabelTask) -> None:
             ui.button("Start", on_click=lambda: enter(field.value or "")).props("no-caps")
         ui.label(
             f"{len(task.units)} pairs of responses. Every judgement is on disk before the next pair appears; you can close the "
-            "page at any time and go on later."
+            "page at any time and continue later."
         ).classes("lab-faint")
 
 

@@ -15,7 +15,7 @@ from rlhf_dist.curation.labeling import LabelTask, tokens_of
 
 
 def check_library() -> None:
-    """Refuse before anything is read.
+    """Reject before anything is read.
 
     Raises:
         ConfigError: the page's library is not installed.

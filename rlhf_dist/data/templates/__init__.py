@@ -1,1 +1,1 @@
-"""Templates that render rows of labelled data sets as instruction records."""
+"""Templates that render rows of labeled data sets as instruction records."""

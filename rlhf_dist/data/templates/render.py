@@ -1,4 +1,4 @@
-"""Rows of a labelled data set → instruction records, by templates.
+"""Rows of a labeled data set → instruction records, by templates.
 
 Templates run in a sandbox (`sandbox.py`). A name that the row does not have is an error, not a blank.
 """
@@ -48,7 +48,7 @@ def instruction_rows(
     """Instruction records with `task` and `provenance` (template, its file, the row's place).
 
     Args:
-        rows: labelled rows.
+        rows: labeled rows.
         settings: which templates, and how many a row.
         policy: `on_bad_row`, for a row that a template cannot render.
         bad_rows: takes such rows under `skip`, and the places of rows that every template filters out.

@@ -14,8 +14,8 @@ class LossScale:
     """The scale of a trained model's losses: 1 unless it computes in fp16.
 
     A power of two, hence without influence on a gradient that neither overflows nor vanishes. A step whose gradient overflows
-    is run again with half of it: no step is left out, as DeepSpeed's own dynamic scaling would. At 1 an overflow is the
-    gradient's own, and the step is refused.
+    is run again with half of it: no step is skipped, as DeepSpeed's own dynamic scaling would. At 1 an overflow is the
+    gradient's own, and the step is aborted.
     """
 
     def __init__(self, optimizer: Any, first: float | None) -> None:

@@ -101,7 +101,7 @@ class TrainEngine:
     def step(self, terms: Sequence[LossTerm], *, veto: Veto | None = None, measure_terms: bool = False) -> StepReport:
         """Accumulate all terms' micro-batches and take one optimizer step, unless something speaks against it.
 
-        A step is refused, and then touches no weight and no optimizer state, where a loss or the gradient is not finite on
+        A step is aborted, and then touches no weight and no optimizer state, where a loss or the gradient is not finite on
         some rank, or where `veto` says so. The report says why; every rank decides the same. In fp16 a gradient that overflows
         is first computed again with smaller scales (`loss_scale.py`).
 
@@ -131,7 +131,7 @@ class TrainEngine:
         self._engine.step()
         if self._engine.skipped_steps != skipped:
             raise TrainingError(
-                "DeepSpeed left out an optimizer step whose gradient is finite: a defect, please report it"
+                "DeepSpeed skipped an optimizer step whose gradient is finite: a defect, please report it"
             )
         self._scale.step_taken()
         if self.average is not None:

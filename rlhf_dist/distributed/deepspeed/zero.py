@@ -57,7 +57,7 @@ def ds_config(
 
 
 def check_precision(precision: Precision, device: str) -> None:
-    """Refuse, in plain words and before a model is loaded, a precision in which DeepSpeed runs nothing on this device.
+    """Reject, in plain words and before a model is loaded, a precision in which DeepSpeed runs nothing on this device.
 
     Raises:
         ConfigError: it is fp16, and a processor without fp16 instructions.

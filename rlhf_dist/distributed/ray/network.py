@@ -101,7 +101,7 @@ def free_port(start: int) -> int:
 
 
 def check_rendezvous(role: str, addresses: Sequence[str]) -> None:
-    """Refuse a role whose ranks cannot reach the address at which they are to meet.
+    """Reject a role whose ranks cannot reach the address at which they are to meet.
 
     Args:
         addresses: of each rank's node, as Ray knows it; the ranks meet at the first.
@@ -135,7 +135,7 @@ def why_unreachable(address: str, port: int, timeout_s: float = REACH_S) -> str 
 
 
 def check_interface(interface: str | None) -> None:
-    """Refuse interfaces (one, or several with commas between) that this machine does not have: gloo would end for it in its own
+    """Reject interfaces (one, or several with commas between) that this machine does not have: gloo would end for it in its own
     words, and NCCL takes any whose name begins so.
 
     Raises:
@@ -151,7 +151,7 @@ def check_interface(interface: str | None) -> None:
 
 
 def check_reached(role: str, address: str, tries: Sequence[tuple[str, str | None]]) -> None:
-    """Refuse a role of which a node did not reach the `address` at which its ranks are to meet.
+    """Reject a role of which a node did not reach the `address` at which its ranks are to meet.
 
     Args:
         tries: of each other node, its address and what its try ended with (`why_unreachable`).

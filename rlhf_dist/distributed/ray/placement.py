@@ -72,7 +72,7 @@ def plan_placement(placements: Mapping[str, Placement], device: str) -> Placemen
     """A bundle a rank; on GPUs, rank i of all roles with a fraction of a GPU shares one bundle with a whole GPU. (Which
     rank that is may change when ranks are numbered by the nodes that were granted; which roles share a GPU does not.)
 
-    Two ranks of one role never share a GPU: NCCL refuses two ranks on a device. Roles of the default strategy are reserved in
+    Two ranks of one role never share a GPU: NCCL rejects two ranks on a device. Roles of the default strategy are reserved in
     one piece, so that a run gets all of them or none; another strategy is a statement about one role (or the roles that share
     its GPUs), which Ray can only be given as a reservation of its own.
 

@@ -45,7 +45,7 @@ class Reserved:
 
 
 class RaySession:
-    """See `Session`. Connects lazily: a run that is refused before its placement never starts Ray.
+    """See `Session`. Connects lazily: a run that is rejected before its placement never starts Ray.
 
     On GPUs, and on a cluster that others use too, ranks are placed in reserved bundles and their processes end with the
     run. On a machine's own CPUs nothing can be reserved that matters (ranks take turns on the cores), so no bundles are

@@ -162,7 +162,7 @@ def _reap() -> None:
 
 
 def exit_code_of(action: Callable[[], None]) -> int:
-    """Do it; returns the exit code of the process. What the user is to mend is told in one line, as `rlhf-dist` does."""
+    """Do it; returns the exit code of the process. What the user is to fix is told in one line, as `rlhf-dist` does."""
     try:
         action()
     except RlhfDistError as error:

@@ -63,7 +63,7 @@ def check_clock() -> Sequence[Finding]:
         return [Finding("warning", "clock", f"{shown}, before this package was installed", "set the clock, by NTP")]
     synchronized = command_output("timedatectl", "show", "--property", "NTPSynchronized", "--value")
     if synchronized == "no":
-        remedy = "on several nodes, set clocks by NTP: Slurm's munge refuses messages of a clock minutes off"
+        remedy = "on several nodes, set clocks by NTP: Slurm's munge rejects messages of a clock minutes off"
         return [Finding("note", "clock", f"{shown}, not synchronized", remedy)]
     return [Finding("ok", "clock", shown)]
 

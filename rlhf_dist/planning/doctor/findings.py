@@ -43,7 +43,7 @@ def run_check(section: str, check: Check, timeout_s: float) -> list[Finding]:
     thread.start()
     thread.join(timeout_s)
     if not outcome:
-        remedy = "something it asks (a file system, a driver, a name server) hangs: mend that first"
+        remedy = "something it asks (a file system, a driver, a name server) hangs: fix that first"
         return [Finding("warning", "the check itself", f"did not end within {timeout_s:g} s", remedy, section)]
     if isinstance(outcome[0], BaseException):
         error = outcome[0]

@@ -131,7 +131,7 @@ def add_two(rank: int, port: int) -> None:
 def check_deepspeed() -> Sequence[Finding]:
     """Whether DeepSpeed can be imported, and whether the native code that some of `ds_configs/` need can be compiled."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # What it prints on import would stand in the report.
+    # What it prints on import would be in the report.
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         import deepspeed
         from deepspeed.git_version_info import installed_ops

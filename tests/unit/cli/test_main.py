@@ -62,7 +62,7 @@ def test_answers_without_heavy_imports(arguments: list[str]):
     assert len(done.stdout.splitlines()) > 1
 
 
-def test_refusals_answer_without_heavy_imports(sft: str):
+def test_rejections_answer_without_heavy_imports(sft: str):
     code = (
         "import sys; from rlhf_dist.cli.main import main\n"
         f"print(main(sys.argv[1:]), [m for m in {HEAVY} if m in sys.modules])"

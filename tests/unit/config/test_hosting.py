@@ -1,4 +1,4 @@
-"""What hosting refuses before anything starts."""
+"""What hosting rejects before anything starts."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def ppo(tmp_path: Path) -> Path:
     return path
 
 
-def refusal(path: Path | None, *overrides: str, schema: type = PPOConfig) -> str:
+def rejection(path: Path | None, *overrides: str, schema: type = PPOConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(schema, path, overrides)
     return str(caught.value)
@@ -99,7 +99,7 @@ def test_environment_variables_are_not_settings(ppo: Path, monkeypatch: pytest.M
 def test_every_problem_is_named_at_once(ppo: Path):
     with ppo.open("a", encoding="utf-8") as file:
         file.write("kl_coef: 2\nppo:\n  gamma: 1.5\n  num_epoch: 3\n")
-    message = refusal(ppo, "--ppo.ptx_coeff", "3", "--rollout.temperature", "0", "--seed=-1")
+    message = rejection(ppo, "--ppo.ptx_coeff", "3", "--rollout.temperature", "0", "--seed=-1")
     assert "6 problems" in message
     assert "line 11: kl_coef: there is no such key; did you mean ppo.kl_coef?" in message
     assert "line 13: ppo.gamma is 1.5, but must be less than or equal to 1" in message
@@ -112,25 +112,25 @@ def test_every_problem_is_named_at_once(ppo: Path):
 
 def test_unknown_key_in_a_list(ppo: Path):
     ppo.write_text(PPO.replace("kind: prompt", "kind: prompt, colums: [a]"), encoding="utf-8")
-    message = refusal(ppo)
+    message = rejection(ppo)
     assert "line 10: data.prompts[0].colums: there is no such key; did you mean data.prompts[0].columns?" in message
     assert "1 problem " in message, "a list with a wrong item is not also called too short"
 
 
 def test_unknown_key_unlike_any_other_lists_the_section(ppo: Path):
-    assert "policy.optimizer has betas, eps, learning_rate" in refusal(ppo, "--policy.optimizer.zzz=3")
+    assert "policy.optimizer has betas, eps, learning_rate" in rejection(ppo, "--policy.optimizer.zzz=3")
 
 
 def test_missing_key_says_how_to_give_it(tmp_path: Path):
     path = tmp_path / "sft.yaml"
     path.write_text("run_dir: r\ndata: {train: [{path: a, kind: text}]}\nmodel: {}\n", encoding="utf-8")
-    message = refusal(path, schema=SFTConfig)
+    message = rejection(path, schema=SFTConfig)
     assert "model.model_path is missing, and has no default" in message
     assert "pass --model.model_path VALUE" in message
 
 
 def test_cross_field_rules_see_the_overrides(ppo: Path):
-    message = refusal(ppo, "--ppo.mini_batch_size", "7")
+    message = rejection(ppo, "--ppo.mini_batch_size", "7")
     assert "ppo: mini_batch_size 7 does not divide the 64 responses" in message
     assert load_config(PPOConfig, ppo, ["--ppo.mini_batch_size=7", "--ppo.prompts_per_iteration=14"])
 
@@ -147,16 +147,16 @@ def test_cross_field_rules_see_the_overrides(ppo: Path):
 def test_broken_files_name_file_and_line(tmp_path: Path, content: str, expected: str):
     path = tmp_path / "broken.yaml"
     path.write_text(content, encoding="utf-8")
-    message = refusal(path)
+    message = rejection(path)
     assert expected in message
     assert str(path) in message
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
-    assert "does not exist" in refusal(tmp_path / "none.yaml")
-    assert "cannot be read" in refusal(tmp_path)
+    assert "does not exist" in rejection(tmp_path / "none.yaml")
+    assert "cannot be read" in rejection(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9\n")
-    assert "not UTF-8" in refusal(tmp_path / "latin.yaml")
+    assert "not UTF-8" in rejection(tmp_path / "latin.yaml")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     ],
 )
 def test_overrides_that_cannot_be_read(ppo: Path, overrides: list[str], expected: str):
-    assert expected in refusal(ppo, *overrides)
+    assert expected in rejection(ppo, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_help_and_schema_have_every_key():
     ],
 )
 def test_settings_of_ppo_that_cannot_work_are_aborted(ppo: Path, overrides: list[str], said: str):
-    assert said in refusal(ppo, f"--ppo.{overrides[0]}", *overrides[1:])
+    assert said in rejection(ppo, f"--ppo.{overrides[0]}", *overrides[1:])

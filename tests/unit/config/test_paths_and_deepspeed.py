@@ -53,9 +53,9 @@ def test_a_deepspeed_file_that_cannot_be_used_is_aborted(tmp_path: Path, text: b
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
 def test_gradients_that_could_not_be_checked_are_aborted(tmp_path: Path, part: str):
     path = tmp_path / "ds.json"
-    for device, refused in (("cpu", False), ("nvme", True)):
+    for device, rejected in (("cpu", False), ("nvme", True)):
         path.write_text(json.dumps({"zero_optimization": {"stage": 3, part: {"device": device}}}), encoding="utf-8")
-        with pytest.raises(ConfigError, match=f"{part} on nvme, .* offload to cpu") if refused else nullcontext():
+        with pytest.raises(ConfigError, match=f"{part} on nvme, .* offload to cpu") if rejected else nullcontext():
             read_ds_config(path, 3, "fp32")
 
 

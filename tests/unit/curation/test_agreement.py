@@ -69,7 +69,7 @@ def test_fleiss_on_the_textbook_table():
     kappa = fleiss(units)
     assert kappa.value == pytest.approx(0.2099, abs=5e-5)
     assert kappa.percent == pytest.approx(0.378, abs=5e-4)
-    assert (kappa.units, kappa.left_out) == (10, 0)
+    assert (kappa.units, kappa.skipped) == (10, 0)
 
 
 def test_fleiss_with_unequal_numbers_of_raters():
@@ -77,20 +77,20 @@ def test_fleiss_with_unequal_numbers_of_raters():
     kappa = fleiss(gaps())
     assert kappa.percent == pytest.approx(0.8181818, abs=1e-6)
     assert kappa.value == pytest.approx(0.76117, abs=5e-6)
-    assert (kappa.units, kappa.left_out) == (11, 1)
+    assert (kappa.units, kappa.skipped) == (11, 1)
 
 
 def test_krippendorff_with_gaps():
     """Krippendorff 2011: nominal alpha 0.743."""
     alpha = krippendorff(gaps())
     assert alpha.value == pytest.approx(0.743, abs=5e-4)
-    assert (alpha.units, alpha.left_out) == (11, 1)
+    assert (alpha.units, alpha.skipped) == (11, 1)
 
 
 def test_units_of_one_label_alone_say_nothing():
     for measure in (fleiss, krippendorff):
         found = measure([["a"], ["b"], []])
-        assert (found.value, found.percent, found.units, found.left_out) == (None, None, 0, 2)
+        assert (found.value, found.percent, found.units, found.skipped) == (None, None, 0, 2)
         assert measure([["a", "a"], ["a", "a"]]).value is None
 
 

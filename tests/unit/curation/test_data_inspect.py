@@ -153,7 +153,7 @@ def test_prompts_and_text_of_a_ppo_run_whose_reward_model_is_not_there_yet(
     found = parse([*arguments, "--reward.model_path", str(tiny_rm)])
     assert found is not None
     data = prepare_ppo(found[1]).data
-    assert (prompts["sequences"], prompts["records left out"]) == (len(data.prompts), 1)
+    assert (prompts["sequences"], prompts["records skipped"]) == (len(data.prompts), 1)
     assert prompts["lengths"]["max_length_tokens"] == 48
     assert text["tokens"] == int(data.ptx.lengths.sum())
 
@@ -167,7 +167,7 @@ def test_prompts_and_text_of_a_ppo_run_whose_reward_model_is_not_there_yet(
         (["sft", "x.yaml", "--numb_examples", "1"], "numb_examples"),
     ],
 )
-def test_refusals(tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_rejections(tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "x.yaml").write_text("seed: 0\n")
     assert main(["data", "inspect", *(str(tmp_path / a) if a == "x.yaml" else a for a in arguments)]) != 0
     assert said in capsys.readouterr().err

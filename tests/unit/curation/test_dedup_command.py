@@ -83,7 +83,7 @@ def test_what_is_removed_is_listed_with_its_place_the_reason_and_what_stays(
         "removed.jsonl",
         "report.json",
     ]
-    assert "1 bad rows left out" in capsys.readouterr().out
+    assert "1 bad rows skipped" in capsys.readouterr().out
 
 
 def test_what_stays_and_what_goes_is_all_there_was(tmp_path: Path, shared_data: Path) -> None:
@@ -136,7 +136,7 @@ def test_chosen_fields_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"sources": [{"path": "a.jsonl", "kind": "text"}, {"path": "a", "kind": "prompt"}]}, 2, "kinds prompt, text"),
     ],
 )
-def test_refusals(
+def test_rejections(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

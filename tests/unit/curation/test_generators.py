@@ -275,8 +275,8 @@ def test_what_a_server_refuses_of_one_request_costs_that_request() -> None:
 
 @pytest.mark.parametrize(("status", "said"), [(401, "status 401"), (404, "status 404"), (503, "status 503")])
 def test_what_is_so_for_every_request_ends_the_work(status: int, said: str) -> None:
-    refusal = pytest.raises(ModelError, match=rf"{said}.*so it is.*the same command again")
-    with protocol_server(lambda *_: (status, {"error": {"message": "so it is"}})) as (url, _), refusal:
+    rejection = pytest.raises(ModelError, match=rf"{said}.*so it is.*the same command again")
+    with protocol_server(lambda *_: (status, {"error": {"message": "so it is"}})) as (url, _), rejection:
         remote(url).generate([chat("x"), chat("y")])
 
 
@@ -300,10 +300,10 @@ def test_a_server_that_is_not_there_or_does_not_answer() -> None:
 def test_the_key_comes_from_the_environment_and_is_named_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "s3cret")
     server = protocol_server(lambda *_: (401, {"error": {"message": "bad key"}}))
-    with server as (url, seen), pytest.raises(ModelError) as refusal:
+    with server as (url, seen), pytest.raises(ModelError) as rejection:
         remote(url, api_key_env="SOME_KEY").generate([chat("x")])
     assert seen[0]["authorization"] == "Bearer s3cret"
-    assert "s3cret" not in str(refusal.value)
+    assert "s3cret" not in str(rejection.value)
     monkeypatch.setenv("SOME_KEY", " ")
     with pytest.raises(ConfigError, match="SOME_KEY, but that environment variable is not set or empty"):
         remote(url, api_key_env="SOME_KEY")
@@ -330,6 +330,6 @@ def test_the_key_comes_from_the_environment_and_is_named_in_no_error(monkeypatch
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ValidationError, match=problem) as refusal:
+    with pytest.raises(ValidationError, match=problem) as rejection:
         GeneratorConfig(model="m", **settings)
-    assert "s3cret" not in str(refusal.value.errors()[0]["ctx"]["error"])
+    assert "s3cret" not in str(rejection.value.errors()[0]["ctx"]["error"])

@@ -263,7 +263,7 @@ def test_a_file_is_meant_from_where_the_command_is_given(tmp_path: Path, monkeyp
 
 
 def test_a_pair_that_a_function_fails_on_is_set_aside_under_skip(tmp_path: Path) -> None:
-    """A run that it stopped goes on once `on_bad_row` is skip."""
+    """A run that it stopped continues once `on_bad_row` is skip."""
     place = "judge_of_a_test.py:only_numbers"
     (tmp_path / "judge_of_a_test.py").write_text("def only_numbers(prompt, a, b):\n    return int(a) - int(b)\n")
     source = tmp_path / "numbers.jsonl"
@@ -326,7 +326,7 @@ def test_functions_that_are_not_there(settings: dict[str, Any], problem: str, tm
         ({"function": "justaname"}, "write it as module:function"),
     ],
 )
-def test_refusals(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_rejections(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=problem):
         config(tmp_path, **settings)
 

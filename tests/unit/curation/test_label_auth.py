@@ -16,7 +16,7 @@ COOKIE = {"cookie": f"label_annotator={TOKENS['annotator']}"}
 def ask(
     path: str = "/", headers: dict[str, str] | None = None, query: str = "", kind: str = "http"
 ) -> tuple[int, dict[str, str], list[str]]:
-    """(status, headers, scope types that reached the page); a refused WebSocket has status 1008."""
+    """(status, headers, scope types that reached the page); a rejected WebSocket has status 1008."""
     reached: list[str] = []
     sent: list[Any] = []
 

@@ -72,7 +72,7 @@ def test_rows_that_are_left_out_are_listed_and_counted(
 
     monkeypatch.setattr(server, "serve_page", lambda task, path: None)  # as if it was served and ended
     assert main(["label", *arguments]) == 0
-    assert "2 rows are left out" in capsys.readouterr().out
+    assert "2 rows are skipped" in capsys.readouterr().out
     assert listed(out) == ["alone", "none"]
     assert main(["label", *arguments]) == 0  # the folder is known again
     (out / "bad_rows.jsonl").unlink()
@@ -85,7 +85,7 @@ def test_rows_that_are_left_out_are_listed_and_counted(
     assert listed(out / "export") == ["alone", "none"]
     assert json.loads((out / "export" / "report.json").read_text())["bad rows"] == 2
 
-    write(source, ROWS)  # mended
+    write(source, ROWS)  # fixed
     assert main(["label", "report", *arguments]) == 0
     assert not (out / "bad_rows.jsonl").exists()
     assert json.loads((out / "label_report.json").read_text())["bad_rows"] == 0

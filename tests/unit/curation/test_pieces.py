@@ -90,7 +90,7 @@ def test_the_middle_of_long_runs_is_left_out_and_counted():
     assert len(short) <= 41
     assert sum(piece.num_tokens for piece in short) == 1010
     assert [piece.text for piece in short if not piece.target] == [str(i) for i in range(10)]
-    (gap,) = [piece for piece in short if piece.left_out]
+    (gap,) = [piece for piece in short if piece.skipped]
     assert gap.text == "… 980 tokens …"
     assert short[-1].text == "1009"
     assert shortened(those[:40], 40) == those[:40]

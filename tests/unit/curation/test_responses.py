@@ -124,9 +124,9 @@ def test_equal_and_empty_responses_are_drawn_anew(tmp_path: Path, answering: Any
     assert all(len(set(texts)) == 3 for texts in records.values())
     assert "same" in records["same"]  # the first of equal ones stays
     assert "" not in records["empty"]
-    [left_out] = rows_of(settings.out_dir / "left_out.jsonl")
-    assert (left_out["prompt"], left_out["responses"]) == ("always", ["same"] * 3)
-    assert (report["requests"], report["redrawn"], report["left_out_prompts"]) == (12 + 2 + 2 + 1, 5, 1)
+    [skipped] = rows_of(settings.out_dir / "skipped.jsonl")
+    assert (skipped["prompt"], skipped["responses"]) == ("always", ["same"] * 3)
+    assert (report["requests"], report["redrawn"], report["skipped_prompts"]) == (12 + 2 + 2 + 1, 5, 1)
     one, two = report["by_generator"]
     assert (one["kept"], one["equal"], two["kept"], two["equal"]) == (7, 1, 3, 1)
 
@@ -245,7 +245,7 @@ def test_prompts_of_a_datasets_dataset(tmp_path: Path) -> None:
         ({"prompts": [{"path": "a.txt", "kind": "text"}]}, "holds no prompts"),
     ],
 )
-def test_refusals(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_rejections(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=problem):
         config(tmp_path, **settings)
 

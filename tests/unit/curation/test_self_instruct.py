@@ -255,14 +255,14 @@ def test_the_prompt_says_what_is_wanted(scripted: ScriptedGenerator, tmp_path: P
 
 def test_a_prompt_of_ones_own_and_kept_examples(scripted: ScriptedGenerator, tmp_path: Path) -> None:
     (tmp_path / "p.jinja").write_text(
-        "{% for e in examples %}[{{ e.instruction }}]{% endfor %} go on from {{ first }}:"
+        "{% for e in examples %}[{{ e.instruction }}]{% endfor %} continue from {{ first }}:"
     )
     settings = config(tmp_path, prompt_path=tmp_path / "p.jinja", ask="text", kept_examples=2, num_records=20)
     command.run(settings)
     kept = [row["instruction"] for row in rows_of(settings.out_dir / "records.jsonl")]
     prompts = [request.prompt for request in scripted.asked]
-    assert str(prompts[0]).endswith("go on from 4:")
-    assert str(prompts[-1]).endswith("go on from 6:")
+    assert str(prompts[0]).endswith("continue from 4:")
+    assert str(prompts[-1]).endswith("continue from 6:")
     assert sum(f"[{text}]" in str(prompts[-1]) for text in kept) == 2
 
 
@@ -362,7 +362,7 @@ def test_killed_in_the_middle_and_given_again_it_ends_as_if_undisturbed(
     capsys.readouterr()
     command.run(settings)
     assert [request.key for request in scripted.asked] == list(range(done * 4, int(rounds * 4)))
-    assert f"going on after {done * 4} requests" in capsys.readouterr().out
+    assert f"continuing after {done * 4} requests" in capsys.readouterr().out
     for name in ("records.jsonl", "rejected.jsonl", "report.json"):
         assert (settings.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes()
 
@@ -456,7 +456,7 @@ def test_a_finished_result_goes_on_when_its_caps_are_raised(
     assert "--overwrite true" in capsys.readouterr().out
     more = {"num_records": 1000, "max_requests": 12}
     assert asked(**more, overwrite=True) == list(range(6, 12))
-    assert "going on after 6 requests" in capsys.readouterr().out
+    assert "continuing after 6 requests" in capsys.readouterr().out
     assert asked(**more, out_dir=tmp_path / "whole") == list(range(12))
     for name in ("records.jsonl", "rejected.jsonl", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

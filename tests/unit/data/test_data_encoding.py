@@ -141,7 +141,7 @@ def test_text_ends_in_one_eos(tokenizer):
 
 
 def test_mask_of_trimmed_offsets():
-    """ " a" whose offsets leave out the space: a span that is only that space makes its token a target."""
+    """ " a" whose offsets skip the space: a span that is only that space makes its token a target."""
     assert _mask([(0, 3), (4, 5), (6, 7)], [(3, 4)]) == [False, True, False]
     assert _mask([(0, 1), (0, 1), (1, 2)], [(0, 1)]) == [True, True, False]
 
@@ -153,7 +153,7 @@ def test_each_target_touches_its_span_and_no_character_is_missed(tokenizer_sessi
     ids, mask = encode_conversation(tokenizer_session, messages)
     kept = tokenizer_session.decode([i for i, target in zip(ids, mask, strict=True) if target])
     at = 0
-    for content in contents:  # in order; a border token may bring a neighbour's character along
+    for content in contents:  # in order; a border token may bring a neighbor's character along
         at = kept.index(content + "</s>", at) + len(content) + 4
     assert tokenizer_session.decode(ids).count("</s>") == len(contents)
 

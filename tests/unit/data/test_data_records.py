@@ -44,8 +44,8 @@ def test_duplicates_across_files_and_of_prompts(source, write, tokenizer):
     second = DataSource(path=write("second.jsonl", [{"prompt": "b"}]), kind="prompt")
     data = load_prompts([first, second], tokenizer, 100)
     assert data.report.duplicates == (f"{second.path}:1 as {first.path}:2",)
-    facts = describe_data(prompts=data)
-    assert facts["prompts: duplicates"] == f"1 ({second.path}:1 as {first.path}:2, ...)"
+    summary = describe_data(prompts=data)
+    assert summary["prompts: duplicates"] == f"1 ({second.path}:1 as {first.path}:2, ...)"
 
 
 def test_a_file_given_twice_and_a_text_in_chunks(source, tokenizer):

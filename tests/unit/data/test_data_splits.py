@@ -1,4 +1,4 @@
-"""Held-out records: whole prompts, texts and labelled rows, near the share asked for, drawn by the seed."""
+"""Held-out records: whole prompts, texts and labeled rows, near the share asked for, drawn by the seed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_no_prompt_or_text_of_sft_is_on_both_sides(source, tokenizer, kind, rows
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_no_labelled_row_is_on_both_sides(source, write, tokenizer, written):
+def test_no_labeled_row_is_on_both_sides(source, write, tokenizer, written):
     labels = {"column": "label", "names": {"0": "bad", "1": "good"}}
     templates = TemplateSettings.model_validate({"builtin": "classification", "per_row": None, "labels": labels})
     wanted = source("instruction", [{"text": f"film {i}.", "label": i % 2} for i in range(20)], templates=templates)

@@ -1,4 +1,4 @@
-"""Packed workers under ZeRO: the same numbers as padded ones, and a refusal while they are hosted."""
+"""Packed workers under ZeRO: the same numbers as padded ones, and a rejection while they are hosted."""
 
 from __future__ import annotations
 

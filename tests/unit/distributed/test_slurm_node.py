@@ -106,9 +106,9 @@ def test_a_node_whose_ray_has_ended_is_not_waited_for():
 
 
 def test_an_error_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixture[str]):
-    def refuse() -> None:
+    def reject() -> None:
         raise PlacementError("no room")
 
-    assert exit_code_of(refuse) == 6
+    assert exit_code_of(reject) == 6
     assert capsys.readouterr().err == "error: no room\n"
     assert exit_code_of(lambda: None) == 0

@@ -149,7 +149,7 @@ def test_not_every_name_with_such_a_word_is_a_secret(project: Path, name: str, c
 
 
 def test_nor_in_the_configurations_variables(project: Path, capsys: pytest.CaptureFixture[str]):
-    """They would stand in clear in config.yaml as well."""
+    """They would be stored in plain text in config.yaml as well."""
     (project / "sft.yaml").write_text(f"{SFT}ray: {{env_vars: {{HF_TOKEN: s3cr3t, A: b}}}}\n")
     assert main(["sft", "sft.yaml"]) == 2
     shown = capsys.readouterr()

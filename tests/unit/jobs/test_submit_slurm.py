@@ -1,4 +1,4 @@
-"""`rlhf-dist submit --slurm`: the sbatch files it renders, against files kept in `rendered/`, and what it refuses.
+"""`rlhf-dist submit --slurm`: the sbatch files it renders, against files kept in `rendered/`, and what it rejects.
 
 `REWRITE_RENDERED=1 pytest tests/unit/cli/test_submit.py` writes those files anew; read the difference before you keep it.
 """
@@ -160,7 +160,7 @@ def test_what_a_dry_run_prints_is_what_sbatch_gets(sft: str, sbatch: Path, capsy
 def test_slurms_own_words_reach_the_user(sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]):
     sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     assert main(["submit", "--slurm", "--partition", "gpu", "sft", sft]) == 6
-    assert "Slurm refused the job: sbatch: error: invalid partition specified: gpu" in capsys.readouterr().err
+    assert "Slurm rejected the job: sbatch: error: invalid partition specified: gpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def losses(role: TrainedModel, tmp_path: Path, num_steps: int = 3) -> list[float
 @pytest.mark.parametrize("num_ranks", [1, 8, 64])
 @pytest.mark.parametrize("stage", range(4))
 def test_the_readme_counts_bytes_as_deepspeed_does(stage: int, num_ranks: int):
-    """`planning.sharding` is held against real engines byte for byte; the table of the README against it."""
+    """`planning.sharding` is compared with real engines byte for byte; the table of the README against it."""
     rows = re.findall(r"^\| (\d) \| ([\d/N]+) \| ([\d/N]+) \| ([\d/N]+) \| ([\d.]+) \|$", README, re.MULTILINE)
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     *cells, on_eight = rows[stage][1:]
@@ -110,7 +110,7 @@ def test_it_trains_like_the_generated_configuration(
     path: Path, precision: Precision, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Sections of a file change memory and speed only, so the trajectory is that of the role without the file."""
-    # Torch computes in fp16 on any CPU, if slowly; DeepSpeed would refuse one without instructions for it.
+    # Torch computes in fp16 on any CPU, if slowly; DeepSpeed would reject one without instructions for it.
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     role = role_of(path, str(tiny_lm), precision)
     with_file = losses(role, tmp_path)
@@ -129,7 +129,7 @@ def test_offloaded_optimizers_step_with_deepspeeds_own_adam():
 
 
 def test_the_file_for_zeropp_is_hpz_with_quantized_weights(tiny_lm: Path, tmp_path: Path):
-    """On a CPU it is refused for its kernels, before the model is loaded; all else of it is a file that runs."""
+    """On a CPU it is rejected for its kernels, before the model is loaded; all else of it is a file that runs."""
     hpz, zeropp = (json.loads(path.read_text(encoding="utf-8")) for path in SEVERAL_RANKS)
     assert zeropp["zero_optimization"].pop("zero_quantized_weights") is True
     assert zeropp == hpz

@@ -1,4 +1,4 @@
-"""launch/ray_job.sh: what it refuses before it submits anything, and the line that it submits."""
+"""launch/ray_job.sh: what it rejects before it submits anything, and the line that it submits."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_a_run_dir_of_the_file_may_be_absolute(environment: dict[str, str], tmp_
     config = tmp_path / "c.yaml"
     config.write_text(f"# a run\nrun_dir: {said}\nmodel: {{run_dir: x}}\n")
     assert submit(environment, "sft", str(config)).returncode == 0
-    refused = submit(environment, "sft", str(config), "--run_dir", "runs/b")
-    assert refused.returncode == 2
-    assert "run_dir is 'runs/b'" in refused.stderr
+    rejected = submit(environment, "sft", str(config), "--run_dir", "runs/b")
+    assert rejected.returncode == 2
+    assert "run_dir is 'runs/b'" in rejected.stderr
     assert submit(environment, "sft", str(config), "--run_dir", "runs/b", "--run_dir=/c").returncode == 0
 
 

@@ -83,38 +83,38 @@ def test_its_header_says_how_to_run_it(name: str):
 
 def test_gsm8k(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "4096"]
-    facts = validate(load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
-    assert facts["training records"] == 1000
-    assert facts["held-out records"] == 200
+    summary = validate(load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
+    assert summary["training records"] == 1000
+    assert summary["held-out records"] == 200
 
 
 def test_movie_reviews(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "512"]
-    facts = validate(load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
+    summary = validate(load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
     # Some 10,600 rated sentences make half as many pairs at the most; a few meet no other of another rating.
-    total = facts["training records"] + facts["held-out records"]
+    total = summary["training records"] + summary["held-out records"]
     assert 5000 < total < 5310
-    assert facts["held-out records"] == round(0.1 * total)
+    assert summary["held-out records"] == round(0.1 * total)
 
 
 def test_movie_ppo(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
     overrides += ["--data.max_length_tokens", "512", "--run_dir", str(tmp_path / "run")]
-    facts = validate(load("movie_ppo", *overrides))
-    assert facts["prompts"] == 64
-    assert facts["held-out prompts"] == 32
-    assert facts["optimizer steps an iteration"] == 4
+    summary = validate(load("movie_ppo", *overrides))
+    assert summary["prompts"] == 64
+    assert summary["held-out prompts"] == 32
+    assert summary["optimizer steps an iteration"] == 4
 
 
 def test_movie_pipeline(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--sft.model.model_path", models["lm"], "--run_dir", str(tmp_path / "run"), "--cluster", "inline"]
     for stage in ("sft", "reward", "ppo", "eval"):
         overrides += [f"--{stage}.data.max_length_tokens", "512"]
-    facts = pipeline.validate(load("movie_pipeline", *overrides))
-    assert facts["data: reviews.sft"] == facts["sft: training records"] == 4772
-    assert facts["data: reviews.eval"] == facts["eval: instructions"] == 1061
-    assert facts["ppo: prompts"] == 64
-    assert facts["eval: prompts"] == facts["ppo: held-out prompts"] == 32
+    summary = pipeline.validate(load("movie_pipeline", *overrides))
+    assert summary["data: reviews.sft"] == summary["sft: training records"] == 4772
+    assert summary["data: reviews.eval"] == summary["eval: instructions"] == 1061
+    assert summary["ppo: prompts"] == 64
+    assert summary["eval: prompts"] == summary["ppo: held-out prompts"] == 32
 
 
 def test_self_instruct(shared_data: Path, tmp_path: Path):

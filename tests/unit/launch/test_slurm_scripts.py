@@ -1,4 +1,4 @@
-"""The scripts for Slurm, as far as they can be tried without one: what they refuse, containers, lint, and their document."""
+"""The scripts for Slurm, as far as they can be tried without one: what they reject, containers, lint, and their document."""
 
 from __future__ import annotations
 

@@ -268,13 +268,13 @@ def test_a_job_whose_driver_never_ran_continues_nothing_that_it_did_not_begin(jo
     ("job", "kept"),
     [
         ({"DRIVER": "exit 0"}, False),
-        ({"DRIVER": "exit 5"}, False),  # refused: what is in run_dir is another run's
+        ({"DRIVER": "exit 5"}, False),  # rejected: what is in run_dir is another run's
         ({"DRIVER": "exit 7"}, True),  # a node was lost: Slurm starts the job again
         ({"DRIVER": "trap 'exit 75' USR1; call driver; sleep 60 & wait $!"}, True),
         ({"DRIVER": "call driver; exec sleep 60"}, False),  # it did not listen yet
         ({"DRIVER": "call driver; exec sleep 60", "SLURM_RESTART_COUNT": "1", "RAN": "yes"}, True),
     ],
-    ids=["done", "refused", "lost", "checkpointed", "warned too early", "warned too early, when it had run before"],
+    ids=["done", "rejected", "lost", "checkpointed", "warned too early", "warned too early, when it had run before"],
     indirect=["job"],
 )
 def test_that_a_driver_ran_is_known_until_the_job_is_over(job: Job, kept: bool):

@@ -1,4 +1,4 @@
-"""What is frozen, what is adapted, and what is refused."""
+"""What is frozen, what is adapted, and what is rejected."""
 
 from __future__ import annotations
 

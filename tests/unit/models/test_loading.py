@@ -1,4 +1,4 @@
-"""Loading: what a directory may hold, and the refusals."""
+"""Loading: what a directory may hold, and the rejections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed forward passes equal padded ones, and models for which they would not are refused."""
+"""Packed forward passes equal padded ones, and models for which they would not are rejected."""
 
 from __future__ import annotations
 

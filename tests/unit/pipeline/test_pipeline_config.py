@@ -40,7 +40,7 @@ def check(config: dict[str, Any], tmp_path: Path, *overrides: str) -> PipelineCo
     return load_config(PipelineConfig, path, overrides)
 
 
-def refusal(config: dict[str, Any], tmp_path: Path, *overrides: str) -> str:
+def rejection(config: dict[str, Any], tmp_path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as error:
         check(config, tmp_path, *overrides)
     return str(error.value)
@@ -147,7 +147,7 @@ def test_all_problems_are_reported_together(tmp_path: Path):
         sft=None,
         reward={"data": {"train": [{"path": "${data.review}", "kind": "text"}], "max_length_token": 3}},
     )
-    text = refusal(config, tmp_path, "--ppo.ppo.kl_coff", "1", "--ppo.ppo.num_epochs", "0")
+    text = rejection(config, tmp_path, "--ppo.ppo.kl_coff", "1", "--ppo.ppo.num_epochs", "0")
     assert "There are 7 problems" in text
     assert "--ppo.ppo.kl_coff: there is no such key; did you mean --ppo.ppo.kl_coef?" in text
     assert "the parts of set 'reviews' add up to 1.1, more than 1; lower a share" in text
@@ -177,12 +177,14 @@ def test_all_problems_are_reported_together(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_an_interpolation_that_does_not_resolve(overrides: list[str], expected: str, tmp_path: Path):
-    assert expected in refusal(whole(), tmp_path, *overrides)
+    assert expected in rejection(whole(), tmp_path, *overrides)
 
 
 def test_a_set_that_is_not_divided_has_no_parts(tmp_path: Path):
     sets = [{"name": "reviews", "sources": [REVIEWS]}]
-    assert "has no parts; write ${data.reviews}, or give the set parts" in refusal(whole(data={"sets": sets}), tmp_path)
+    assert "has no parts; write ${data.reviews}, or give the set parts" in rejection(
+        whole(data={"sets": sets}), tmp_path
+    )
 
 
 def test_the_average_of_the_policy_can_be_evaluated_where_it_is_kept(tmp_path: Path):
@@ -201,11 +203,11 @@ def test_the_average_of_the_policy_can_be_evaluated_where_it_is_kept(tmp_path: P
     ],
 )
 def test_sets_that_cannot_be_made(sets: list[Any], expected: str, tmp_path: Path):
-    assert expected in refusal({"run_dir": "r", "data": {"sets": sets}}, tmp_path)
+    assert expected in rejection({"run_dir": "r", "data": {"sets": sets}}, tmp_path)
 
 
 def test_a_pipeline_needs_a_stage(tmp_path: Path):
-    assert "has no stage; add one or more of the sections data, sft, reward, ppo, eval" in refusal(
+    assert "has no stage; add one or more of the sections data, sft, reward, ppo, eval" in rejection(
         {"run_dir": "r"}, tmp_path
     )
 
@@ -220,7 +222,7 @@ def test_any_stage_may_stand_alone(tmp_path: Path):
 
 
 def test_rules_of_the_commands_hold(tmp_path: Path):
-    text = refusal(whole(), tmp_path, "--ppo.ppo.ptx_coef", "0.1", "--eval.rollout.max_response_tokens", "4000")
+    text = rejection(whole(), tmp_path, "--ppo.ppo.ptx_coef", "0.1", "--eval.rollout.max_response_tokens", "4000")
     assert "ppo.ptx_coef is 0.1 but data.ptx names no text" in text
     assert "rollout.max_response_tokens 4000 leaves no room for a prompt" in text
 

@@ -1,4 +1,4 @@
-"""Keys of stages: what changes them and what does not; and what is refused before the first stage runs."""
+"""Keys of stages: what changes them and what does not; and what is rejected before the first stage runs."""
 
 from __future__ import annotations
 
@@ -244,10 +244,10 @@ def test_how_far_a_stage_is(make: Make):
         state()
 
 
-# -- What is refused before anything runs -----------------------------------------------------------------------------
+# -- What is rejected before anything runs -----------------------------------------------------------------------------
 
 
-def refusal(config: PipelineConfig, error: type[RlhfDistError]) -> str:
+def rejection(config: PipelineConfig, error: type[RlhfDistError]) -> str:
     with pytest.raises(error) as raised:
         pipeline.run(config)
     left = [path.name for path in config.run_dir.glob("*")] if config.run_dir.exists() else []
@@ -261,7 +261,7 @@ def test_files_and_models_of_every_stage_are_looked_for(make: Make, tmp_path: Pa
         ppo={"reward": {"model_path": "/no/model"}},
         eval={"data": {"prompts": [{"path": str(tmp_path / "none.jsonl"), "kind": "prompt"}]}},
     )
-    text = refusal(config, ModelError)
+    text = rejection(config, ModelError)
     assert "There are 2 problems" in text
     assert "no model at '/no/model'" in text
     assert "none.jsonl does not exist" in text
@@ -271,7 +271,7 @@ def test_files_and_models_of_every_stage_are_looked_for(make: Make, tmp_path: Pa
 def test_later_stages_are_checked_on_the_records_that_they_will_get(make: Make):
     config = make(ppo={"data": {"max_length_tokens": 13, "on_too_long": "error"}})
     folder = plan(config)["data"].folder / "sets" / "prompts" / "0.jsonl"
-    assert refusal(config, DataError).startswith(f"ppo: {folder}:1: the prompt has")
+    assert rejection(config, DataError).startswith(f"ppo: {folder}:1: the prompt has")
 
 
 def test_what_is_wrong_with_several_stages_is_said_together(make: Make, tmp_path: Path):
@@ -283,40 +283,40 @@ def test_what_is_wrong_with_several_stages_is_said_together(make: Make, tmp_path
             "data": {"instructions": text, "prompts": [], "max_length_tokens": 4096},
         },
     )
-    text = refusal(config, ConfigError)
+    text = rejection(config, ConfigError)
     assert "There are 2 problems" in text
     assert "- reward: reward.batch_size is 21 but the training set has" in text
     assert "- eval: data.max_length_tokens is 4096 but the policy model at" in text
-    assert "ppo:" not in text, "it starts from a stage that is refused"
+    assert "ppo:" not in text, "it starts from a stage that is rejected"
 
 
 def test_a_later_context_is_checked_against_the_model_it_comes_from(make: Make):
-    assert "eval: data.max_length_tokens is 4096 but" in refusal(
+    assert "eval: data.max_length_tokens is 4096 but" in rejection(
         make(eval={"data": {"max_length_tokens": 4096}}), ModelError
     )
 
 
 def test_a_reward_model_is_no_policy(make: Make):
     config = make(ppo={"policy": {"model_path": "${reward.model}"}})
-    assert "is LlamaForSequenceClassification, which has no language-model head" in refusal(config, ModelError)
+    assert "is LlamaForSequenceClassification, which has no language-model head" in rejection(config, ModelError)
 
 
 def test_a_policy_is_no_reward_model(make: Make):
     config = make(ppo={"reward": {"model_path": "${sft.model}"}})
-    assert "is LlamaForCausalLM with 2 outputs, not a reward model" in refusal(config, ModelError)
+    assert "is LlamaForCausalLM with 2 outputs, not a reward model" in rejection(config, ModelError)
 
 
 def test_deepspeed_files_are_read(make: Make, tmp_path: Path):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 3}}')
     config = make(ppo={"value": {"ds_config_path": str(path)}})
-    assert "ppo: ds_config_path" in refusal(config, ConfigError)
+    assert "ppo: ds_config_path" in rejection(config, ConfigError)
 
 
 def test_bad_records_are_named_by_their_own_file(make: Make, tmp_path: Path):
     path = tmp_path / "reviews.jsonl"
     path.write_text(path.read_text() + '{"text": "a", "rating": "high"}\n')
-    assert f"data: {path}:41: field 'rating'" in refusal(make(), DataError)
+    assert f"data: {path}:41: field 'rating'" in rejection(make(), DataError)
 
 
 def test_validate_starts_and_leaves_nothing(make: Make):

@@ -333,7 +333,7 @@ def test_inline_runs_have_one_rank_of_each_role(eight_billion: PPOConfig):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_what_is_frozen_needs_no_gradients_and_no_moments(tiny_lm: Path, stage: int):
-    """Of the whole plan; the bytes themselves are held against real engines in test_exact_bytes.py."""
+    """Of the whole plan; the bytes themselves are compared with real engines in test_exact_bytes.py."""
 
     def planned(**part: Any) -> Any:
         model = {"model_path": str(tiny_lm), "zero_stage": stage, "micro_batch_size": 1} | part

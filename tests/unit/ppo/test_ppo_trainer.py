@@ -240,7 +240,7 @@ def test_the_value_function_warms_up_alone(tmp_path: Path):
         cold.trainer.run(resume=False)
     updates = [event[0] for event in calls(warm.events, "policy.update", "value.update")]
     assert updates == ["value.update", "value.update", *["policy.update", "value.update"] * 2]
-    # No text is left out: the first policy update gets the first texts.
+    # No text is skipped: the first policy update gets the first texts.
     first = [ppo.trainer.draw_ptx(iteration) for ppo, iteration in ((warm, 2), (cold, 0))]
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(*first, strict=True))
 
@@ -314,7 +314,7 @@ def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS, ptx=texts(7))
 
-        def refuse(*_):
+        def reject(*_):
             raise SampleError("policy: a loss is not finite.", {"ppo": [5], "ptx": [0, 3]}, step=1)
 
         drawn = ppo.trainer.draw_ptx(0)
@@ -322,7 +322,7 @@ def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
         message = r"not finite\. Samples: .*aborted_step_000001"
         batch = concat_rows([experience] * 3)
         with pytest.raises(SampleError, match=message), ppo.trainer._dumping(0, batch, drawn):
-            refuse()
+            reject()
     rows = [json.loads(line) for line in (tmp_path / "aborted_step_000001.jsonl").read_text("utf-8").splitlines()]
     assert [(row["source"], row["row"]) for row in rows] == [("ppo", 5), ("ptx", 0), ("ptx", 3)]
     assert rows[0]["returns"] == [-0.75]

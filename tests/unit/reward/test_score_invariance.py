@@ -40,7 +40,7 @@ def score(tiny_rm: Path):
 
 
 def test_both_orders_of_a_pair_give_the_same_scores_bit_for_bit(tiny_rm: Path):
-    """Passes of the same shapes, in which rows stand in another order."""
+    """Passes of the same shapes, in which rows are in another order."""
     with hosted(RM, config=trained(tiny_rm), num_steps=1) as group:
         role = PreferenceModelRole(group, 4)
         pairs = [ROWS[i : i + 2] for i in range(0, 8, 2)]

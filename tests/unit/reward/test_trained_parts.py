@@ -38,9 +38,9 @@ def make(tiny_lm: Path, tmp_path: Path):
 
 
 def test_what_is_trained_is_said_in_counts(make):
-    facts = prepare_reward(make(model={"lora": {"rank": 2}})).run_summary
-    assert facts["model: trained parameters"] == "3,776 of 84,736 (4.46%): adapters 3,712 in 28, head 64 in 1 tensors"
-    assert facts["model: frozen parameters"].endswith(
+    summary = prepare_reward(make(model={"lora": {"rank": 2}})).run_summary
+    assert summary["model: trained parameters"] == "3,776 of 84,736 (4.46%): adapters 3,712 in 28, head 64 in 1 tensors"
+    assert summary["model: frozen parameters"].endswith(
         ": embeddings 19,200 in 1, layers 61,696 in 18, rest 64 in 1 tensors"
     )
     assert "model: trained parameters" not in prepare_reward(make()).run_summary

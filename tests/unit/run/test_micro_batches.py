@@ -1,4 +1,4 @@
-"""A token budget that a row may exceed is refused before a model or a data file is looked at."""
+"""A token budget that a row may exceed is rejected before a model or a data file is looked at."""
 
 from __future__ import annotations
 

@@ -268,10 +268,10 @@ def test_text_that_a_step_was_refused_for_is_named_by_its_number_in_the_text(tmp
     sampler = EpochSampler(7, 3, "text")
     task = SFTTask(FakeLanguageModel([], "model"), texts(10), None, PretrainingMix(texts(7), None, 3, 1.0, sampler))
 
-    def refuse(*_: Any) -> Answer:
+    def reject(*_: Any) -> Answer:
         raise SampleError("model: a loss is not finite.", {"lm": [0], "pretraining": [2]}, step=0)
 
-    task.model.update = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    task.model.update = reject  # pyright: ignore[reportAttributeAccessIssue]
     with open_run(tmp_path) as run, pytest.raises(SampleError, match="not finite"):
         trainer(run, task).run(resume=False)  # pyright: ignore[reportArgumentType]
     rows = [json.loads(line) for line in (tmp_path / "aborted_step_000001.jsonl").read_text("utf-8").splitlines()]
@@ -308,7 +308,7 @@ class Rankings(Numbered):
 
 
 def scorer(scores: list[list[float]]):
-    """Scores by the number that stands in each sequence."""
+    """Scores by the number that is in each sequence."""
 
     def score(batch: PreferenceBatch) -> torch.Tensor:
         rows = [scores[int(number) - 1] for number in batch.tokens[:, 0, 0]]

@@ -33,7 +33,7 @@ def test_sequences_of_a_step_follow_from_the_ratio(ratio: float, batch_size: int
 
 
 @pytest.mark.parametrize(
-    ("data", "sft", "refusal"),
+    ("data", "sft", "rejection"),
     [
         ({"pretraining": TEXT}, {}, r"sft\.pretraining_ratio is 0, so none of it would be used; set the ratio"),
         (
@@ -67,8 +67,8 @@ def test_sequences_of_a_step_follow_from_the_ratio(ratio: float, batch_size: int
         ({}, {"pretraining_ratio": -1}, "greater than or equal to 0"),
     ],
 )
-def test_what_contradicts_itself_is_aborted(data: dict[str, Any], sft: dict[str, Any], refusal: str):
-    with pytest.raises(ValidationError, match=refusal):
+def test_what_contradicts_itself_is_aborted(data: dict[str, Any], sft: dict[str, Any], rejection: str):
+    with pytest.raises(ValidationError, match=rejection):
         config(data, **sft)
 
 

@@ -1,4 +1,4 @@
-"""Steps that are not taken: what refuses them, what they leave untouched, and what comes after."""
+"""Steps that are not taken: what rejects them, what they leave untouched, and what comes after."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.aborting import BAD_ROW, MICRO, NaNGradient, lm_term, poisoned, steps_around_refusals
+from support.aborting import BAD_ROW, MICRO, NaNGradient, lm_term, poisoned, steps_around_rejections
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.core.errors import SampleError
@@ -21,12 +21,12 @@ LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, 
 
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
 def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: str):
-    """The step after refused ones is the step that would have been taken without them."""
+    """The step after rejected ones is the step that would have been taken without them."""
     results = []
-    for refuse in (False, True):
+    for reject in (False, True):
         config = trained(tiny_lm, zero_stage=stage, precision=precision)
         with hosted(LM, config=config, num_steps=3) as group:
-            weights, last = steps_around_refusals(group, BATCHES, refuse)
+            weights, last = steps_around_rejections(group, BATCHES, reject)
             results.append((weights, last.grad_norm, last.learning_rate))
     (expected, *numbers), (actual, *others) = results
     assert others == numbers

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from support.aborting import steps_around_refusals
+from support.aborting import steps_around_rejections
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
 from rlhf_dist.config.hosting import OptimizerConfig
@@ -86,9 +86,9 @@ def test_it_takes_the_steps_of_torch_adamw(tiny_lm: Path, tmp_path: Path, stage:
 def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
     results = []
     config = role_config(tiny_lm, written(tmp_path, stage, precision), stage, precision)
-    for refuse in (False, True):
+    for reject in (False, True):
         with hosted(LM, config=config, num_steps=3) as group:
-            results.append(steps_around_refusals(group, BATCHES, refuse))
+            results.append(steps_around_rejections(group, BATCHES, reject))
     (expected, report), (weights, other) = results
     assert other.grad_norm == report.grad_norm
     assert all(torch.equal(t, expected[name]) for name, t in weights.items())

@@ -1,4 +1,4 @@
-"""fp16 with fp32 master weights: an overflow is computed again at a smaller scale, and no step is left out."""
+"""fp16 with fp32 master weights: an overflow is computed again at a smaller scale, and no step is skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from support.aborting import MICRO, lm_term, steps_around_refusals
+from support.aborting import MICRO, lm_term, steps_around_rejections
 from support.ranks import run_ranks
 from support.tiny import hosted, token_batch, trained, whole_weights, worker_of
 
@@ -32,7 +32,7 @@ STAGES = [0, 1, 2, 3]
 
 @pytest.fixture(autouse=True)
 def fp16_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch computes in fp16 on any CPU, if slowly; DeepSpeed would refuse one without instructions for it."""
+    """Torch computes in fp16 on any CPU, if slowly; DeepSpeed would reject one without instructions for it."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
@@ -63,7 +63,7 @@ def test_it_takes_the_steps_of_fp32(tiny_lm: Path, stage: int):
     for key in ("sft/loss", "train/grad_norm", "train/learning_rate"):
         assert [m[key] for m in metrics] == pytest.approx([m[key] for m in expected], rel=2e-3)
     for name, tensor in whole.items():
-        # A norm's weight of 1 has a last bit of 1e-3; a matrix's are small, and a step that was left out would show.
+        # A norm's weight of 1 has a last bit of 1e-3; a matrix's are small, and a step that was skipped would show.
         assert (weights[name].float() - tensor).abs().mean() < (4e-4 if tensor.dim() == 1 else 1e-4), name
 
 
@@ -104,9 +104,9 @@ def test_overflows_with_the_optimizer_in_cpu_memory(tiny_lm: Path, tmp_path: Pat
 def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int):
     """Nor is a sample named that only overflows at a large scale."""
     results = []
-    for refuse in (False, True):
+    for reject in (False, True):
         with hosted(LM, config=config(tiny_lm, stage), num_steps=4) as group:
-            weights, last = steps_around_refusals(group, BATCHES, refuse)
+            weights, last = steps_around_rejections(group, BATCHES, reject)
             results.append((weights, last.grad_norm, worker_of(group).engine._scale.state()))
     assert results[0][1:] == results[1][1:]
     assert all(torch.equal(t, results[0][0][name]) for name, t in results[1][0].items())
