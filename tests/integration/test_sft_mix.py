@@ -87,7 +87,7 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bits(
 
 def test_what_is_reported(mixed: Callable[..., SFTConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path):
     config = mixed("run")
-    summary = validate(config)
+    summary = validate("sft", config)
     before = capsys.readouterr().out
     # A fifth of 36 instructions and of the 8 chats that are left is held out, drawn together: 35 of 44 remain.
     assert summary["training records"] == 35
@@ -148,7 +148,7 @@ def test_more_text_a_step_than_there_is_is_aborted(mixed: Callable[..., SFTConfi
     with pytest.raises(
         ConfigError, match=r"takes 20 sequences of text a step, but data\.pretraining has 16; lower the ratio"
     ):
-        validate(mixed("run", pretraining_ratio=5))
+        validate("sft", mixed("run", pretraining_ratio=5))
 
 
 def test_other_shares_are_another_run(

@@ -83,14 +83,14 @@ def test_its_header_says_how_to_run_it(name: str):
 
 def test_gsm8k(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "4096"]
-    summary = validate(load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
+    summary = validate("sft", load("gsm8k_sft", *overrides, "--run_dir", str(tmp_path / "run")))
     assert summary["training records"] == 1000
     assert summary["held-out records"] == 200
 
 
 def test_movie_reviews(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--model.model_path", models["lm"], "--data.max_length_tokens", "512"]
-    summary = validate(load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
+    summary = validate("reward", load("movie_reward", *overrides, "--run_dir", str(tmp_path / "run")))
     # Some 10,600 rated sentences make half as many pairs at the most; a few meet no other of another rating.
     total = summary["training records"] + summary["held-out records"]
     assert 5000 < total < 5310
@@ -100,7 +100,7 @@ def test_movie_reviews(shared_data: Path, models: dict[str, str], tmp_path: Path
 def test_movie_ppo(shared_data: Path, models: dict[str, str], tmp_path: Path):
     overrides = ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
     overrides += ["--data.max_length_tokens", "512", "--run_dir", str(tmp_path / "run")]
-    summary = validate(load("movie_ppo", *overrides))
+    summary = validate("ppo", load("movie_ppo", *overrides))
     assert summary["prompts"] == 64
     assert summary["held-out prompts"] == 32
     assert summary["optimizer steps an iteration"] == 4
@@ -198,7 +198,7 @@ def test_it_can_be_run_with_a_tiny_model(name: str, models: dict[str, str], tmp_
         overrides += ["--policy.model_path", models["lm"], "--reward.model_path", models["rm"]]
     else:
         overrides += ["--model.model_path", models["lm"]]
-    assert validate(load(name, *overrides))
+    assert validate(command, load(name, *overrides))
 
 
 def placement_of(config):
