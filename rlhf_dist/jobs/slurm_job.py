@@ -151,7 +151,7 @@ def slurm_parts(environment: Mapping[str, str] = os.environ) -> Path:
         ConfigError: there is none.
     """
     named = environment.get("RLHF_DIST_SLURM_DIR")
-    checkout = Path(__file__).resolve().parents[3]
+    checkout = Path(__file__).resolve().parents[2]
     for folder in [Path(named)] if named else [checkout / "slurm", Path("slurm")]:
         if (folder / "run.sh").is_file():
             return folder.absolute()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_dist.core.batches import length_mask
 from rlhf_dist.ppo import losses
+from rlhf_dist.reward.losses import ranking_loss
 
 
 def assert_gradient(
@@ -74,7 +75,7 @@ def test_gradient_of_the_ranking_loss():
         return sum(loops.prompt_ranking_loss(r, m, 0.1) for r, m in zip(rows, ratings, strict=True))
 
     assert_gradient(
-        lambda x: losses.ranking_loss(x, ragged.mask, ragged.padded(ratings, torch.float64), 0.1)[0],
+        lambda x: ranking_loss(x, ragged.mask, ragged.padded(ratings, torch.float64), 0.1)[0],
         total,
         scores,
         ragged,

@@ -1,4 +1,4 @@
-"""`algo/` (fp32, batched, masked) against loops over Python floats (`reference_loops.py`) on random ragged batches."""
+"""The formulas (fp32, batched, masked) against loops over Python floats (`reference_loops.py`) on random ragged batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from torch.testing import assert_close
 from rlhf_dist.core import kl
 from rlhf_dist.core.batches import length_mask
 from rlhf_dist.core.logprobs import taken_logprobs
+from rlhf_dist.core.losses import nll_loss
 from rlhf_dist.core.masking import masked_mean, masked_var, masked_whiten
 from rlhf_dist.ppo import losses
 from rlhf_dist.ppo.advantages import gae
+from rlhf_dist.ppo.kl_controller import adapted_kl_coef
 from rlhf_dist.ppo.rewards import RunningMoments, normalize_scores, overlong_penalty, shape_scores, token_rewards
+from rlhf_dist.reward.losses import pairwise_loss, ranking_loss
 
 SEEDS = (0, 1, 2)
 
@@ -39,7 +42,7 @@ def test_logprobs_and_entropy(temperature, chunk):
     for i, row in enumerate(logits.tolist()):
         close(logprobs[i], loops.log_softmax(row, temperature)[taken[i]])
         close(entropies[i], loops.entropy(row, temperature))
-    close(losses.nll_loss(logprobs)[0], loops.negative_log_likelihood(logits.tolist(), taken, temperature))
+    close(nll_loss(logprobs)[0], loops.negative_log_likelihood(logits.tolist(), taken, temperature))
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
@@ -57,7 +60,7 @@ def test_kl_estimators(ragged, name):
 
 @pytest.mark.parametrize("reached", [0.1, 5.5, 6.0, 6.5, 40.0])
 def test_adaptive_kl_coefficient(reached):
-    ours = kl.adapted_kl_coef(0.1, reached, target=6.0, horizon=10_000, num_responses=512)
+    ours = adapted_kl_coef(0.1, reached, target=6.0, horizon=10_000, num_responses=512)
     close(ours, loops.adapted_kl_coef(0.1, reached, target=6.0, horizon=10_000, num_responses=512))
 
 
@@ -186,7 +189,7 @@ def test_pairwise_loss(ragged, margins, centering, scale):
     """Scores of 60 overflow a naive log σ."""
     chosen, rejected = ragged.scores(scale), ragged.scores(scale)
     asked = ragged.scores() if margins else None
-    loss, _ = losses.pairwise_loss(
+    loss, _ = pairwise_loss(
         torch.tensor(chosen),
         torch.tensor(rejected),
         None if asked is None else torch.tensor(asked),
@@ -206,7 +209,7 @@ def test_ranking_loss(seed, centering, with_ratings):
     ragged.mask = length_mask(ragged.lengths, 9)
     scores = ragged.rows(2.0)
     ratings = [sorted(row, reverse=True) for row in ragged.rows()] if with_ratings else None
-    loss, sums = losses.ranking_loss(
+    loss, sums = ranking_loss(
         ragged.padded(scores), ragged.mask, None if ratings is None else ragged.padded(ratings), centering
     )
     expected = 0.0
@@ -229,7 +232,7 @@ def test_ranking_loss_with_ties():
     padded_ranks = torch.zeros(4, 5, dtype=torch.long)
     for i, row in enumerate(ranks):
         padded_ranks[i, : len(row)] = torch.tensor(row)
-    loss, sums = losses.ranking_loss(ragged.padded(scores), ragged.mask, centering_coef=0.1, ranks=padded_ranks)
+    loss, sums = ranking_loss(ragged.padded(scores), ragged.mask, centering_coef=0.1, ranks=padded_ranks)
     close(loss, sum(loops.prompt_ranking_loss(s, None, 0.1, r) for s, r in zip(scores, ranks, strict=True)))
     for name, loop in (("accuracy", loops.prompt_ranking_accuracy), ("margin", loops.prompt_ranking_margin)):
         close(sums[name], sum(loop(s, r) for s, r in zip(scores, ranks, strict=True)))

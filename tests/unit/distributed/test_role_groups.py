@@ -16,9 +16,12 @@ from support.tiny import experience_batch, prompt_batch, rollout_batch, token_ba
 from rlhf_dist.core.batches import PreferenceBatch, RolloutBatch, concat_rows
 from rlhf_dist.core.errors import TrainingError
 from rlhf_dist.core.steps import StepReport
-from rlhf_dist.distributed import role_groups as proxies
 from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.partition import MicroBatching
+from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.ppo.roles import PolicyRole, ValueRole
+from rlhf_dist.reward.roles import PreferenceModelRole
+from rlhf_dist.sft.roles import LanguageModelRole
 
 
 class ThreeRanks:
@@ -129,24 +132,24 @@ def test_row_results_come_back_in_order(group: ThreeRanks, num_rows: int, size: 
     rollout = ROLLOUT.rows(range(num_rows))
     expected = Echo(0).logprobs(rollout, [list(range(num_rows))])
     for role, method in (
-        (proxies.PolicyRole, "logprobs"),
-        (proxies.ReferenceRole, "logprobs"),
-        (proxies.ValueRole, "values"),
+        (PolicyRole, "logprobs"),
+        (ReferenceRole, "logprobs"),
+        (ValueRole, "values"),
     ):
         assert torch.equal(getattr(role(group, size), method)(rollout).result(), expected)
     sequences = rollout.sequences
-    assert torch.equal(proxies.RewardRole(group, size).score(sequences).result(), Echo(0).score(sequences, []))
+    assert torch.equal(RewardRole(group, size).score(sequences).result(), Echo(0).score(sequences, []))
 
 
 def test_all_ranks_run_the_same_number_of_micro_batches(group: ThreeRanks):
-    proxies.PolicyRole(group, 2).logprobs(ROLLOUT).result()
+    PolicyRole(group, 2).logprobs(ROLLOUT).result()
     assert {len(worker.calls[0]) for worker in group.workers} == {2}
 
 
 def test_pairs_come_back_in_order(group: ThreeRanks):
     chosen, rejected = [[1], [2, 3], [4, 5, 6], [7] * 9, [8]], [[9] * 7, [1], [2, 2], [3], [4, 4, 4, 4]]
     batch = PreferenceBatch.of(list(zip(chosen, rejected, strict=True)))
-    scores = proxies.PreferenceModelRole(group, 2).score_pairs(batch).result()
+    scores = PreferenceModelRole(group, 2).score_pairs(batch).result()
     assert scores.tolist() == [[sum(c), sum(r)] for c, r in zip(chosen, rejected, strict=True)]
 
 
@@ -154,16 +157,16 @@ def test_rankings_of_different_sizes_come_back_in_order(group: ThreeRanks):
     responses = [[[1], [2, 3]], [[4], [5], [6, 6, 6], [7]], [[8], [9]], [[1] * 9, [3] * 8, [2]], [[4], [2]]]
     batch = PreferenceBatch.of(responses)
     expected = [[sum(row) for row in rows] + [0] * (4 - len(rows)) for rows in responses]
-    assert proxies.PreferenceModelRole(group, 1).score_pairs(batch).result().tolist() == expected
+    assert PreferenceModelRole(group, 1).score_pairs(batch).result().tolist() == expected
     budget = MicroBatching(size=1, tokens=27)
-    assert proxies.PreferenceModelRole(group, budget).score_pairs(batch).result().tolist() == expected
+    assert PreferenceModelRole(group, budget).score_pairs(batch).result().tolist() == expected
     assert max(cost for worker in group.workers for cost in worker.calls[-1]) == 27  # three responses of up to 9 tokens
 
 
 @pytest.mark.parametrize("num_rows", [6, 2])
 def test_rollouts_come_back_in_the_order_of_their_prompts(group: ThreeRanks, num_rows: int):
     prompts = prompt_batch([4, 9, 1, 7, 7, 2]).rows(range(num_rows))
-    rollout = proxies.RolloutRole(group, 2).generate(prompts, stream="s", iteration=0).result()
+    rollout = RolloutRole(group, 2).generate(prompts, stream="s", iteration=0).result()
     assert len(rollout) == num_rows
     assert torch.equal(rollout.prompt_lengths, prompts.lengths)
     for i, n in enumerate(prompts.lengths.tolist()):
@@ -176,18 +179,18 @@ def test_rollouts_come_back_in_the_order_of_their_prompts(group: ThreeRanks, num
 def test_engines_of_different_versions_stop_the_run(group: ThreeRanks):
     group.workers[1].version = 6
     with pytest.raises(TrainingError, match=r"versions \[5, 6\]"):
-        proxies.RolloutRole(group, 2).generate(prompt_batch([3, 4, 5]), stream="s", iteration=0).result()
+        RolloutRole(group, 2).generate(prompt_batch([3, 4, 5]), stream="s", iteration=0).result()
 
 
 def test_evaluation_adds_up_over_ranks(group: ThreeRanks):
     batch = token_batch([3, 8, 5, 2, 6])
-    sums = proxies.LanguageModelRole(group, 1).evaluate(batch).result()
+    sums = LanguageModelRole(group, 1).evaluate(batch).result()
     assert sums == {"nll": float(batch.tokens.sum()), "num_targets": float(batch.num_targets)}
 
 
 def test_every_rank_divides_by_the_count_of_all(group: ThreeRanks):
     batch = token_batch([3, 8, 5, 2, 6])
-    report = proxies.LanguageModelRole(group, 1).update(batch, 7).result()
+    report = LanguageModelRole(group, 1).update(batch, 7).result()
     assert {(count, step) for worker in group.workers for *_, count, step in worker.calls} == {(batch.num_targets, 7)}
     assert report.metrics["sft/loss"] == pytest.approx(2)  # each target counted once, whatever its rank
     assert report.metrics["train/grad_norm"] == 1.5
@@ -196,7 +199,7 @@ def test_every_rank_divides_by_the_count_of_all(group: ThreeRanks):
 @pytest.mark.parametrize("num_texts", [5, 1])  # with 1 text, two ranks have none
 def test_text_beside_a_batch_is_split_and_counted_by_itself(group: ThreeRanks, num_texts: int):
     batch, text = token_batch([3, 8, 5, 2, 6]), token_batch([9, 4, 7, 3, 5][:num_texts], seed=1)
-    report = proxies.LanguageModelRole(group, 1).update(batch, 7, text, 0.25).result()
+    report = LanguageModelRole(group, 1).update(batch, 7, text, 0.25).result()
     sent = []
     for worker in group.workers:
         *_, count, step, share = worker.calls[0]
@@ -212,7 +215,7 @@ def test_a_ppo_update_sends_every_row_of_every_step_once(group: ThreeRanks):
     experience = experience_batch([3, 1, 6, 2, 9, 4, 2], [2, 7, 1, 4, 3, 5, 2])
     steps = [torch.tensor([0, 6, 3, 2]), torch.tensor([5, 1, 4]), torch.tensor([6])]
     ptx = [token_batch([4, 3], seed=1), token_batch([9, 2, 5, 6], seed=2), token_batch([3], seed=3)]
-    report = proxies.PolicyRole(group, 1).update(experience, steps, ptx).result()
+    report = PolicyRole(group, 1).update(experience, steps, ptx).result()
     for i, rows in enumerate(steps):
         sent, texts = [], []
         for worker in group.workers:
@@ -238,7 +241,7 @@ def test_a_ppo_update_sends_every_row_of_every_step_once(group: ThreeRanks):
 
 def test_a_ppo_update_without_text_reports_no_ptx_loss(group: ThreeRanks):
     experience = experience_batch([3, 1], [2, 7])
-    report = proxies.PolicyRole(group, 1).update(experience, [torch.tensor([1, 0])], None).result()
+    report = PolicyRole(group, 1).update(experience, [torch.tensor([1, 0])], None).result()
     assert "policy/ptx_loss" not in report.metrics
     assert all(worker.calls[0][2] is None for worker in group.workers)
 
@@ -272,7 +275,7 @@ class Weights:
 def test_weights_go_a_bucket_at_a_time_from_rank_0_to_every_engine():
     Weights.events = []
     policy, engines = ThreeRanks(Weights, 2), ThreeRanks(Weights)
-    proxies.GroupWeightSync(policy, engines).push(3).result()
+    GroupWeightSync(policy, engines).push(3).result()
     one = [[("export", 0, i), ("export", 1, i), *(("load", rank, i) for rank in range(3))] for i in range(2)]
     assert Weights.events == one[0] + one[1]
 
@@ -282,4 +285,4 @@ def test_an_engine_that_is_not_up_to_date_stops_the_run(answer: tuple[int, int])
     engines = ThreeRanks(Weights)
     engines.workers[2].answer = answer
     with pytest.raises(TrainingError, match=r"version 3 \(checksum 42\), rollout ranks \[2\]"):
-        proxies.GroupWeightSync(ThreeRanks(Weights, 1), engines).push(3).result()
+        GroupWeightSync(ThreeRanks(Weights, 1), engines).push(3).result()
