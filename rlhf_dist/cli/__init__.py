@@ -1,1 +1,1 @@
-"""Command line: parsing arguments, and the wiring of configuration → roles → trainer."""
+"""Command line: arguments in, a call, an exit code out."""

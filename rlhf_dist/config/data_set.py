@@ -25,7 +25,7 @@ class DataSet(Schema):
     another kind."""
     parts: DataContent[dict[Name, Share]] = Field(default_factory=dict)
     """Divides the set: name of a part → its share of the records, e.g. {sft: 0.5, reward: 0.4, eval: 0.1}. Records of one
-    prompt (plain texts: the same text) are in one part. What the shares leave is skipped. Drawn by the seed; a record
+    prompt (plain texts: the same text) are in one part. What the shares leave is in no part. Drawn by the seed; a record
     stays where it is when others are added, but for those at the borders."""
 
     @model_validator(mode="after")

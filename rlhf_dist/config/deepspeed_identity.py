@@ -33,6 +33,8 @@ _LAYOUT = {
 """Sections that leave the numbers as they are, or repeat what the role says (`bf16`, `fp16`)."""
 _ZERO_NUMERICS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 """Of `zero_optimization`: weights rounded to 8 bits."""
+_PARTITIONING = ("round_robin_gradients", "sub_group_size", "zero_hpz_partition_size")
+"""Of `zero_optimization`: the order and the groups of parameters in a rank's partition."""
 
 
 def ds_numerics(path: Path | None) -> dict[str, Any] | None:
@@ -43,10 +45,16 @@ def ds_numerics(path: Path | None) -> dict[str, Any] | None:
 
 
 def ds_checkpoint_format(path: Path | None) -> dict[str, Any]:
-    """What of a DeepSpeed file decides the form of its checkpoints: the optimizer that steps where states are offloaded."""
-    offload = _zero(_read(path)).get("offload_optimizer")
-    device = offload.get("device", "none") if isinstance(offload, dict) else "none"
-    return {} if device == "none" else {"offload_optimizer": device}
+    """What of a DeepSpeed file decides the form of its checkpoints: which optimizer steps where states are offloaded, and what
+    orders or groups parameters in the flat partitions that DeepSpeed writes and reads blindly."""
+    zero = _zero(_read(path))
+    found = {key: zero[key] for key in _PARTITIONING if zero.get(key)}
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key)
+        device = section.get("device", "none") if isinstance(section, dict) else "none"
+        if device != "none":
+            found[key] = device
+    return found
 
 
 def _read(path: Path | None) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def ranked_pairs(
 
 def weighted_pairs(batch: PreferenceBatch, pair_weights: PairWeights | None) -> tuple[Tensor, Tensor, Tensor]:
     """`ranked_pairs` of a batch, with the weights [P, C(K,2)] times the pair weights; None: 1."""
-    better, worse, weights = ranked_pairs(batch.present, batch.ranks)
     if pair_weights is None:
-        return better, worse, weights
+        return ranked_pairs(batch.present, batch.ranks)
+    better, worse, _ = ranked_pairs(batch.present, batch.ranks)
     factors = pair_weights(batch, better, worse)
     return better, worse, ranked_pairs(batch.present, batch.ranks, factors == 0)[2] * factors

@@ -21,7 +21,7 @@ class EndpointGenerator:
 
     Chats go to `chat/completions`, texts to `completions`. The client repeats what the server was too busy for, with
     growing pauses and as the server's Retry-After says. `seed` is sent with every request, if the configuration does not
-    leave it out; servers honour it as they can.
+    leave it out; servers honor it as they can.
     """
 
     def __init__(self, settings: GeneratorConfig, seed: int) -> None:
@@ -108,7 +108,7 @@ class EndpointGenerator:
         return self._completion(answer, request, lambda choice: choice.message.content)
 
     def _completion(self, answer: Any, request: Request, text_of: Any) -> Completion:
-        """Servers differ in what they skip, so nothing of an answer is taken for granted."""
+        """Servers differ in what they omit, so nothing of an answer is taken for granted."""
         choices = getattr(answer, "choices", None)
         if not choices:
             return Completion.failed("the answer holds no choices")

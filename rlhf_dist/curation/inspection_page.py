@@ -1,7 +1,7 @@
 """The page of `data inspect`: one HTML file without scripts, which asks for nothing from anywhere.
 
 Data are untrusted text. Everything is escaped by Jinja, what acts on the display is shown by its code point
-(`oddities.visible`), and a content security policy forbids scripts and requests, should anything get through all the same.
+(`text_quality.visible`), and a content security policy forbids scripts and requests, should anything get through all the same.
 """
 
 from __future__ import annotations

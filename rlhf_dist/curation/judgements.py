@@ -306,5 +306,5 @@ def response_record(messages: Messages, role: str) -> str | list[dict[str, str]]
 
 
 def _looks_like_a_dialogue(text: str) -> bool:
-    """A text that begins so would be read as the HH form (`data/dialogues.py`)."""
+    """A text that begins so would be read as the HH form (`data/preferences.py`)."""
     return text.lstrip().startswith("Human:")

@@ -151,7 +151,7 @@ def open_folder(config: LabelConfig, items: Mapping[str, Item]) -> Journal:
 
 
 def _check_settings(config: LabelConfig) -> None:
-    """Reject to continue with other pairs, positions or shares than those the work was begun with."""
+    """Reject other pairs, positions or shares than those the work was begun with."""
     path = config.out_dir / CONFIG
     if not path.is_file():
         return

@@ -188,7 +188,7 @@ def _least_estimate(settings: NearDuplicates) -> float:
 
 def _likely(low_bytes: np.ndarray, text: int, others: np.ndarray, least: float, most: int) -> tuple[np.ndarray, int]:
     """Those of `others`, rising, whose signatures agree with that of `text` in a share of `least` or more; of more than `most`
-    those that agree best. And how many that skips."""
+    those that agree best. And how many that drops."""
     shares = (low_bytes[others] == low_bytes[text]).mean(axis=1)
     likely = np.flatnonzero(shares >= least)
     num_cut = max(len(likely) - most, 0)

@@ -1,6 +1,6 @@
 """Instruction records out of labeled data sets (as FLAN and promptsource make them), ready to be written.
 
-The rendering itself is in `data/templating.py`, so that a trainer's source can use it without a file in between.
+The rendering itself is in `data/templates/render.py`, so that a trainer's source can use it without a file in between.
 """
 
 from __future__ import annotations

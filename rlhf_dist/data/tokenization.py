@@ -29,6 +29,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.data import DataSettings
+from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data import encoding
 from rlhf_dist.data.bad_rows import Tally
@@ -67,7 +68,7 @@ class _Tokenized:
     """What becomes of one record: a row of the Arrow file."""
 
     ids: list[list[int]] = field(default_factory=list)
-    """Its sequences: one, the chunks of a text, or the distinct responses of a preference. None: too long under `skip`."""
+    """Its sequences: one, the chunks of a text, or the distinct responses of a preference. Empty: too long under `skip`."""
     masks: list[list[bool]] = field(default_factory=list)
     """Loss mask of each."""
     kept: list[int] = field(default_factory=list)
@@ -165,7 +166,7 @@ def tokenize(
             `MIN_RECORDS_PER_PROCESS` records.
     """
     if num_proc is None:
-        num_proc = max(1, min(len(os.sched_getaffinity(0)), len(records) // MIN_RECORDS_PER_PROCESS))
+        num_proc = max(1, min(usable_cpus(), len(records) // MIN_RECORDS_PER_PROCESS))
     content_digest = _digest(map(_content, records))
     limits = [str(settings.max_length_tokens), settings.on_too_long]
     with _progress_bars(shown=num_proc > 1):

@@ -49,7 +49,7 @@ def update_report(
     """
     reason = steps[-1][0].aborted if steps else ""
     if reason and reason != EARLY_STOP_KL:
-        raise _rejection(role, reason, steps, shares)
+        raise _aborted_error(role, reason, steps, shares)
     taken = steps[:-1] if reason == EARLY_STOP_KL else steps
     metrics = _means(taken, counts, names.sums)
     if taken:
@@ -80,7 +80,7 @@ def _means(
     return metrics
 
 
-def _rejection(
+def _aborted_error(
     role: str, reason: str, steps: list[list[StepReport]], shares: Mapping[str, Sequence[Shares]]
 ) -> TrainingError:
     number = len(steps) - 1

@@ -71,7 +71,7 @@ def report_trained(
 
 
 def evaluation(dataset: PreferenceDataset, score: Score) -> dict[str, Any]:
-    """See `trainers.reward_evaluation.evaluate`."""
+    """See `evaluation.reward_model.evaluate`."""
     return evaluate(score_dataset(lambda indices: score(dataset, indices), dataset, EVAL_CHUNK))
 
 

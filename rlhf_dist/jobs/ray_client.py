@@ -212,7 +212,7 @@ def _remedy(error: Exception) -> str:
         )
     if "status code 413" in str(error) or "exceeds the maximum size" in str(error):
         return (
-            "The folder that travels with the job is too large: skip what the job does not need (--exclude PATTERN, "
+            "The folder that travels with the job is too large: exclude what the job does not need (--exclude PATTERN, "
             ".gitignore), or give a smaller --working-dir."
         )
     return "The head node's dashboard.log says more."

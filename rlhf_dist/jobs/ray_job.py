@@ -22,7 +22,7 @@ def add_arguments(group: _ArgumentGroup) -> None:
         default=Path(),
         help="travels with the job, without results, weights and .gitignore'd",
     )
-    add("--exclude", action="append", default=[], metavar="PATTERN", help="skip more, in the syntax of .gitignore")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="exclude more, in the syntax of .gitignore")
     add("--pip", action="append", default=[], metavar="REQUIREMENT", help="install this on every node first")
     add(
         "--env",

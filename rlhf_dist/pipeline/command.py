@@ -38,7 +38,7 @@ from rlhf_dist.pipeline.stages import (
     Planner,
     Stage,
     State,
-    check_descent,
+    check_lineage,
     check_unchanged,
     files_of,
     state_of,
@@ -136,7 +136,7 @@ class _Runner:
     def _one(self, stage: Stage, preflight: Preflight | None, session: Session | None) -> None:
         state = self._states[stage.name]
         if state.word == "done":
-            check_descent(stage, self._lineages)
+            check_lineage(stage, self._lineages)
             warn_of_version(stage)
         elif state.word == "written":
             self._end(stage, stage.folder, inputs_of(stage, self._lineages))

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_dist.evaluation import build as evaluation
 from rlhf_dist.ppo import build as ppo
 from rlhf_dist.reward import build as reward
-from rlhf_dist.run.launch import check_run_folder
+from rlhf_dist.run.launch import check_run_folder, resumable_step
 from rlhf_dist.run.prepared import Prepared
 from rlhf_dist.run.run_summary import print_shares
 from rlhf_dist.sft import build as sft
@@ -42,5 +42,6 @@ def validate(command: str, config: Any) -> dict[str, Any]:
     """
     check_run_folder(config)
     prepared = COMMANDS[command].prepare(config)
+    resumable_step(config, prepared)
     print_shares(prepared.shares)
     return prepared.run_summary

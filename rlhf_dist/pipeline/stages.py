@@ -273,7 +273,7 @@ def warn_of_version(stage: Stage) -> None:
         )  # fmt: skip
 
 
-def check_descent(stage: Stage, lineages: Mapping[str, Mapping[str, Any]]) -> None:
+def check_lineage(stage: Stage, lineages: Mapping[str, Mapping[str, Any]]) -> None:
     """Reject a finished stage whose model came from another run of an earlier stage than the one that is there.
 
     Only where an earlier stage was removed and run again, and did not end with the same bits.

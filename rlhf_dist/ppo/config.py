@@ -13,7 +13,7 @@ from rlhf_dist.rollout.config import RolloutConfig
 
 
 class PPOSettings(Schema):
-    """The algorithm. Equations: rlhf_dist/algo."""
+    """The algorithm. Equations: rlhf_dist/ppo/README.md."""
 
     num_iterations: RunLength[PositiveInt] = 100
     """Iterations of generate → score → advantages → update → sync."""

@@ -115,7 +115,7 @@ def check_finite(rollout: RolloutBatch, scored: Scored) -> None:
 def shaped_scores(
     rollout: RolloutBatch, scores: Tensor, settings: PPOSettings, state: PPOState, max_response_tokens: int
 ) -> Tensor:
-    """[B] fp32: the scores as they enter the rewards; the order of operations is in `algo.rewards`."""
+    """[B] fp32: the scores as they enter the rewards; the order of operations is in `ppo/rewards.py`."""
     if settings.normalize_scores != "no":
         scores = normalize_scores(scores, state.moments, subtract_mean=settings.normalize_scores != "std")
     overlong = None

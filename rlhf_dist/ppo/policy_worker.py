@@ -76,7 +76,7 @@ class PolicyWorker(LanguageModelWorker):
             veto = self._veto(i == 0, step.num_tokens)
             reports.append(self.engine.step(terms, veto=veto, measure_terms=measure_terms and i == 0))
             if reports[-1].aborted == EARLY_STOP_KL:
-                self.engine.pass_over(len(steps) - i)
+                self.engine.skip_steps(len(steps) - i)
             if reports[-1].aborted:
                 break
         return reports

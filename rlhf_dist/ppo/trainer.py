@@ -6,7 +6,7 @@ prompts ──► rollout.generate ──► RolloutBatch
    reward.score   reference.logprobs  policy.logprobs  value.values      at the same time
          └───────────────┴──────────┬─────┴───────────────┘
                           make_experience                               on the driver
-                     KL → token rewards → GAE → whitening               (trainers/experience.py)
+                     KL → token rewards → GAE → whitening               (ppo/experience.py)
                                     │
                        ┌────────────┴────────────┐
                  policy.update (+ PTX)      value.update                at the same time
@@ -227,9 +227,8 @@ class PPOTrainer:
         if self.ptx_sampler is None or self.data.ptx is None or self.settings.ptx_coef == 0:
             return None
         size, num = self.settings.ptx_batch_size, self.settings.updates_per_iteration
-        trained = (
-            iteration - self.settings.value_warmup_iterations
-        )  # no text is skipped while the value function warms up
+        # No text is skipped while the value function warms up.
+        trained = iteration - self.settings.value_warmup_iterations
         indices = self.ptx_sampler.indices(trained * num * size, num * size)
         return [self.data.ptx.batch(part) for part in indices.split(size)]
 

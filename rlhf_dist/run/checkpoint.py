@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,20 @@ class RunRecord:
     """Trained model → its learning-rate schedule, where that is stretched over the whole run."""
     version: str = field(default_factory=lambda: rlhf_dist.__version__)
 
+    @classmethod
+    def read(cls, found: Any, path: Path) -> RunRecord:
+        """The record in a checkpoint's driver.json. Fields that a newer release may have added are ignored.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        if not isinstance(found, dict):
+            raise RunFolderError(
+                f"checkpoint {path} does not say which run wrote it (driver.json has no 'run'), so it cannot be resumed; remove "
+                "that folder to resume from the one before, or start a new run with another run_dir"
+            )
+        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+
 
 class Checkpoints:
     """The checkpoints of one run folder."""
@@ -75,7 +89,8 @@ class Checkpoints:
         """Write step `step`; old ones beyond `keep_last` go only after the new one is whole."""
         name = f"{_PREFIX}{step:06d}"
         temporary = self.folder / f"{_TEMPORARY}{name}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in self.folder.glob(f"{_TEMPORARY}*"):  # of saves that a crash or a full disk ended, of any step
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         writes = [model.save_checkpoint(temporary / role) for role, model in models.items()]
         for write in writes:
@@ -110,7 +125,7 @@ class Checkpoints:
             RunFolderError: another identity (names the keys with both values), a run that is shorter than what is done, or
                 a checkpoint whose form depends on another layout.
         """
-        then, now = RunRecord(**self._state(path)["run"]), self.record
+        then, now = RunRecord.read(self._state(path).get("run"), path), self.record
         if differing := _differing(then.identity, now.identity):
             raise RunFolderError(
                 f"{path} cannot be resumed by this run: {'; '.join(differing)}. Undo the change, or start a new run with "

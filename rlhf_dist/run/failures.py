@@ -1,4 +1,4 @@
-"""What a aborted step leaves behind: the samples it was rejected for, one JSON line each."""
+"""What an aborted step leaves behind: the samples it was aborted for, one JSON line each."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from rlhf_dist.core.roles import Trained
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.console import RunProgress
 from rlhf_dist.run.observing import optional
-from rlhf_dist.run.run_folder import RunFolder, write_atomically
+from rlhf_dist.run.run_folder import RunFolder, replace_folder, write_atomically
 from rlhf_dist.run.trackers import Tracker
 
 MODEL = "model"
@@ -165,8 +165,7 @@ class Run:
             write_atomically(temporary / MODEL / name, text)
         for written in sorted(temporary.iterdir(), key=lambda path: path.name == MODEL):
             final = self.folder.path / written.name
-            shutil.rmtree(final, ignore_errors=True)
-            written.replace(final)
+            replace_folder(written, final)
         temporary.rmdir()
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:

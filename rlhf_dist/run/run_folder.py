@@ -159,3 +159,13 @@ def _check_writable(path: Path) -> None:
             f"run_dir {path} cannot be written: {parent} is not a folder that this user may write to. Choose another "
             "run_dir, or change its permissions."
         )
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put the folder `new` in the place of `final`, which is removed only after; a crash in between leaves one of the two."""
+    old = final.with_name(f".replaced_{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    new.replace(final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""How far log-probs of the same tokens under the same weights are apart: what the tolerances of algo/selfchecks.py rest on.
+"""How far log-probs of the same tokens under the same weights are apart: what the tolerances of ppo/selfchecks.py rest on.
 
     python tests/bench/logprob_rounding.py MODEL_DIR [bf16|fp32]
 

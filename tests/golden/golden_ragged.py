@@ -30,7 +30,7 @@ POLICY_OPTIONS = [
 
 
 class Ragged:
-    """Random responses of different lengths, as lists for the loops and padded with rubbish for `algo/`."""
+    """Random responses of different lengths, as lists for the loops and padded with rubbish for `rlhf_dist/ppo/`."""
 
     def __init__(self, seed: int, num: int = 6, longest: int = 9) -> None:
         self.random = random.Random(seed)

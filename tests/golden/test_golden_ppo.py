@@ -1,4 +1,4 @@
-"""`algo/` against the numbers of a real PPO step of TRL 1.12.0, wherever the two mean the same thing.
+"""`rlhf_dist/ppo/` against the numbers of a real PPO step of TRL 1.12.0, wherever the two mean the same thing.
 
 Where they do not, on purpose: `test_golden_differences.py`.
 """

@@ -67,7 +67,7 @@ class Endpoint(Schema):
     @field_validator("api_key_env")
     @classmethod
     def _names_a_variable(cls, name: str | None) -> str | None:
-        # The value is skipped: it may be the key itself, pasted into the wrong place.
+        # The message omits the value: it may be the key itself, pasted into the wrong place.
         if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError("api_key_env is no name of an environment variable; give the variable, not the key")
         return name

@@ -138,7 +138,7 @@ class TrainEngine:
             self.average.update()
         return report
 
-    def pass_over(self, num_steps: int) -> None:
+    def skip_steps(self, num_steps: int) -> None:
         """Move the schedule on over optimizer steps that are not taken: the learning rate belongs to the place in the run."""
         for _ in range(num_steps):
             self._engine.lr_scheduler.step()

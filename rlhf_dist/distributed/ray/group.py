@@ -95,7 +95,7 @@ class RayGroup:
         return result
 
     def _error_of(self, ref: Any, rank: int) -> BaseException | None:
-        """What a finished call failed with; None if it did not, or continues."""
+        """What a finished call failed with; None if it succeeded or is still running."""
         try:
             if ray.wait([ref], timeout=1, fetch_local=False)[0]:
                 ray.get(ref, timeout=10)

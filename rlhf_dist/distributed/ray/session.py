@@ -20,8 +20,8 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_dist.config.hosting import RayConfig
+from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import PlacementError
-from rlhf_dist.distributed.cpus import usable_cpus
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.futures import gathered
 from rlhf_dist.distributed.group import WorkerGroup, WorkerSpec, describe

@@ -1,4 +1,4 @@
-"""Forward skips a rank's rows, micro-batch by micro-batch: for trained and frozen models alike.
+"""Forward passes over a rank's rows, micro-batch by micro-batch: for trained and frozen models alike.
 
 `engine` is anything with `device` and `infer`. An idle micro-batch still runs, on the smallest batch there is, so that the
 ranks' collectives stay aligned under ZeRO-3; its output is dropped.

@@ -1,7 +1,7 @@
 """What the environment offers a run: Python, packages, the hub, Slurm. The machine itself is looked at in `machine.py`.
 
-Each check returns findings and changes nothing. It imports nothing heavy: torch, DeepSpeed and Ray are looked at in `engine/`
-and `cluster/`.
+Each check returns findings and changes nothing. It imports nothing heavy: torch, DeepSpeed and Ray are looked at in
+`torch_checks.py` and `ray_checks.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is written down of a aborted step's samples."""
+"""What is written down of an aborted step's samples."""
 
 from __future__ import annotations
 

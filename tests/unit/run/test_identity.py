@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-import pytest
 from pydantic import BaseModel
 
 from rlhf_dist.config.base import Decides
@@ -108,12 +107,6 @@ def test_content_counts_in_place_of_a_path(tmp_path: Path):
     resumed = resumed_identity(ppo_config(tmp_path), {}, {"prompts": "3"})
     assert not [key for key in resumed if key.startswith("data.prompts")], "the tokens that were read count instead"
     assert resumed["content of data: prompts"] == "3"
-
-
-def test_a_patch_release_is_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    before = identity(ppo_config(tmp_path), {})
-    monkeypatch.setattr("rlhf_dist.__version__", "9.9.9")
-    assert identity(ppo_config(tmp_path), {}) == before
 
 
 def test_a_deepspeed_file_counts_by_what_changes_numbers(tmp_path: Path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.distributed import cpus
+from rlhf_dist.core import cpus
 
 ALL = len(os.sched_getaffinity(0))
 
