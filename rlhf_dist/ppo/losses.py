@@ -1,7 +1,7 @@
 """Losses, as *sums* over the tokens or pairs they are given.
 
-`distributed/deepspeed/` alone divides, by the count over the whole optimizer step on all ranks, so that no loss depends on how a
-batch is split. Each function also returns the sums that metrics are made of.
+`distributed/deepspeed/` alone divides, by the count over the whole optimizer step on all ranks, so that no loss depends on
+how a batch is split. Each function also returns the sums that metrics are made of.
 """
 
 from __future__ import annotations

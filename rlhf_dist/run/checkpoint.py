@@ -61,8 +61,8 @@ class RunRecord:
         """
         if not isinstance(found, dict):
             raise RunFolderError(
-                f"checkpoint {path} does not say which run wrote it (driver.json has no 'run'), so it cannot be resumed; remove "
-                "that folder to resume from the one before, or start a new run with another run_dir"
+                f"checkpoint {path} does not say which run wrote it (driver.json has no 'run'), so it cannot be resumed; "
+                "remove that folder to resume from the one before, or start a new run with another run_dir"
             )
         return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
 

@@ -86,7 +86,7 @@ def test_an_error_in_a_rank_names_the_role_and_shows_no_traceback(
         ("ppo", {"ppo": {"mini_batch_size": 4}}, 2, ["mini_batch_size 4 does not divide the 6 responses"]),
     ],
 )
-def test_a_bad_run_is_refused_before_anything_starts(
+def test_a_bad_run_is_rejected_before_anything_starts(
     command: str, change: dict[str, Any], code: int, words: list[str], make_config: Make, tmp_path: Path
 ) -> None:
     config = make_config(command, tmp_path / "run")
@@ -146,7 +146,7 @@ def _ask_for_too_much(address: str, logs_dir: Path) -> None:
         session.close()
 
 
-def test_a_placement_that_cannot_be_had_is_refused_within_the_limit(small_cluster: str, tmp_path: Path) -> None:
+def test_a_placement_that_cannot_be_had_is_rejected_within_the_limit(small_cluster: str, tmp_path: Path) -> None:
     # In a process of its own: Ray keeps the authentication mode of a process's first connection, and later tests connect to
     # private clusters, which have a token.
     process = multiprocessing.get_context("spawn").Process(target=_ask_for_too_much, args=(small_cluster, tmp_path))

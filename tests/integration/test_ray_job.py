@@ -75,7 +75,7 @@ def test_a_job_runs_where_the_cluster_is_and_its_results_stay_here(cluster: Clus
     assert "step 3/3 " not in again.stdout
 
 
-def test_a_refused_run_passes_its_exit_code_and_reason_on(cluster: Cluster, project: Path) -> None:
+def test_a_rejected_run_passes_its_exit_code_and_reason_on(cluster: Cluster, project: Path) -> None:
     done = submit(cluster, project, "sft", "sft.yaml", "--data.train", "[{path: nosuch.jsonl, kind: text}]")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "nosuch.jsonl" in done.stdout

@@ -112,7 +112,7 @@ def test_an_evaluation_does_not_check_margins(make_config: Make, tmp_path: Path,
     assert prepare_eval(config).run_summary["preferences"] == len(UNRELATED)
 
 
-def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_path: Path):
+def test_the_facts_count_responses_that_were_skipped(make_config: Make, tmp_path: Path):
     rows = [*ROWS, {"prompt": "p", "responses": ["good", "good", "bad", "good"]}]
     prepared = prepare_reward(reward_config(make_config, tmp_path, rows, eval_fraction=0))
     found = prepared.run_summary["training records: responses dropped from rankings"]
@@ -144,7 +144,7 @@ def test_the_facts_count_responses_that_were_left_out(make_config: Make, tmp_pat
         ),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_first(
+def test_what_cannot_be_trained_on_is_rejected_first(
     reward_run: Callable[..., Path], rows: Any, changes: dict[str, Any], error: type, words: str, tmp_path: Path
 ):
     with pytest.raises(error, match=words):

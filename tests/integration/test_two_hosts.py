@@ -65,7 +65,7 @@ def test_ppo_over_two_hosts_is_the_run_in_one_process(cluster, make_config: Make
     assert len(metrics(there)) == len(metrics(here))
 
 
-def test_more_hosts_than_there_are_is_refused_before_anything_starts(
+def test_more_hosts_than_there_are_is_rejected_before_anything_starts(
     cluster, make_config: Make, tmp_path: Path
 ) -> None:
     config = make_config("sft", tmp_path / "run", ranks=3)
@@ -123,7 +123,7 @@ for session.RankHost in (RankHost, DeafHost):
 """
 
 
-def test_a_host_that_does_not_answer_is_refused_before_a_model_loads(cluster, tmp_path: Path) -> None:
+def test_a_host_that_does_not_answer_is_rejected_before_a_model_loads(cluster, tmp_path: Path) -> None:
     (a, b), address, environment = cluster
     tests = str(Path(__file__).parents[1])
     there = environment | {"PYTHONPATH": os.pathsep.join([tests, environment.get("PYTHONPATH", "")])}

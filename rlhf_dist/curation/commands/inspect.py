@@ -1,7 +1,7 @@
 """`rlhf-dist data inspect sft CONFIG`: what a trainer will see, from the configuration of the run itself.
 
-The loaders are those of the trainers (`build.py of its room`); of the model only the tokenizer is read, so that data can be looked at
-before a reward model or a GPU is there.
+The loaders are those of the trainers (`build.py` of the room); of the model only the tokenizer is read, so that data can be
+looked at before a reward model or a GPU exists.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_settings_of_zero_that_no_role_can_train_with_are_aborted(tmp_path: Path
         read_ds_config(path, zero["stage"], "fp32", num_ranks=6)
 
 
-def test_what_only_switches_a_refused_setting_off_is_accepted(tmp_path: Path) -> None:
+def test_what_only_switches_a_rejected_setting_off_is_accepted(tmp_path: Path) -> None:
     zero = {"stage": 3, "zero_quantized_gradients": False, "zero_hpz_partition_size": 1, "offload_param": None}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")

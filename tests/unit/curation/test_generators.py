@@ -231,7 +231,7 @@ def test_answers_come_in_the_order_of_the_requests() -> None:
     assert by_text["2"].items() >= sampling.items()
 
 
-def test_what_a_server_does_not_know_is_left_out() -> None:
+def test_what_a_server_does_not_know_is_skipped() -> None:
     with protocol_server(lambda *_: chat_answer("fine")) as (url, seen):
         remote(url).generate([chat("x")])
         remote(url, omit=["seed", "temperature", "top_p"]).generate([chat("x")])
@@ -254,7 +254,7 @@ def test_a_busy_server_is_asked_again() -> None:
     assert len(seen) == 3
 
 
-def test_what_a_server_refuses_of_one_request_costs_that_request() -> None:
+def test_what_a_server_rejects_of_one_request_costs_that_request() -> None:
     def reply(_: str, body: dict[str, Any]) -> Reply:
         text = body["messages"][0]["content"]
         strange: dict[str, Reply] = {

@@ -32,7 +32,7 @@ def test_a_torn_last_line_is_cut_off_and_what_is_appended_is_whole(tmp_path: Pat
     assert path.read_bytes() == b'{"n": 0}\n{"n": 2}\n'
 
 
-def test_a_broken_line_that_was_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_broken_line_that_was_whole_is_rejected_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(b'{"n": 0}\nnonsense\n{"n": 1}\n')
     with pytest.raises(DataError, match=r"j\.jsonl:2"):

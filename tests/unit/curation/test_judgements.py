@@ -72,7 +72,7 @@ def test_a_judgement_goes_through_a_journal(tmp_path: Path):
         ({"comment": 3}, "comment is 3"),
     ],
 )
-def test_a_line_that_is_no_judgement_is_refused_with_its_place(tmp_path: Path, change: dict[str, Any], problem: str):
+def test_a_line_that_is_no_judgement_is_rejected_with_its_place(tmp_path: Path, change: dict[str, Any], problem: str):
     path = write(tmp_path / "j.jsonl", [GOOD, GOOD | change])
     with pytest.raises(DataError, match=rf"j\.jsonl:2: .*{problem}"):
         read_judgements(path)
@@ -226,7 +226,7 @@ def test_items_of_candidates_and_of_preferences(tmp_path: Path):
         ({"prompt": "q", "candidates": ["x", "y"]}, r"candidates of .*c\.jsonl:1; remove one"),
     ],
 )
-def test_rows_that_offer_no_choice_are_refused_or_kept_aside(tmp_path: Path, row: dict[str, Any], problem: str):
+def test_rows_that_offer_no_choice_are_rejected_or_kept_aside(tmp_path: Path, row: dict[str, Any], problem: str):
     path = write(tmp_path / "c.jsonl", [{"prompt": "q", "candidates": ["x", "y"]}, row])
     with pytest.raises(DataError, match=rf"c\.jsonl:2: .*{problem}"):
         read_items([source(path)])

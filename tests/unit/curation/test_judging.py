@@ -262,7 +262,7 @@ def test_a_file_is_meant_from_where_the_command_is_given(tmp_path: Path, monkeyp
     assert settings.name == "f.py:longer"
 
 
-def test_a_pair_that_a_function_fails_on_is_set_aside_under_skip(tmp_path: Path) -> None:
+def test_a_pair_that_a_function_fails_on_is_skipped_under_skip(tmp_path: Path) -> None:
     """A run that it stopped continues once `on_bad_row` is skip."""
     place = "judge_of_a_test.py:only_numbers"
     (tmp_path / "judge_of_a_test.py").write_text("def only_numbers(prompt, a, b):\n    return int(a) - int(b)\n")

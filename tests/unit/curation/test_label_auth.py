@@ -88,7 +88,7 @@ def test_a_cookie_of_another_server_on_this_machine_is_in_nobodys_way():
 @pytest.mark.parametrize(
     "host", ["evil.example:8400", "evil.example", "", "127.0.0.1.evil.example", "[::2]:8400", "[bad"]
 )
-def test_a_foreign_name_for_this_server_is_refused_even_with_the_cookie(kind: str, host: str):
+def test_a_foreign_name_for_this_server_is_rejected_even_with_the_cookie(kind: str, host: str):
     status, _, reached = ask("/", COOKIE | {"host": host}, kind=kind)
     assert (status, reached) == (421 if kind == "http" else 1008, [])
 

@@ -59,7 +59,7 @@ def test_export_and_report(tmp_path: Path, arguments: list[str], capsys: pytest.
     assert json.loads((tmp_path / "out" / "label_report.json").read_text())["judgements"] == 5
 
 
-def test_rows_that_are_left_out_are_listed_and_counted(
+def test_rows_that_are_skipped_are_listed_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     source = write(tmp_path / "c.jsonl", [*ROWS, {"prompt": "alone", "candidates": ["x"]}, {"prompt": "none"}])
@@ -116,7 +116,7 @@ def test_what_cannot_be_exported_is_aborted(
     assert not (tmp_path / "out" / "export").exists()
 
 
-def test_a_port_in_use_is_refused_before_anything_is_served(
+def test_a_port_in_use_is_rejected_before_anything_is_served(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ):
     with socket.socket() as taken:

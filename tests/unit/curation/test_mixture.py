@@ -93,7 +93,7 @@ def test_bad_rows_are_no_part_of_the_shares_and_are_listed(tmp_path: Path, capsy
     ]
 
 
-def test_more_than_there_is_is_refused_before_anything_is_written(
+def test_more_than_there_is_is_rejected_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = write(tmp_path / "a.jsonl", [task(f"a{i}") for i in range(4)])

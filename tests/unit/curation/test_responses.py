@@ -158,7 +158,7 @@ def test_nothing_to_choose_among_is_an_error_that_says_so(tmp_path: Path, answer
         command.run(config(tmp_path, 2))
 
 
-def test_repeated_prompts_are_answered_once_and_bad_rows_set_aside(tmp_path: Path, answering: Any) -> None:
+def test_repeated_prompts_are_answered_once_and_bad_rows_skipped(tmp_path: Path, answering: Any) -> None:
     made = answering(by_key)
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
     settings = config(tmp_path, ["a", "b", "a", chat, 7])

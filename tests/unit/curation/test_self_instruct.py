@@ -81,7 +81,7 @@ def test_a_malformed_piece_costs_that_piece() -> None:
     assert parsed("") == parsed("\n###\n") == ([], 0, 0)
 
 
-def test_what_was_cut_off_is_left_out() -> None:
+def test_what_was_cut_off_is_skipped() -> None:
     good = "Instruction: Name a bird.\nOutput: A wren.\n"
     assert parsed(good + "Instruction: Name a fish.\nOutput: A sal", "length") == (
         [("Name a bird.", "", "A wren.")],
@@ -314,7 +314,7 @@ def test_long_seeds_are_not_shown_but_count(tmp_path: Path) -> None:
         ("{% if num_tasks < 0 %}x{% endif %}", "comes out empty"),
     ],
 )
-def test_a_prompt_that_cannot_be_used_is_refused_before_a_model_is_loaded(
+def test_a_prompt_that_cannot_be_used_is_rejected_before_a_model_is_loaded(
     text: str, problem: str, scripted: ScriptedGenerator, tmp_path: Path
 ) -> None:
     (tmp_path / "p.jinja").write_text(text)

@@ -105,7 +105,7 @@ def test_eos_is_added_where_the_template_has_none(tokenizer):
     assert tokenizer.decode(ids) == "User: hi\nBot: hello</s>"
 
 
-def test_what_follows_the_last_assistant_turn_is_left_out(tokenizer):
+def test_what_follows_the_last_assistant_turn_is_skipped(tokenizer):
     with_tail = encode_conversation(tokenizer, [user("u"), bot("a"), user("more")])
     assert with_tail == encode_conversation(tokenizer, [user("u"), bot("a")])
 

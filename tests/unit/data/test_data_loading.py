@@ -228,7 +228,7 @@ def test_only_the_training_records_need_usable_margins(source, write, tokenizer)
         load(bad, use_margins=True)
 
 
-def test_pairs_that_truncation_makes_equal_are_left_out(source, tokenizer):
+def test_pairs_that_truncation_makes_equal_are_skipped(source, tokenizer):
     same = "a b c d " * 10
     rows = [
         {"prompt": "p", "chosen": same + "x", "rejected": same + "y"},

@@ -85,7 +85,7 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_that_cannot_be_packed_is_refused_while_it_is_hosted(bloom: Path, stage: int, precision: str):
+def test_a_model_that_cannot_be_packed_is_rejected_while_it_is_hosted(bloom: Path, stage: int, precision: str):
     settings = {"zero_stage": stage, "precision": precision, "packed": True}
     hosts = [
         (LM, {"config": trained(bloom / "lm", **settings), "num_steps": 1}),

@@ -52,7 +52,7 @@ def test_fractions_that_fill_a_gpu_are_accepted():
     assert plan_placement(tenths, "cuda").total_gpus == 1
 
 
-def test_more_than_a_gpu_is_refused_with_the_sum():
+def test_more_than_a_gpu_is_rejected_with_the_sum():
     with pytest.raises(ConfigError, match=r"reference 0.6 \+ reward 0.7 = 1.3 of itself; lower gpus_per_rank"):
         plan_placement({"reference": ask(1, 0.6), "reward": ask(2, 0.7)}, "cuda")
 

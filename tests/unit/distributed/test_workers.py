@@ -237,7 +237,7 @@ def test_a_reward_model_scores_each_sequence_as_transformers_does(tiny_rm: Path,
     assert scores.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_language_model_is_refused_as_a_reward_model(tiny_lm: Path):
+def test_a_language_model_is_rejected_as_a_reward_model(tiny_lm: Path):
     with (
         pytest.raises(ModelError, match="no trained scalar head"),
         hosted(REWARD, config=FrozenModel(model_path=str(tiny_lm))),

@@ -135,7 +135,7 @@ def test_the_baseline_weighs_pairs_as_the_reward_model_does(tiny_lm: Path, tmp_p
     assert accuracy["dropped"] > 0.9
 
 
-def test_a_baseline_without_a_shared_word_is_refused_before_training(tiny_lm: Path, tmp_path: Path) -> None:
+def test_a_baseline_without_a_shared_word_is_rejected_before_training(tiny_lm: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "calm", "rejected": "kind"}]
     with pytest.raises(ConfigError, match="no word that two training responses share"):
         BagOfWords(split(tiny_lm, tmp_path, rows).train, decode(tiny_lm))

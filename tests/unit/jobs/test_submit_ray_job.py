@@ -105,7 +105,7 @@ def test_dry_run_shows_the_job_and_reaches_for_nothing(project: Path, capsys: py
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", ""])
 @pytest.mark.parametrize("dry", [True, False])
-def test_an_address_that_is_no_dashboards_is_refused_at_once(
+def test_an_address_that_is_no_dashboards_is_rejected_at_once(
     project: Path, address: str, dry: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("rlhf_dist.jobs.ray_client.JobClient", lambda *_: pytest.fail("Ray was asked"))

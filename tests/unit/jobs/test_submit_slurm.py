@@ -194,7 +194,7 @@ def test_slurms_own_words_reach_the_user(sft: str, sbatch: Path, capsys: pytest.
         ),
     ],
 )
-def test_what_it_refuses(line: str, says: str, sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_it_rejects(line: str, says: str, sft: str, sbatch: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["submit", *line.replace("CONFIG", sft).split()]) == 2
     assert says in capsys.readouterr().err
     assert not (sbatch.parents[1] / "input").exists()

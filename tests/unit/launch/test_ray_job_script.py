@@ -112,7 +112,7 @@ def test_a_run_that_removes_the_old_one_is_not_told_to_continue_it(
         (("ppo", CONFIG, *RUN_DIR), "RAY_AUTH_TOKEN", "no token"),
     ],
 )
-def test_what_it_refuses(environment: dict[str, str], arguments: tuple[str, ...], unset: str | None, says: str):
+def test_what_it_rejects(environment: dict[str, str], arguments: tuple[str, ...], unset: str | None, says: str):
     if unset:
         del environment[unset]
     done = submit(environment, *arguments)

@@ -64,7 +64,7 @@ def test_a_script_that_does_not_find_its_parts_says_so(tmp_path: Path):
         ("describe_container /j", {"RLHF_DIST_CONTAINER": "no.sif"}, "no such file on"),
     ],
 )
-def test_what_is_refused_before_anything_starts(line: str, variables: dict[str, str], says: str, tmp_path: Path):
+def test_what_is_rejected_before_anything_starts(line: str, variables: dict[str, str], says: str, tmp_path: Path):
     (tmp_path / "c.yaml").write_text("run_dir: runs/ppo\n")
     (tmp_path / "seeds.yaml").write_text("run_dir: runs/{seed}\n")
     done = bash(f"source {SLURM}/run.sh; {line}", tmp_path, **variables)

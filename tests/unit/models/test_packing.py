@@ -209,7 +209,7 @@ def test_a_model_that_cannot_slice_its_logits_gives_the_same():
 
 
 @pytest.mark.parametrize("name", LEAK)
-def test_models_whose_packed_sequences_leak_are_refused_at_the_first_pass(name: str):
+def test_models_whose_packed_sequences_leak_are_rejected_at_the_first_pass(name: str):
     model = build(LEAK[name])
     batch = ragged_batch()
     inputs = (batch.tokens, batch.lengths, batch.loss_mask)

@@ -70,7 +70,7 @@ def paths(config: PipelineConfig) -> dict[str, str | None]:
     return {name: at(config, f"{name}.model_path") for name in MODELS}
 
 
-def test_models_that_are_left_out_come_from_the_natural_earlier_stage(tmp_path: Path):
+def test_models_that_are_skipped_come_from_the_natural_earlier_stage(tmp_path: Path):
     assert paths(check(whole(), tmp_path)) == {
         "reward.model": "${sft.model}",
         "ppo.policy": "${sft.model}",
@@ -227,7 +227,7 @@ def test_rules_of_the_commands_hold(tmp_path: Path):
     assert "rollout.max_response_tokens 4000 leaves no room for a prompt" in text
 
 
-def test_editors_are_told_what_may_be_left_out():
+def test_editors_are_told_what_may_be_skipped():
     definitions = json.loads(json_schema(PipelineConfig))["$defs"]
     assert "model_path" in definitions["TrainedModel"]["required"]
     assert "model_path" not in definitions["PipelineReward"]["properties"]["model"]["required"]

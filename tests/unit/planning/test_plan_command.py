@@ -160,7 +160,7 @@ def test_an_unknown_file_asks_for_the_command(tmp_path: Path):
         ),
     ],
 )
-def test_mistakes_are_refused_in_words(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_rejected_in_words(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -310,7 +310,7 @@ def test_what_is_not_finite_stops_the_iteration_with_its_samples(tmp_path: Path,
     assert "aborted_step_000001.jsonl" in str(caught.value)
 
 
-def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
+def test_a_rejected_update_writes_down_its_samples_and_texts(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS, ptx=texts(7))
 
@@ -329,7 +329,7 @@ def test_a_refused_update_writes_down_its_samples_and_texts(tmp_path: Path):
     assert rows[2]["tokens"] == drawn[1].tokens[3, : drawn[1].lengths[3]].tolist()
 
 
-def test_a_policy_that_is_not_its_reference_is_refused_before_its_first_update(tmp_path: Path):
+def test_a_policy_that_is_not_its_reference_is_rejected_before_its_first_update(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS)  # the fakes differ by 0.5 nats a token
         ppo.trainer.precisions = Precisions(rollout="fp32", same_start="bf16")

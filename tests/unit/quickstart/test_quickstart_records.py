@@ -42,7 +42,7 @@ def test_the_lexicon_is_ten_ratings_a_word():
     assert all(word.isalpha() and word.islower() for word in lexicon)
 
 
-def test_a_broken_lexicon_is_refused_with_its_line(tmp_path: Path):
+def test_a_broken_lexicon_is_rejected_with_its_line(tmp_path: Path):
     path = tmp_path / "lexicon.txt"
     path.write_text("love\t3.2\t0.4\t[3, 3, 3, 3, 3, 3, 3, 4, 4, 3]\nhate\tnone\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"lexicon\.txt:2: 'hate\\tnone'"):
@@ -55,7 +55,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
         lexicon_path()
 
 
-def test_letters_with_few_words_are_left_out():
+def test_letters_with_few_words_are_skipped():
     groups = by_initial(human_ratings().values(), min_words=100)
     assert "s" in groups
     assert "q" not in groups

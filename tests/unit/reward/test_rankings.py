@@ -73,7 +73,7 @@ def test_a_ranking_is_the_mean_of_its_pairs(tiny_rm: Path):
     assert_same_step(one_step(tiny_rm, PreferenceBatch.of([rows])), one_step(tiny_rm, pairs))
 
 
-def test_a_tie_is_left_out_of_the_mean(tiny_rm: Path):
+def test_a_tie_is_skipped_of_the_mean(tiny_rm: Path):
     rows = RESPONSES[1]
     pairs = PreferenceBatch.of([[rows[i], rows[j]] for i, j in combinations(range(4), 2) if (i, j) != (1, 2)])
     assert_same_step(one_step(tiny_rm, PreferenceBatch.of([rows], ranks=[[0, 1, 1, 3]])), one_step(tiny_rm, pairs))

@@ -53,7 +53,9 @@ def test_what_is_trained_is_said_in_counts(make):
         ({"lora": {"target_modules": ["nothing"]}}, "names 'nothing', which no layer"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused_before_a_process_starts(tiny_lm: Path, tmp_path: Path, model, message):
+def test_what_the_model_does_not_have_is_rejected_before_a_process_starts(
+    tiny_lm: Path, tmp_path: Path, model, message
+):
     (tmp_path / "a.jsonl").write_text('{"text": "good and bad"}\n' * 4, encoding="utf-8")
     config = SFTConfig.model_validate(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path):
     assert loaded.state == 2
 
 
-def test_a_broken_driver_file_is_refused_before_any_model_is_touched(tmp_path: Path):
+def test_a_broken_driver_file_is_rejected_before_any_model_is_touched(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=2))
     path = checkpoints.save(1, {}, {"model": model(1)})
     (path / "driver.json").write_text('{"step": 1', encoding="utf-8")
@@ -176,3 +177,24 @@ def test_ranks_that_write_elsewhere_do_not_make_a_checkpoint(tmp_path: Path):
     with pytest.raises(RunFolderError, match=r"wrote nothing to .* storage that all nodes share"):
         checkpoints.save(2, {}, {"model": lost})
     assert checkpoints.latest() == good
+
+
+def test_a_later_save_removes_what_a_failed_one_left(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(RunFolderError, match="disk full"):
+        checkpoints.save(2, {}, {"model": model(2), "bad": FailsToSave([], "bad")})
+    checkpoints.save(5, {}, {"model": model(5)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000005"]
+
+
+def test_a_record_of_another_release_is_read_and_none_is_an_error(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, record=RunRecord(num_steps=9))
+    path = checkpoints.save(1, {}, {"model": model()})
+    file = path / "driver.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(written | {"run": written["run"] | {"of_a_newer_release": 1}}), encoding="utf-8")
+    checkpoints.check(path)
+    del written["run"]
+    file.write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(RunFolderError, match="no 'run'"):
+        checkpoints.check(path)

@@ -119,6 +119,9 @@ def test_a_deepspeed_file_counts_by_what_changes_numbers(tmp_path: Path):
     offloaded = {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}}
     assert ds_numerics(written(zero_optimization=offloaded, steps_per_print=9)) is None
     assert ds_checkpoint_format(path) == {"offload_optimizer": "cpu"}
+    ordered = {"stage": 2, "round_robin_gradients": True, "sub_group_size": 100, "overlap_comm": True}
+    assert ds_numerics(written(zero_optimization=ordered)) is None
+    assert ds_checkpoint_format(path) == {"round_robin_gradients": True, "sub_group_size": 100}
     found = ds_numerics(written(zero_optimization={"zero_quantized_weights": True}, communication_data_type="fp16"))
     assert found == {"zero_quantized_weights": True, "communication_data_type": "fp16"}
     assert ds_numerics(None) is ds_numerics(tmp_path / "absent.json") is None

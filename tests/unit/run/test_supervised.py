@@ -264,7 +264,7 @@ def test_every_step_takes_its_text_by_its_number(tmp_path: Path):
     assert summary["after"] == {"eval_pretraining_loss": 1.0}
 
 
-def test_text_that_a_step_was_refused_for_is_named_by_its_number_in_the_text(tmp_path: Path):
+def test_text_that_a_step_was_rejected_for_is_named_by_its_number_in_the_text(tmp_path: Path):
     sampler = EpochSampler(7, 3, "text")
     task = SFTTask(FakeLanguageModel([], "model"), texts(10), None, PretrainingMix(texts(7), None, 3, 1.0, sampler))
 

@@ -58,7 +58,7 @@ def test_a_new_folder_is_made_whole(tmp_path: Path):
     assert not [p for p in folder.path.iterdir() if p.name.endswith(".tmp")]
 
 
-def test_an_earlier_run_is_refused_untouched(tmp_path: Path):
+def test_an_earlier_run_is_rejected_untouched(tmp_path: Path):
     folder = new_folder(tmp_path / "run")
     (folder.path / "metrics.jsonl").write_text('{"step": 0, "metrics": {}}\n', encoding="utf-8")
     before = snapshot(folder.path)

@@ -116,7 +116,7 @@ def test_the_file_chooses():
     assert isinstance(make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(), chosen), torch.optim.AdamW)
 
 
-def test_without_a_compiler_the_run_is_refused_before_the_model_loads(
+def test_without_a_compiler_the_run_is_rejected_before_the_model_loads(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from deepspeed.ops.op_builder.builder import OpBuilder

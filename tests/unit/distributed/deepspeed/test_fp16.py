@@ -183,7 +183,7 @@ def test_frozen_models(tiny_lm: Path, stage: int):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_processor_without_it_is_refused_before_the_model_loads(
+def test_a_processor_without_it_is_rejected_before_the_model_loads(
     tiny_lm: Path, stage: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)

@@ -84,7 +84,7 @@ def test_spaces_that_a_token_alone_would_lose_are_kept_and_unknown_ones_are_mark
     assert [piece.text for piece in found if piece.special] == ["</s>"]
 
 
-def test_the_middle_of_long_runs_is_left_out_and_counted():
+def test_the_middle_of_long_runs_is_skipped_and_counted():
     those = [Piece(str(i), target=i >= 10) for i in range(1010)]
     short = shortened(those, 40)
     assert len(short) <= 41
