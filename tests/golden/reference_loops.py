@@ -102,7 +102,7 @@ def running_std(batches: Sequence[Row]) -> float:
 
 
 def gae(
-    rewards: Row, values: Row, discount: float, gae_lambda: float, end_value: float = 0.0
+    rewards: Row, values: Row, gamma: float, gae_lambda: float, end_value: float = 0.0
 ) -> tuple[list[float], list[float]]:
     """Schulman et al. 2016, eq. 14 and 16: A_t = Σ_l (γλ)^l δ_{t+l}, the sum written out; R_t = A_t + V_t.
 
@@ -110,9 +110,9 @@ def gae(
     """
     num = len(rewards)
     after = [*values[1:], end_value]
-    deltas = [rewards[t] + discount * after[t] - values[t] for t in range(num)]
+    deltas = [rewards[t] + gamma * after[t] - values[t] for t in range(num)]
     advantages = [
-        math.fsum((discount * gae_lambda) ** steps * deltas[t + steps] for steps in range(num - t)) for t in range(num)
+        math.fsum((gamma * gae_lambda) ** steps * deltas[t + steps] for steps in range(num - t)) for t in range(num)
     ]
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 

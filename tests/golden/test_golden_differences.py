@@ -66,16 +66,16 @@ def test_trl_runs_gae_through_padding():
     left: V_L is a number that the critic was never asked for in this project, and any bias of it enters every advantage.
     """
     run = ppo_run("k1")  # without reward whitening: TRL's rewards are ours but for the position
-    discount, lam = run.config["gamma"], run.config["lam"]
-    ours, _ = gae(our_rewards(run), run.rollout["values"], run.response_mask, discount, lam)
+    gamma, lam = run.config["gamma"], run.config["lam"]
+    ours, _ = gae(our_rewards(run), run.rollout["values"], run.response_mask, gamma, lam)
     theirs, shifts, starts = run.rollout["advantages_unwhitened"], [], []
     for row in run.shorter.tolist():
         num = int(run.lengths[row])
         score, value = float(run.rollout["scores"][row]), float(run.rollout["values"][row, num])
-        shift = discount * (1 - lam) * value - (1 - discount * lam) * score
+        shift = gamma * (1 - lam) * value - (1 - gamma * lam) * score
         shifts.append(abs(shift))
         for t in range(num):
-            expected = float(ours[row, t]) + (discount * lam) ** (num - 1 - t) * shift
+            expected = float(ours[row, t]) + (gamma * lam) ** (num - 1 - t) * shift
             assert float(theirs[row, t]) == pytest.approx(expected, rel=1e-5, abs=2e-6)
         # TRL's recursion starts in the padding, with an advantage that is not 0.
         assert float(theirs[row, num]) == pytest.approx(score - value, rel=1e-5, abs=2e-6)

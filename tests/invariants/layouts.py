@@ -52,7 +52,7 @@ SIZES = (5, 2, 7, 4)
 TEMPERATURE, VALUE_CLIP, PTX_COEF = 0.8, 0.15, 0.7
 MAX_GRAD_NORM = {"SFT": 6.3, "RM": 14.0, "PPO policy + PTX": 9.0, "PPO policy, other terms": 9.0, "PPO value": 4.0}
 """Each clips some of its steps and leaves others."""
-SHAPING = plain.Shaping(kl_coef=0.1, discount=0.95, gae_lambda=0.9, score_clip=0.5, missing_eos_penalty=0.3)
+SHAPING = plain.Shaping(kl_coef=0.1, gamma=0.95, gae_lambda=0.9, score_clip=0.5, missing_eos_penalty=0.3)
 RANKING = {"margin_coef": 0.5, "centering_coef": 0.02}
 INSTRUCT = plain.PolicyTerms(TEMPERATURE, clip_low=0.2, clip_high=0.2)
 """InstructGPT's objective, to which PTX is added."""
@@ -194,7 +194,7 @@ def ppo_config(
                 "mini_batch_size": 5,
                 "num_epochs": 2,
                 "kl_coef": SHAPING.kl_coef,
-                "gamma": SHAPING.discount,
+                "gamma": SHAPING.gamma,
                 "gae_lambda": SHAPING.gae_lambda,
                 "score_clip": SHAPING.score_clip,
                 "missing_eos_penalty": SHAPING.missing_eos_penalty,

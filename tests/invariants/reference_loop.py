@@ -218,16 +218,16 @@ class Shaping:
     """Coefficients of the path from scores to advantages."""
 
     kl_coef: float
-    discount: float
+    gamma: float
     gae_lambda: float
     score_clip: float
     missing_eos_penalty: float
 
 
-def generalized_advantages(rewards: list[float], values: list[float], discount: float, lam: float) -> list[float]:
+def generalized_advantages(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
     """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t (Schulman et al. 2016, eq. 16); `values` has one more entry."""
-    deltas = [r + discount * values[t + 1] - values[t] for t, r in enumerate(rewards)]
-    return [sum((discount * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+    deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
 
 
 def advantages_and_returns(
