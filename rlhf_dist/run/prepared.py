@@ -26,8 +26,8 @@ class Prepared(Generic[D]):
     num_steps: int = 0
     """Optimizer steps of the run (PPO: iterations); 0 where nothing is trained."""
     contents: Mapping[str, str] = field(default_factory=dict)
-    """Path in the configuration → hash of what is there. A checkpoint then belongs to the contents, wherever they
-    are stored."""
+    """Path in the configuration → hash of what is there, which then counts in place of the path. A pipeline fills it; a run by
+    itself counts a model by its path."""
     bad_rows: tuple[str, ...] = ()
     """Lines of bad_rows.jsonl: rows skipped under `on_bad_row: skip`."""
     shares: tuple[dict[str, Any], ...] = ()
