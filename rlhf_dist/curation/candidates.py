@@ -57,27 +57,27 @@ def _pairs(value: str | Sequence[Message], role: str) -> list[list[str]]:
     return [[message["role"], message["content"]] for message in value]
 
 
-def read_items(sources: Iterable[DataSource], quarantine: BadRows | None = None) -> list[Item]:
+def read_items(sources: Iterable[DataSource], bad_rows: BadRows | None = None) -> list[Item]:
     """The items of sources of kind `candidates` or `preference`, each once.
 
     Args:
         sources: where they are.
-        quarantine: takes the rows that cannot be used, under a source's `on_bad_row: skip`.
+        bad_rows: takes the rows that cannot be used, under a source's `on_bad_row: skip`.
 
     Raises:
         DataError: a row that cannot be used (also one that repeats an item), with its place; a source without items.
         ConfigError: another kind of source.
     """
-    quarantine = BadRows() if quarantine is None else quarantine
+    bad_rows = BadRows() if bad_rows is None else bad_rows
     items: dict[str, Item] = {}
     for source in sources:
         if source.kind not in ("candidates", "preference"):
             raise ConfigError(
                 f"{source.path}: kind {source.kind!r} has no responses to choose among; use candidates or preference"
             )
-        before, known = len(items), len(quarantine)
-        for row in read_fields(source, quarantine):
-            with quarantine.guard(source.on_bad_row, row.values):
+        before, known = len(items), len(bad_rows)
+        for row in read_fields(source, bad_rows):
+            with bad_rows.guard(source.on_bad_row, row.values):
                 item = item_of(row) if source.kind == "candidates" else _of_preference(row)
                 if item.id in items:
                     raise DataError(
@@ -86,8 +86,8 @@ def read_items(sources: Iterable[DataSource], quarantine: BadRows | None = None)
                 items[item.id] = replace(item, on_bad_row=source.on_bad_row)
         if len(items) == before:
             raise DataError(
-                f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "
-                f"{quarantine.rows[known].reason}"
+                f"{source.path}: none of its {len(bad_rows) - known} rows can be used, the first since "
+                f"{bad_rows.rows[known].reason}"
             )
     return list(items.values())
 

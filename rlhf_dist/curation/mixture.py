@@ -1,6 +1,6 @@
 """A mixture of sources as a stream of records.
 
-    spooled = spool_sources(sources, folder, quarantine)        # reads and checks everything, once
+    spooled = spool_sources(sources, folder, bad_rows)        # reads and checks everything, once
     composition = compose(settings, spooled.names, spooled.sizes)
     for line in mixed_lines(spooled, composition, seed): ...
 
@@ -37,7 +37,7 @@ class SpooledSources:
     lines: Spool
 
 
-def spool_sources(sources: Sequence[MixSource], path: Path, quarantine: BadRows) -> SpooledSources:
+def spool_sources(sources: Sequence[MixSource], path: Path, bad_rows: BadRows) -> SpooledSources:
     """Read and check all sources, and write their records to a file, each with its `source`.
 
     Where kinds `instruction` and `messages` meet, instructions become messages.
@@ -45,7 +45,7 @@ def spool_sources(sources: Sequence[MixSource], path: Path, quarantine: BadRows)
     Args:
         sources: the sets.
         path: of the file, which must not be there.
-        quarantine: takes the rows that cannot be used, under `on_bad_row: skip`.
+        bad_rows: takes the rows that cannot be used, under `on_bad_row: skip`.
 
     Raises:
         DataError: what cannot be read or used, with its place.
@@ -61,7 +61,7 @@ def spool_sources(sources: Sequence[MixSource], path: Path, quarantine: BadRows)
     lines = Spool(path)
     sizes = [0] * len(sources)
     try:
-        for row in read_records(sources, quarantine, change):
+        for row in read_records(sources, bad_rows, change):
             lines.append(encoded(row.line))
             sizes[row.source] += 1
     except BaseException:

@@ -55,10 +55,10 @@ class OutputFolder:
             os.fsync(file.fileno())
         return number
 
-    def write_bad_rows(self, quarantine: BadRows) -> None:
+    def write_bad_rows(self, bad_rows: BadRows) -> None:
         """The account of rows that were skipped, where there are any."""
-        if quarantine:
-            write_atomically(self.path / BAD_ROWS, "".join(quarantine.lines()))
+        if bad_rows:
+            write_atomically(self.path / BAD_ROWS, "".join(bad_rows.lines()))
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Numbers and provenance; keys keep their order."""

@@ -61,9 +61,9 @@ class ResponsesReport:
     records: int = 0
 
 
-def read_distinct_prompts(sources: Iterable[DataSource], quarantine: BadRows, report: ResponsesReport) -> list[Prompt]:
+def read_distinct_prompts(sources: Iterable[DataSource], bad_rows: BadRows, report: ResponsesReport) -> list[Prompt]:
     """The prompts of all sources, each once; bad rows as `on_bad_row` says."""
-    return distinct((prompt for source in sources for prompt in read_prompts(source, quarantine)), report)
+    return distinct((prompt for source in sources for prompt in read_prompts(source, bad_rows)), report)
 
 
 def distinct(prompts: Iterable[Prompt], report: ResponsesReport) -> list[Prompt]:

@@ -30,23 +30,23 @@ class SourceRow:
 
 
 def read_records(
-    sources: Sequence[DataSource], quarantine: BadRows, change: Callable[[int, Record], Record] | None = None
+    sources: Sequence[DataSource], bad_rows: BadRows, change: Callable[[int, Record], Record] | None = None
 ) -> Iterator[SourceRow]:
     """The records of sources, one after the other, checked as far as every use of their kind needs.
 
     Args:
         sources: where they are.
-        quarantine: takes the rows that cannot be used, under `on_bad_row: skip`.
+        bad_rows: takes the rows that cannot be used, under `on_bad_row: skip`.
         change: what a record is written as, from the number of its source and the record.
 
     Raises:
         DataError: what cannot be read or used, with its place; a source of which no row can be used.
     """
     for number, source in enumerate(sources):
-        used, known = False, len(quarantine)
-        for row in read_fields(source, quarantine):
+        used, known = False, len(bad_rows)
+        for row in read_fields(source, bad_rows):
             found = None
-            with quarantine.guard(source.on_bad_row, row.values):
+            with bad_rows.guard(source.on_bad_row, row.values):
                 KINDS[source.kind].subject(row)
                 record = source_record(source, row)
                 record = record if change is None else change(number, record)
@@ -56,8 +56,8 @@ def read_records(
                 yield found
         if not used:
             raise DataError(
-                f"{source.path}: none of its {len(quarantine) - known} rows can be used, the first since "
-                f"{quarantine.rows[known].reason}"
+                f"{source.path}: none of its {len(bad_rows) - known} rows can be used, the first since "
+                f"{bad_rows.rows[known].reason}"
             )
 
 

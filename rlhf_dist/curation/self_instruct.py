@@ -69,12 +69,12 @@ def seed_tasks(rows: Iterable[Mapping[str, Any]]) -> list[Task]:
     return [_seed(Fields(f"seed {number}", row, {})) for number, row in enumerate(rows, start=1)]
 
 
-def read_seeds(sources: Iterable[DataSource], quarantine: BadRows) -> list[Task]:
+def read_seeds(sources: Iterable[DataSource], bad_rows: BadRows) -> list[Task]:
     """Seed tasks of sources of kind `instruction`; bad rows as `on_bad_row` says."""
     seeds = []
     for source in sources:
-        for row in read_fields(source, quarantine):
-            with quarantine.guard(source.on_bad_row, row.values):
+        for row in read_fields(source, bad_rows):
+            with bad_rows.guard(source.on_bad_row, row.values):
                 seeds.append(_seed(row))
     return seeds
 

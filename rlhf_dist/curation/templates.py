@@ -32,7 +32,7 @@ def render_rows(
     rows: Iterable[Mapping[str, Any]],
     settings: TemplateSettings,
     fields: Mapping[str, str] | None = None,
-    quarantine: BadRows | None = None,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Instruction records of rows in memory, such as a `datasets.Dataset`.
 
@@ -40,18 +40,18 @@ def render_rows(
         rows: mappings of column to value.
         settings: the templates.
         fields: name that a template uses → column.
-        quarantine: takes rows that cannot be rendered; None: the first ends the work.
+        bad_rows: takes rows that cannot be rendered; None: the first ends the work.
 
     Raises:
         ConfigError: a template file or template that cannot be used.
         DataError: a row that cannot be rendered, by its number from 1.
     """
     numbered = (Fields(f"row {number}", row, fields or {}) for number, row in enumerate(rows, start=1))
-    return instruction_rows(numbered, settings, "error" if quarantine is None else "skip", quarantine)
+    return instruction_rows(numbered, settings, "error" if bad_rows is None else "skip", bad_rows)
 
 
 def render_sources(
-    sources: Sequence[DataSource], quarantine: BadRows, report: TemplateReport
+    sources: Sequence[DataSource], bad_rows: BadRows, report: TemplateReport
 ) -> Iterator[dict[str, Any]]:
     """Instruction records of sources that name their templates, with the column `source`; counts into `report`.
 
@@ -60,8 +60,8 @@ def render_sources(
     for source, name in zip(sources, source_names(sources), strict=True):
         if source.templates is None:
             raise ValueError(f"{source.path} has no templates")
-        rows = _counted(read_fields(source, quarantine), report)
-        for record in instruction_rows(rows, source.templates, source.on_bad_row, quarantine):
+        rows = _counted(read_fields(source, bad_rows), report)
+        for record in instruction_rows(rows, source.templates, source.on_bad_row, bad_rows):
             report.num_records[record["task"], record["provenance"]["template"]] += 1
             yield record | {"source": name}
 

@@ -27,7 +27,7 @@ _CURVE = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 def run(config: DedupConfig) -> None:
     """Read, compare, write what stays and what does not."""
-    quarantine = BadRows()
+    bad_rows = BadRows()
     fields = config.fields or TEXT_FIELDS[config.sources[0].kind]
     processes = default_processes() if config.num_processes is None else config.num_processes
     if config.near is not None:
@@ -37,10 +37,10 @@ def run(config: DedupConfig) -> None:
         tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,
         Spool(Path(work) / "records") as records,
     ):
-        evaluation = _evaluation(config, Path(work), quarantine)
+        evaluation = _evaluation(config, Path(work), bad_rows)
         try:
             verdicts = find_duplicates(
-                _spooled(config, quarantine, records),
+                _spooled(config, bad_rows, records),
                 config,
                 fields=fields,
                 evaluation=evaluation,
@@ -54,15 +54,15 @@ def run(config: DedupConfig) -> None:
         finally:
             if evaluation is not None:
                 evaluation.close()
-        folder.write_bad_rows(quarantine)
-        _report(config, folder, verdicts, evaluation, fields, len(quarantine))
+        folder.write_bad_rows(bad_rows)
+        _report(config, folder, verdicts, evaluation, fields, len(bad_rows))
     rows = [(reason, f"{number:,}", f"{number / len(verdicts):.2%}") for reason, number in verdicts.counts().items()]
     print_table("dedup: what became of the records", rows, header=("", "records", "share"))
-    bad = f"; {len(quarantine)} bad rows skipped (bad_rows.jsonl)" if quarantine else ""
+    bad = f"; {len(bad_rows)} bad rows skipped (bad_rows.jsonl)" if bad_rows else ""
     print(f"The result is in {config.out_dir}; what was removed, and why, in its {REMOVED}{bad}")
 
 
-def _evaluation(config: DedupConfig, work: Path, quarantine: BadRows) -> EvaluationIndex | None:
+def _evaluation(config: DedupConfig, work: Path, bad_rows: BadRows) -> EvaluationIndex | None:
     """The evaluation sets' runs of words."""
     if config.decontaminate is None:
         return None
@@ -71,7 +71,7 @@ def _evaluation(config: DedupConfig, work: Path, quarantine: BadRows) -> Evaluat
     index = EvaluationIndex(folder, config.decontaminate)
     try:
         for name, source in config.decontaminate.against.items():
-            rows = read_records((source,), quarantine)
+            rows = read_records((source,), bad_rows)
             index.add(name, ((row.location, compared_text(row.record, TEXT_FIELDS[source.kind])) for row in rows))
         index.finish()
     except BaseException:
@@ -80,10 +80,10 @@ def _evaluation(config: DedupConfig, work: Path, quarantine: BadRows) -> Evaluat
     return index
 
 
-def _spooled(config: DedupConfig, quarantine: BadRows, records: Spool) -> Iterator[Mapping[str, Any]]:
+def _spooled(config: DedupConfig, bad_rows: BadRows, records: Spool) -> Iterator[Mapping[str, Any]]:
     """The records as they come, each written down on the way as its place and its line."""
     unseen = set(config.fields or ())
-    for row in read_records(config.sources, quarantine):
+    for row in read_records(config.sources, bad_rows):
         records.append(encoded(f"{row.location}\0{row.line}"))
         unseen -= row.record.keys()
         yield row.record

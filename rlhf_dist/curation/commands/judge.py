@@ -32,8 +32,8 @@ _PIECE = 64
 def run(config: JudgeConfig) -> None:
     """Judge every pair in both orders; continue where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
-    quarantine = BadRows()
-    items = read_items(config.sources, quarantine)
+    bad_rows = BadRows()
+    items = read_items(config.sources, bad_rows)
     units = units_of(items, config.pairs, config.seed)
     if not units:
         raise DataError("the sources hold no two different responses to one prompt, so there is nothing to judge")
@@ -52,16 +52,16 @@ def run(config: JudgeConfig) -> None:
     with resumable(config.out_dir, identity_of(config, without=("source_name",), **fingerprints)) as work:
         _judge(config, state, asked, work)
         if config.function:
-            _set_aside(state, quarantine)
+            _set_aside(state, bad_rows)
         by_id = {item.id: item for item in items}
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
             folder.write_records((judgement.entry() for judgement in state.judgements), JUDGEMENTS)
             made = preference_records(by_id, state.judgements, "majority", source=config.source_name)
             number = folder.write_records(made)
             work.save_to(folder.path / ANSWERS)
-            folder.write_bad_rows(quarantine)
+            folder.write_bad_rows(bad_rows)
             bias = as_json(position_bias(state.single))
-            report = {"records": number, **state.report.as_dict(), "position_bias": bias, "bad": len(quarantine)}
+            report = {"records": number, **state.report.as_dict(), "position_bias": bias, "bad": len(bad_rows)}
             folder.write_report(report | {"annotator": config.name})
     _show(config, report)
     if not number:
@@ -100,12 +100,12 @@ def _judge_of(
     return judge, max(1, config.judge.batch_size // 2)
 
 
-def _set_aside(state: Judging, quarantine: BadRows) -> None:
+def _set_aside(state: Judging, bad_rows: BadRows) -> None:
     """Pairs that the function could not judge, as the policy of their source says."""
     for unit, why in state.failures:
         item = unit.item
         a, b = (plain(item.candidates[i]) for i in unit.pair)
-        quarantine.add(item.on_bad_row, DataError(why), {"prompt": plain(item.prompt), "a": a, "b": b})
+        bad_rows.add(item.on_bad_row, DataError(why), {"prompt": plain(item.prompt), "a": a, "b": b})
 
 
 def _show(config: JudgeConfig, report: dict[str, Any]) -> None:

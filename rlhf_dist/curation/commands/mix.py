@@ -16,17 +16,17 @@ from rlhf_dist.run.console import print_table
 
 def run(config: MixConfig) -> None:
     """Read, show the shares, write the mixture."""
-    quarantine = BadRows()
+    bad_rows = BadRows()
     with (
         written(config.out_dir, config.overwrite, dump_yaml(config)) as folder,
         tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,
     ):
-        spooled = spool_sources(config.sources, Path(work) / "records", quarantine)
+        spooled = spool_sources(config.sources, Path(work) / "records", bad_rows)
         with spooled.lines:
             composition = compose(config.mixing, spooled.names, spooled.sizes)
             print_table("mix: shares of the mixture", share_table(composition), header=SHARE_COLUMNS)
             num_records = folder.write_lines(mixed_lines(spooled, composition, config.seed))
-        folder.write_bad_rows(quarantine)
+        folder.write_bad_rows(bad_rows)
         kinds = {source.kind for source in config.sources}
         sources = [
             {
@@ -45,8 +45,8 @@ def run(config: MixConfig) -> None:
                 "records": num_records,
                 "kind": kinds.pop() if len(kinds) == 1 else "messages",
                 "sources": sources,
-                "bad rows": len(quarantine),
+                "bad rows": len(bad_rows),
             }
         )
-    bad = f"; {len(quarantine)} bad rows skipped (bad_rows.jsonl)" if quarantine else ""
+    bad = f"; {len(bad_rows)} bad rows skipped (bad_rows.jsonl)" if bad_rows else ""
     print(f"{num_records:,} records are in {config.out_dir}{bad}")

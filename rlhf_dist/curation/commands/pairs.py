@@ -18,13 +18,13 @@ from rlhf_dist.run.console import print_table
 def run(config: PairsConfig) -> None:
     """Write the pairs of all sources into `out_dir`, and print how many each gave."""
     check_output(config.out_dir, config.overwrite)
-    quarantine = BadRows()
+    bad_rows = BadRows()
     counts: dict[str, int] = {}
 
     def records() -> Iterator[dict[str, Any]]:
         for source in config.sources:
             counts[source.path] = counts.get(source.path, 0)
-            preferences = read_preferences(source, config.seed, bad_rows=quarantine)
+            preferences = read_preferences(source, config.seed, bad_rows=bad_rows)
             for record in ranked_pairs(preferences, config.min_margin, source=source.name or ""):
                 counts[source.path] += 1
                 yield record
@@ -35,7 +35,7 @@ def run(config: PairsConfig) -> None:
             raise DataError(
                 f"no two responses differ by min_margin {config.min_margin:g}, so there is no pair; lower min_margin"
             )
-        folder.write_bad_rows(quarantine)
-        folder.write_report({"command": "data pairs", "pairs": number, "by source": counts, "bad": len(quarantine)})
+        folder.write_bad_rows(bad_rows)
+        folder.write_report({"command": "data pairs", "pairs": number, "by source": counts, "bad": len(bad_rows)})
     rows = [(path, str(count)) for path, count in counts.items()]
-    print_table(str(config.out_dir), [*rows, ("bad, skipped", str(len(quarantine))), ("pairs", str(number))])
+    print_table(str(config.out_dir), [*rows, ("bad, skipped", str(len(bad_rows))), ("pairs", str(number))])

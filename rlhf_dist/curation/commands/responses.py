@@ -24,8 +24,8 @@ SKIPPED = "skipped.jsonl"
 def run(config: ResponsesConfig) -> None:
     """Let every generator answer every prompt; continue where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
-    quarantine, report = BadRows(), ResponsesReport()
-    prompts = read_distinct_prompts(config.prompts, quarantine, report)
+    bad_rows, report = BadRows(), ResponsesReport()
+    prompts = read_distinct_prompts(config.prompts, bad_rows, report)
     state = Responses(config, prompts, report)
     fingerprint = hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
     with resumable(config.out_dir, identity_of(config, prompts=fingerprint)) as work:
@@ -34,9 +34,9 @@ def run(config: ResponsesConfig) -> None:
             folder.write_records(state.records())
             folder.write_records(state.skipped, SKIPPED)
             work.save_to(folder.path / COMPLETIONS)
-            folder.write_bad_rows(quarantine)
-            folder.write_report({**asdict(report), "bad": len(quarantine)})
-    _show(config, report, quarantine)
+            folder.write_bad_rows(bad_rows)
+            folder.write_report({**asdict(report), "bad": len(bad_rows)})
+    _show(config, report, bad_rows)
     if not report.records:
         raise DataError(
             f"no prompt of {report.prompts} got two different responses; {config.out_dir} says why. Raise the temperature, or "
@@ -75,7 +75,7 @@ def _generate(config: ResponsesConfig, state: Responses, work: Work) -> None:
                 current[1].close()
 
 
-def _show(config: ResponsesConfig, report: ResponsesReport, quarantine: BadRows) -> None:
+def _show(config: ResponsesConfig, report: ResponsesReport, bad_rows: BadRows) -> None:
     header = ("generator", "temperature", "kept", "cut off", "equal", "empty", "failed")
     rows = [
         [
@@ -88,5 +88,5 @@ def _show(config: ResponsesConfig, report: ResponsesReport, quarantine: BadRows)
     print_table(str(config.out_dir), rows, header)
     print(
         f"{report.records} prompts with two or more responses, {report.skipped_prompts} without; {report.repeated_prompts} "
-        f"came again, {len(quarantine)} bad; {report.requests} requests, {report.redrawn} of them drawn anew."
+        f"came again, {len(bad_rows)} bad; {report.requests} requests, {report.redrawn} of them drawn anew."
     )

@@ -28,8 +28,8 @@ _CAPS = ("num_records", "max_requests")
 def run(config: SelfInstructConfig) -> None:
     """Generate until `num_records` are kept or `max_requests` are used up; continue where an earlier call stopped."""
     check_output(config.out_dir, config.overwrite)
-    quarantine = BadRows()
-    seeds = read_seeds(config.seeds, quarantine)
+    bad_rows = BadRows()
+    seeds = read_seeds(config.seeds, bad_rows)
     prompt = PromptTemplate(config.prompt_path, PROMPT)
     state = SelfInstruct(config, seeds, prompt)
     state.next_requests()  # a prompt that cannot be rendered is rejected before a model is loaded
@@ -38,8 +38,8 @@ def run(config: SelfInstructConfig) -> None:
         _generate(config, state, work)
         nearest = state.nearest()
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
-            _write(folder, state, nearest, work, quarantine)
-    _show(config, state, nearest, quarantine)
+            _write(folder, state, nearest, work, bad_rows)
+    _show(config, state, nearest, bad_rows)
     if not state.records:
         raise DataError(
             f"no record was kept of {state.report.parsed} tasks in {state.report.requests} completions; {config.out_dir} says "
@@ -81,11 +81,11 @@ def _generate(config: SelfInstructConfig, state: SelfInstruct, work: Work) -> No
             generator.close()
 
 
-def _write(folder: OutputFolder, state: SelfInstruct, nearest: dict[str, Any], work: Work, quarantine: BadRows) -> None:
+def _write(folder: OutputFolder, state: SelfInstruct, nearest: dict[str, Any], work: Work, bad_rows: BadRows) -> None:
     folder.write_records(state.records)
     folder.write_records(state.rejections, REJECTED)
     work.save_to(folder.path / COMPLETIONS)
-    folder.write_bad_rows(quarantine)
+    folder.write_bad_rows(bad_rows)
     settings = state.settings
     folder.write_report(
         {
@@ -94,14 +94,14 @@ def _write(folder: OutputFolder, state: SelfInstruct, nearest: dict[str, Any], w
             "stopped_by": "num_records" if len(state.records) >= settings.num_records else "max_requests",
             **state.report.as_dict(),
             "nearest": nearest,
-            "seeds": {"read": len(state.seeds), "shown": len(state.shown), "bad": len(quarantine)},
+            "seeds": {"read": len(state.seeds), "shown": len(state.shown), "bad": len(bad_rows)},
             "generator": settings.generator.model_dump(mode="json"),
             "prompt": {"origin": state.prompt.origin, "sha256": state.prompt.sha256},
         }
     )
 
 
-def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, Any], quarantine: BadRows) -> None:
+def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, Any], bad_rows: BadRows) -> None:
     report = state.report
     rows: list[tuple[str, Any]] = [
         ("requests", report.requests),
@@ -116,8 +116,8 @@ def _show(config: SelfInstructConfig, state: SelfInstruct, nearest: dict[str, An
     ]
     if nearest:
         rows.append(("nearest other, ROUGE-L", f"mean {nearest['mean']}, largest {nearest['max']}"))
-    if quarantine:
-        rows.append(("bad seeds, skipped", len(quarantine)))
+    if bad_rows:
+        rows.append(("bad seeds, skipped", len(bad_rows)))
     print_table(str(config.out_dir), [(name, str(value)) for name, value in rows])
     if report.kept < config.num_records:
         print(

@@ -14,19 +14,19 @@ from rlhf_dist.run.console import print_table
 def run(config: TemplatesConfig) -> None:
     """Render all sources into `out_dir`, and print how many records each template made."""
     check_output(config.out_dir, config.overwrite)
-    quarantine, report = BadRows(), TemplateReport()
+    bad_rows, report = BadRows(), TemplateReport()
     with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
-        number = folder.write_records(render_sources(config.sources, quarantine, report))
+        number = folder.write_records(render_sources(config.sources, bad_rows, report))
         if not number:
-            why = f"; the first bad one: {quarantine.rows[0].reason}" if quarantine else ""
+            why = f"; the first bad one: {bad_rows.rows[0].reason}" if bad_rows else ""
             raise DataError(f"none of {report.num_rows} rows became a record{why}. Fix the templates or the rows.")
-        folder.write_bad_rows(quarantine)
+        folder.write_bad_rows(bad_rows)
         folder.write_report(
             {
                 "rows": report.num_rows,
                 "records": number,
-                "bad": len(quarantine),
-                "skipped_by_templates": len(quarantine.filtered),
+                "bad": len(bad_rows),
+                "skipped_by_templates": len(bad_rows.filtered),
                 "templates": [
                     {"task": task, "template": name, "records": count}
                     for (task, name), count in sorted(report.num_records.items())
@@ -34,6 +34,6 @@ def run(config: TemplatesConfig) -> None:
             }
         )
     rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
-    rows += [("rows read", str(report.num_rows)), ("bad, skipped", str(len(quarantine)))]
-    rows += [("skipped by every template", str(len(quarantine.filtered))), ("records", str(number))]
+    rows += [("rows read", str(report.num_rows)), ("bad, skipped", str(len(bad_rows)))]
+    rows += [("skipped by every template", str(len(bad_rows.filtered))), ("records", str(number))]
     print_table(str(config.out_dir), rows)

@@ -130,17 +130,17 @@ def report(config: LabelConfig) -> None:
 
 def _items(config: LabelConfig) -> tuple[list[Item], BadRows]:
     """The items, and the rows that are none."""
-    quarantine = BadRows()
-    items = read_items(config.sources, quarantine)
-    if quarantine:
-        print(f"{len(quarantine)} rows are skipped ({BAD_ROWS} lists them), the first: {quarantine.rows[0].reason}")
-    return items, quarantine
+    bad_rows = BadRows()
+    items = read_items(config.sources, bad_rows)
+    if bad_rows:
+        print(f"{len(bad_rows)} rows are skipped ({BAD_ROWS} lists them), the first: {bad_rows.rows[0].reason}")
+    return items, bad_rows
 
 
-def _list_bad_rows(config: LabelConfig, quarantine: BadRows) -> None:
+def _list_bad_rows(config: LabelConfig, bad_rows: BadRows) -> None:
     """The account of them in OUT_DIR; none where the rows have been fixed."""
     (config.out_dir / BAD_ROWS).unlink(missing_ok=True)
-    OutputFolder(config.out_dir).write_bad_rows(quarantine)
+    OutputFolder(config.out_dir).write_bad_rows(bad_rows)
 
 
 def _judgements(config: LabelConfig, items: dict[str, Item]) -> list[Judgement]:

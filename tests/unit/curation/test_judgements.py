@@ -230,9 +230,9 @@ def test_rows_that_offer_no_choice_are_rejected_or_kept_aside(tmp_path: Path, ro
     path = write(tmp_path / "c.jsonl", [{"prompt": "q", "candidates": ["x", "y"]}, row])
     with pytest.raises(DataError, match=rf"c\.jsonl:2: .*{problem}"):
         read_items([source(path)])
-    quarantine = BadRows()
-    assert len(read_items([source(path, on_bad_row="skip")], quarantine)) == 1
-    assert [bad.row for bad in quarantine.rows] == [row]
+    bad_rows = BadRows()
+    assert len(read_items([source(path, on_bad_row="skip")], bad_rows)) == 1
+    assert [bad.row for bad in bad_rows.rows] == [row]
 
 
 def test_a_source_without_choices_is_aborted(tmp_path: Path):

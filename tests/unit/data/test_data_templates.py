@@ -106,7 +106,7 @@ def test_a_row_that_cannot_be_rendered_is_named_or_skipped(tmp_path: Path, row: 
     with pytest.raises(DataError, match=problem):
         list(render_rows(rows, one(tmp_path)))
     bad_rows = BadRows()
-    assert [r["output"] for r in render_rows(rows, one(tmp_path), quarantine=bad_rows)] == ["negative", "positive"]
+    assert [r["output"] for r in render_rows(rows, one(tmp_path), bad_rows=bad_rows)] == ["negative", "positive"]
     assert [bad.row for bad in bad_rows.rows] == [row]
 
 
@@ -333,7 +333,7 @@ def test_a_template_that_passes_a_row_over_makes_room_for_the_next(per_row: int)
 def test_rows_that_no_template_wants_are_counted(tmp_path: Path) -> None:
     bad_rows = BadRows()
     settings = one(tmp_path, when="label_value == 1")
-    assert len(list(render_rows(ROWS, settings, quarantine=bad_rows))) == 4
+    assert len(list(render_rows(ROWS, settings, bad_rows=bad_rows))) == 4
     assert bad_rows.filtered == ["row 1", "row 3", "row 5", "row 7"]
     assert not bad_rows.rows
 
