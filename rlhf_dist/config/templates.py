@@ -71,7 +71,7 @@ class Template(Schema):
     input: str | None = None
     output: str
     when: str | None = None
-    """A Jinja expression; rows for which it is false are skipped, e.g. `label != "mixed"`. Null: every row."""
+    """A Jinja expression; rows for which it is false are filtered out, e.g. `label != "mixed"`. Null: every row."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Other names for the labels in this template, e.g. in its language: {negative: tiêu cực, positive: tích cực}."""
 

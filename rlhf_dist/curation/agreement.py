@@ -116,7 +116,7 @@ def fleiss(units: Iterable[Sequence[Hashable]]) -> Kappa:
 def krippendorff(units: Iterable[Sequence[Hashable]]) -> Kappa:
     """Krippendorff's alpha for nominal labels (Krippendorff 2011, "Computing Krippendorff's alpha-reliability").
 
-    Made for missing labels: α = 1 − D_o/D_e, where a unit counts by its number of labels, and units with one are skipped
+    Made for missing labels: α = 1 − D_o/D_e, where a unit counts by its number of labels, and units with one do not count
     of everything. `percent` is 1 − D_o.
 
     Args:

@@ -94,8 +94,8 @@ def _aborted_error(
     where = "; ".join(f"{term}: rows {', '.join(map(str, numbers))}" for term, numbers in rows.items())
     return SampleError(
         f"{role}: {reason} in optimizer step {number + 1} of the update ({where}). The step was "
-        "not taken and no weight was touched by it. Look at these samples. A checkpoint continues with its own configuration: "
-        "to lower the learning rate or to use precision: fp32, start a new run.",
+        "not taken and no weight was touched by it. Look at these samples. A resumed run keeps its learning rate "
+        "and precision: to lower the one or to use precision: fp32, start a new run.",
         rows,
         step=number,
     )

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 
 
 class _NotCheckedError(Exception):
-    """A stage that starts from one that was rejected."""
+    """A stage that starts from one that failed its checks."""
 
 
 class Preflight:
@@ -61,7 +61,7 @@ class Preflight:
         """Stage → derived numbers, of the stages that have not ended. `session` checks the placement, where it is given.
 
         Raises:
-            RlhfDistError: what a stage would be rejected for; all of it in one message, each with its stage.
+            RlhfDistError: what is wrong with a stage; all of it in one message, each with its stage.
         """
         summary: dict[str, dict[str, Any]] = {}
         errors: list[RlhfDistError] = []

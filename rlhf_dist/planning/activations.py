@@ -123,7 +123,7 @@ def _working_logits(run: TrainingPass, model: Architecture) -> int:
 
 
 class _Kept:
-    """Sums the memory of all tensors that autograd keeps, each piece of memory once, parameters and buffers skipped."""
+    """Sums the memory of all tensors that autograd keeps, each piece of memory once, without parameters and buffers."""
 
     def __init__(self, model: Any) -> None:
         self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}

@@ -36,7 +36,7 @@ def read_rates(path: Path) -> Rates:
 
 
 def calibrated(metrics_path: Path, config: AnyConfig, cluster: Cluster, mean_prompt: float | None = None) -> Rates:
-    """Rates with a factor for each phase that the run measured. Its first iteration is skipped, which pays for warming up.
+    """Rates with a factor for each phase that the run measured. The first iteration, which pays for warming up, does not count.
 
     Args:
         metrics_path: `metrics.jsonl` of the run.

@@ -1,7 +1,7 @@
 """What a result was made from: content hashes, the version of the code, and the record beside the model.
 
 A file is known by the SHA-256 of its bytes; a directory by that of the sorted list "HASH  PATH" of its files, one a line
-(what `sha256sum` prints), hidden files skipped.
+(what `sha256sum` prints), without hidden files.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ContentHashes:
         return sha256_of_listing(self.files(path))
 
     def files(self, path: Path) -> dict[str, str]:
-        """Relative path → SHA-256 of every file below `path`, hidden ones and those in hidden folders skipped."""
+        """Relative path → SHA-256 of every file below `path`, except hidden ones and those in hidden folders."""
         found = {}
         for folder, folders, names in os.walk(path, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))

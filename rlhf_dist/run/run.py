@@ -124,7 +124,7 @@ class Run:
             write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def aborted(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
-        """Write down the samples that step `step` was rejected for, and return the error with the place added."""
+        """Write down the samples that step `step` was aborted for, and return the error with the place added."""
         path = self.folder.path / f"aborted_step_{step:06d}.jsonl"
         with optional(f"samples of step {step}"):
             write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))

@@ -180,7 +180,12 @@ def test_the_lineage_verifies(whole: Job):
         "data": {},
         "sft": {"model.model_path": None},
         "reward": {"model.model_path": "sft"},
-        "ppo": {"policy.model_path": "sft", "reward.model_path": "reward"},
+        "ppo": {
+            "policy.model_path": "sft",
+            "reference.model_path": "sft",
+            "reward.model_path": "reward",
+            "value.model_path": "reward",
+        },
         "eval": {"policy.model_path": "ppo", "reward.model_path": "reward", "reference.model_path": "sft"},
     }
     assert lineages["data"]["data"][0]["path"] == str(whole.reviews)

@@ -26,7 +26,7 @@ def run(config: TemplatesConfig) -> None:
                 "rows": report.num_rows,
                 "records": number,
                 "bad": len(bad_rows),
-                "skipped_by_templates": len(bad_rows.filtered),
+                "filtered": len(bad_rows.filtered),
                 "templates": [
                     {"task": task, "template": name, "records": count}
                     for (task, name), count in sorted(report.num_records.items())
@@ -35,5 +35,5 @@ def run(config: TemplatesConfig) -> None:
         )
     rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
     rows += [("rows read", str(report.num_rows)), ("bad, skipped", str(len(bad_rows)))]
-    rows += [("skipped by every template", str(len(bad_rows.filtered))), ("records", str(number))]
+    rows += [("filtered by every template", str(len(bad_rows.filtered))), ("records", str(number))]
     print_table(str(config.out_dir), rows)

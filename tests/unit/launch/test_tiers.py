@@ -24,6 +24,8 @@ def test_every_line_of_the_table_has_tests_of_its_own():
 
 
 def test_the_first_line_that_matches_decides():
-    assert tier_of("integration/test_slurm.py::test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been") == "slow"
+    assert (
+        tier_of("integration/test_slurm.py::test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been") == "slow"
+    )
     assert tier_of("integration/test_slurm.py::test_another") == "matrix"
     assert tier_of("unit/core/test_random.py::test_any") is None
