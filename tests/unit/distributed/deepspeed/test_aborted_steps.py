@@ -63,11 +63,11 @@ def test_measuring_a_terms_gradient_changes_nothing(tiny_lm: Path, stage: int, p
     assert norms["twice"] + norms["half"] == pytest.approx(results[0][1][0], rel=1e-2 if precision == "bf16" else 1e-5)
 
 
-def test_steps_passed_over_move_the_schedule_on(tiny_lm: Path):
+def test_skipped_steps_advance_the_schedule(tiny_lm: Path):
     with hosted(LM, config=trained(tiny_lm), num_steps=3) as group:
         worker = worker_of(group)
         first = worker.engine.step([lm_term(worker, BATCHES[0])])
-        worker.engine.pass_over(1)
+        worker.engine.skip_steps(1)
         last = worker.engine.step([lm_term(worker, BATCHES[2])])
     # Warm-up over one of three steps, then linear: factors 0.5, 1, 0.5.
     assert [first.learning_rate, last.learning_rate] == pytest.approx([0.5e-3, 0.5e-3])
