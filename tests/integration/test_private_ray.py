@@ -77,7 +77,7 @@ _SIGNALLED = (
     + """
 import os, signal, threading, time
 import psutil, ray
-from rlhf_dist.cli import stopping
+from rlhf_dist.run import preemption
 
 def signal_all():
     os.killpg(0, signal.SIGUSR1)
@@ -86,7 +86,7 @@ def signal_often(stop):
     while not stop.wait(0.02):
         signal_all()
 
-with stopping.listening():
+with preemption.listening():
     starting = threading.Event()
     sender = threading.Thread(target=signal_often, args=(starting,), daemon=True)
     sender.start()
@@ -95,7 +95,7 @@ with stopping.listening():
     with hosted(session, 2) as groups:
         starting.set()
         sender.join()
-        assert stopping.requested()
+        assert preemption.requested()
         before = psutil.Process().children(recursive=True)
         names = {process.name() for process in before}
         assert {"raylet", "gcs_server"} <= names, names
