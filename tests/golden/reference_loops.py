@@ -1,7 +1,7 @@
 """The RLHF maths as loops over Python floats (float64), written to be read beside the papers and for nothing else.
 
 No tensor, no mask, no vectorization: a response is a list as long as it is, so padding cannot enter. Written from the papers,
-not from `rlhf_dist.algo`, which `test_golden_loops.py` compares with it.
+not from `rlhf_dist.ppo`, which `test_golden_loops.py` compares with it.
 """
 
 from __future__ import annotations

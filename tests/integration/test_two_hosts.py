@@ -100,7 +100,7 @@ def test_an_interface_that_is_not_there_is_aborted(cluster, make_config: Make, t
 _DEAF = """
 import os, sys
 from pathlib import Path
-from rlhf_dist.cluster import session
+from rlhf_dist.distributed.ray import session
 from rlhf_dist.distributed.ray.actor import RankHost
 from rlhf_dist.distributed.group import WorkerSpec
 from rlhf_dist.config.hosting import Placement, RayConfig
