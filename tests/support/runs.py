@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -28,8 +27,6 @@ def cli(*arguments: str, **kwargs: Any) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        # As from a shell: a test run in the background ignores SIGINT, and its children would.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **kwargs,
     )
 
