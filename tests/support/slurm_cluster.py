@@ -167,10 +167,16 @@ class SlurmCluster:
         _wait_until(idle, timeout_s, f"idle nodes {', '.join(nodes)}")
 
     def run(self, *command: str, check: bool = True) -> str:
-        """A command against this cluster; its standard output."""
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=120, check=False, cwd=self.folder
-        )
+        """A command against this cluster; its standard output. Slurm's commands die of SIGPIPE where a busy slurmctld closes a
+        connection; a question is asked again."""
+        tries = 5 if command[0] in ("scontrol", "sinfo", "squeue", "sacct") and "requeue" not in command else 1
+        for _ in range(tries):
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, timeout=120, check=False, cwd=self.folder
+            )
+            if done.returncode != -signal.SIGPIPE:
+                break
+            time.sleep(1)
         if check and done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
         return done.stdout
