@@ -140,7 +140,7 @@ def _wait_for_nodes(
     nodes: Sequence[subprocess.Popen[Any]],
     folder: Path,
     environment: Mapping[str, str],
-    timeout_s: float = 90,
+    timeout_s: float = 180,
 ) -> None:
     """Until the cluster has `number` nodes; a node that ended, or is late, is an error with all logs."""
     deadline = time.monotonic() + timeout_s
@@ -150,5 +150,7 @@ def _wait_for_nodes(
         if ended or time.monotonic() > deadline:
             logs = "\n".join(f"{log}:\n{log.read_text()}" for log in sorted(folder.glob("*.log")))
             raise RuntimeError(f"the cluster did not come to {number} nodes within {timeout_s:g} s\n{logs}")
-        if subprocess.run(count, env=environment, capture_output=True, check=False).returncode == 0:
-            return
+        # A driver that connects while the head is still starting may wait for ever: each try has a limit, and a new one follows.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if subprocess.run(count, env=environment, capture_output=True, check=False, timeout=30).returncode == 0:
+                return
