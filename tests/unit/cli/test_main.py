@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist import __version__, cli
+from rlhf_dist import __version__
 from rlhf_dist.cli.main import OTHER_COMMANDS, main
 from rlhf_dist.core.errors import ConfigError, DataError, PlacementError, WorkerError
 from rlhf_dist.pipeline import commands
@@ -152,10 +152,7 @@ def test_wrong_arguments_are_configuration_errors(
 
 def test_quickstart_flags(monkeypatch: pytest.MonkeyPatch):
     calls: list[dict[str, object]] = []
-    module = types.ModuleType("rlhf_dist.quickstart.run")
-    module.run = lambda **options: calls.append(options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rlhf_dist.quickstart.run", module)
-    monkeypatch.setattr(cli, "quickstart", module, raising=False)
+    monkeypatch.setattr("rlhf_dist.quickstart.run.run", lambda **options: calls.append(options))
     assert main(["quickstart"]) == 0
     assert main(["quickstart", "--run-dir", "x", "--seed", "3", "--cluster", "inline", "--overwrite"]) == 0
     default = {"run_dir": Path("runs/quickstart"), "model": "tiny", "seed": 0, "cluster": "ray", "overwrite": False}
