@@ -150,7 +150,7 @@ def _wait_for_nodes(
         if ended or time.monotonic() > deadline:
             logs = "\n".join(f"{log}:\n{log.read_text()}" for log in sorted(folder.glob("*.log")))
             raise RuntimeError(f"the cluster did not come to {number} nodes within {timeout_s:g} s\n{logs}")
-        # A driver that connects while the head is still starting may wait for ever: each try has a limit, and a new one follows.
+        # A driver that connects while the head is still starting may wait for ever: each try has a limit.
         with contextlib.suppress(subprocess.TimeoutExpired):
             if subprocess.run(count, env=environment, capture_output=True, check=False, timeout=30).returncode == 0:
                 return
