@@ -40,7 +40,7 @@ class FrozenEngine:
 
             engine, *_ = deepspeed.initialize(model=module, config=frozen_ds_config(config), dist_init_required=False)
             engine.eval()  # unlike a module's, DeepSpeed's returns nothing
-            self._module: Any = engine
+            self._module: Any = zero.owned_by(self, engine)
         else:
             self._module = module.to(self.device)
 

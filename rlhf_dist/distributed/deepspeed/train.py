@@ -78,7 +78,7 @@ class TrainEngine:
             config=ds_config,
             dist_init_required=False,
         )
-        self._engine: Any = engine
+        self._engine: Any = zero.owned_by(self, engine)
         _undo_trial_step(engine.optimizer)
         self._scale = LossScale(engine.optimizer, ds_config["fp16"]["loss_scale"] if "fp16" in ds_config else None)
         self._metric_names: dict[str, set[str]] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,15 @@ def test_bf16_learns_with_small_steps(tiny_lm: Path, stage: int):
         losses = [role.update(BATCHES[0], step).result().metrics["sft/loss"] for step in range(12)]
         assert {p.dtype for p in worker_of(group).model.parameters()} == {torch.bfloat16}
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_buckets_go_with_the_engine(tiny_lm: Path, stage):
+    """A second run in the same process must find the memory of the first."""
+    with hosted(LM, config=trained(tiny_lm, zero_stage=stage), num_steps=1) as group:
+        LanguageModelRole(group, 2).update(BATCHES[0], 0).result()
+        buckets = worker_of(group).engine._engine.optimizer.ipg_buckets
+        held = [weakref.ref(bucket) for bucket in buckets.values()]
+    del group, buckets
+    gc.collect()
+    assert held and not any(bucket() for bucket in held)
