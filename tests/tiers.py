@@ -35,7 +35,9 @@ TIERS: list[tuple[str, str]] = [
     (r"invariants/test_iteration.py::test_scores_to_weights\[ray ranks=2 zero=2 micro=\d+\]", SLOW),
     (r"invariants/test_iteration.py::test_scores_to_weights", MATRIX),
     (r"invariants/test_rollout_tokens.py.*ranks=3", MATRIX),
+    (r"invariants/test_rollout_tokens.py.*ray ranks=1", SLOW),
     (r"invariants/test_sft_mix_layouts.py.*ranks=3", MATRIX),
+    (r"invariants/test_sft_mix_layouts.py.*ray", SLOW),
     # -- integration
     (
         r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray_follow_the_same_trajectory\[(sft|reward|ppo)-2\]",
@@ -53,6 +55,15 @@ TIERS: list[tuple[str, str]] = [
     (r"learning/test_ppo_reaches_the_optimum.py.*kl-in-reward", SLOW),
     (r"learning/test_ppo_reaches_the_optimum.py", MATRIX),
     (r"unit/distributed/deepspeed/test_hpz.py::test.*", MATRIX),
+    # -- further cases of what is also in the fast tier
+    (r"unit/distributed/deepspeed/test_bf16.py::test_many_micro_batches_add_up_in_fp32\[[13]\]", SLOW),
+    (r"unit/launch/test_docs.py::test_the_plans_are_current", SLOW),
+    (r"unit/launch/test_recipes.py::test_it_fits_on_paper\[llama_70b_ppo\]", SLOW),
+    (r"unit/planning/test_plan_command.py::test_host_memory", SLOW),
+    # -- DeepSpeed's CPUAdam is compiled when it is first used: more than a minute
+    (r"unit/distributed/deepspeed/test_cpu_adam.py::test_(it_takes|an_aborted|matrices)", SLOW),
+    (r"unit/distributed/deepspeed/test_fp16.py::test_overflows_with_the_optimizer_in_cpu_memory", SLOW),
+    (r"unit/launch/test_ds_configs.py::test_it_trains_like_the_generated_configuration\[.*offload.*", SLOW),
     (r"learning/test_recovers_bradley_terry.py.*\[1500-4\]", SLOW),
     (r"learning/test_recovers_bradley_terry.py", MATRIX),
 ]

@@ -311,7 +311,7 @@ def rejected(server: Server, headers: dict[str, str]) -> int:
     return status
 
 
-def test_a_second_server_on_the_same_judgements_is_aborted(tmp_path: Path):
+def test_a_second_server_on_the_same_judgements_is_rejected(tmp_path: Path):
     config = labeling(tmp_path, [{"prompt": "p", "candidates": ["x", "y"]}])
     with serving(config) as server:
         second = cli("label", str(config))

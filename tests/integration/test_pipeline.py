@@ -233,7 +233,7 @@ def test_a_changed_record_runs_what_depends_on_it(whole: Job, tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", ["gone", "changed"])
-def test_a_result_that_is_not_what_was_written_is_aborted(what: str, whole: Job, tmp_path: Path):
+def test_a_result_that_is_not_what_was_written_is_rejected(what: str, whole: Job, tmp_path: Path):
     job = copy_of(whole, tmp_path)
     model = job.folders()["sft"] / "model" / "model.safetensors"
     if what == "gone":

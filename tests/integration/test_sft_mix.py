@@ -144,7 +144,7 @@ def test_a_larger_weight_of_the_text_lowers_its_loss_further(mixed: Callable[...
     assert light["eval_loss"] < heavy["eval_loss"]
 
 
-def test_more_text_a_step_than_there_is_is_aborted(mixed: Callable[..., SFTConfig]):
+def test_more_text_a_step_than_there_is_is_rejected(mixed: Callable[..., SFTConfig]):
     with pytest.raises(
         ConfigError, match=r"takes 20 sequences of text a step, but data\.pretraining has 16; lower the ratio"
     ):

@@ -288,7 +288,7 @@ def test_an_array_trains_its_seeds_side_by_side_on_the_same_nodes(
         _nothing_left(task)
 
 
-def test_an_array_without_a_folder_a_seed_is_aborted(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
+def test_an_array_without_a_folder_a_seed_is_rejected(submit: Callable[..., Job], make_config: Make, tmp_path: Path):
     array = submit(_ppo(make_config, tmp_path / "run"), sbatch=("--nodes=1", "--array=0"))
     assert array.end()["ExitCode"] == "2:0"
     task = Job(array.slurm, array.summary()["JobId"], tmp_path)

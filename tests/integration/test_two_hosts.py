@@ -86,7 +86,7 @@ def test_ranks_take_over_the_environment_that_they_are_given(cluster, make_confi
     assert "nosuch0" in done.stderr
 
 
-def test_an_interface_that_is_not_there_is_aborted(cluster, make_config: Make, tmp_path: Path) -> None:
+def test_an_interface_that_is_not_there_is_rejected(cluster, make_config: Make, tmp_path: Path) -> None:
     config = make_config("sft", tmp_path / "run", ranks=2)
     config["model"]["placement_strategy"] = "STRICT_SPREAD"
     config["ray"] = {"network_interface": "nosuch0"}

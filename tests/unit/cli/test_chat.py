@@ -58,7 +58,7 @@ def test_unknown_command(monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsy
     assert "There is no command /help" in capsys.readouterr().err
 
 
-def test_earlier_turns_are_in_view_and_a_full_context_is_aborted(
+def test_earlier_turns_are_in_view_and_a_full_context_is_rejected(
     monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
     tokenizer = load_tokenizer(str(model_dir))
@@ -110,7 +110,7 @@ def test_a_reply_ends_at_the_end_of_turn_token(model_dir: Path):
     assert asked[0][0].tolist().count(end_of_turn) == 2, "the user's turn and the reply's: nothing is said after it"
 
 
-def test_a_reward_model_is_aborted(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_reward_model_is_rejected(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     load_tokenizer(str(model_dir)).save_pretrained(tmp_path)
     config = LlamaConfig.from_pretrained(model_dir, num_labels=1)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)

@@ -31,7 +31,7 @@ def test_variables_of_rank_processes_are_not_dropped_where_there_are_none(tmp_pa
 
 
 @pytest.mark.parametrize("variable", ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"])
-def test_two_configured_interfaces_are_aborted(variable: str):
+def test_two_configured_interfaces_are_rejected(variable: str):
     said = rf"network_interface is 'ib0' and env_vars sets {variable} 'eth0'; keep one"
     with pytest.raises(ValidationError, match=re.escape(said)):
         RayConfig(network_interface="ib0", env_vars={variable: "eth0"})

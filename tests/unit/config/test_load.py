@@ -247,5 +247,5 @@ def test_help_and_schema_have_every_key():
         (["ema_decay", "0"], "ema_decay"),
     ],
 )
-def test_settings_of_ppo_that_cannot_work_are_aborted(ppo: Path, overrides: list[str], said: str):
+def test_settings_of_ppo_that_cannot_work_are_rejected(ppo: Path, overrides: list[str], said: str):
     assert said in rejection(ppo, f"--ppo.{overrides[0]}", *overrides[1:])

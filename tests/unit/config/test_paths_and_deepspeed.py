@@ -43,7 +43,7 @@ def test_paths_are_meant_from_where_the_command_is_given(tmp_path: Path, monkeyp
         (b"\xff\xfe", r"is not UTF-8"),
     ],
 )
-def test_a_deepspeed_file_that_cannot_be_used_is_aborted(tmp_path: Path, text: bytes, words: str) -> None:
+def test_a_deepspeed_file_that_cannot_be_used_is_rejected(tmp_path: Path, text: bytes, words: str) -> None:
     path = tmp_path / "ds.json"
     path.write_bytes(text)
     with pytest.raises(ConfigError, match=words):
@@ -51,7 +51,7 @@ def test_a_deepspeed_file_that_cannot_be_used_is_aborted(tmp_path: Path, text: b
 
 
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
-def test_gradients_that_could_not_be_checked_are_aborted(tmp_path: Path, part: str):
+def test_gradients_that_could_not_be_checked_are_rejected(tmp_path: Path, part: str):
     path = tmp_path / "ds.json"
     for device, rejected in (("cpu", False), ("nvme", True)):
         path.write_text(json.dumps({"zero_optimization": {"stage": 3, part: {"device": device}}}), encoding="utf-8")
@@ -104,7 +104,7 @@ def test_one_configuration_serves_several_seeds(tmp_path: Path) -> None:
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}, r"super_offload: .* remove it"),
     ],
 )
-def test_settings_of_zero_that_no_role_can_train_with_are_aborted(tmp_path: Path, zero: dict, words: str) -> None:
+def test_settings_of_zero_that_no_role_can_train_with_are_rejected(tmp_path: Path, zero: dict, words: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
     with pytest.raises(ConfigError, match=words):

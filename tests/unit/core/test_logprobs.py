@@ -74,6 +74,6 @@ def test_no_position_gives_no_value():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_a_temperature_that_is_not_positive_is_aborted(logits, taken, temperature: float):
+def test_a_temperature_that_is_not_positive_is_rejected(logits, taken, temperature: float):
     with pytest.raises(ValueError, match=f"temperature is {temperature}"):
         taken_logprobs(logits, taken, temperature)

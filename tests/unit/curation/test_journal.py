@@ -40,7 +40,7 @@ def test_a_broken_line_that_was_whole_is_rejected_and_left_alone(tmp_path: Path)
     assert path.read_bytes() == b'{"n": 0}\nnonsense\n{"n": 1}\n'
 
 
-def test_a_second_writer_is_aborted(tmp_path: Path) -> None:
+def test_a_second_writer_is_rejected(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.jsonl"), pytest.raises(RunFolderError, match="another process writes"):
         Journal(tmp_path / "j.jsonl")
     Journal(tmp_path / "j.jsonl").close()

@@ -185,7 +185,7 @@ def test_an_empty_response_cannot_be_trained_on():
     assert not list(preference_records({"i": item(texts=("", "one"))}, votes("b"), "majority"))
 
 
-def test_judgements_of_other_prompts_are_aborted(tmp_path: Path):
+def test_judgements_of_other_prompts_are_rejected(tmp_path: Path):
     with pytest.raises(
         DataError, match=r"j\.jsonl holds 2 judgements of items that are not in the sources \(such as x\)"
     ):
@@ -235,7 +235,7 @@ def test_rows_that_offer_no_choice_are_rejected_or_kept_aside(tmp_path: Path, ro
     assert [bad.row for bad in bad_rows.rows] == [row]
 
 
-def test_a_source_without_choices_is_aborted(tmp_path: Path):
+def test_a_source_without_choices_is_rejected(tmp_path: Path):
     path = write(tmp_path / "c.jsonl", [{"prompt": "p"}])
     with pytest.raises(ConfigError, match="'prompt' has no responses"):
         read_items([source(path, "prompt")])

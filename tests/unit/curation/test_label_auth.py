@@ -100,7 +100,7 @@ def test_its_own_names_are_fine_also_through_a_tunnel(host: str):
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://localhost:8400"])
-def test_pages_of_other_origins_are_aborted(origin: str):
+def test_pages_of_other_origins_are_rejected(origin: str):
     for kind, status in (("http", 403), ("websocket", 1008)):
         found = ask("/", COOKIE | {"origin": origin}, kind=kind)
         assert (found[0], found[2]) == (status, [])

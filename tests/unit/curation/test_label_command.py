@@ -101,7 +101,7 @@ def test_rows_that_are_skipped_are_listed_and_counted(
         ([judgement(0, "c")], [], "choice is 'c'"),
     ],
 )
-def test_what_cannot_be_exported_is_aborted(
+def test_what_cannot_be_exported_is_rejected(
     tmp_path: Path,
     arguments: list[str],
     capsys: pytest.CaptureFixture[str],

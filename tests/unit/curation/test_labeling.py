@@ -138,7 +138,7 @@ def test_judging_goes_on_to_the_next_and_undo_comes_back(tmp_path: Path):
     assert (task.progress("ann"), task.skipped("ann")) == ((0, 3), 0)
 
 
-def test_what_the_page_does_not_offer_is_aborted(tmp_path: Path):
+def test_what_the_page_does_not_offer_is_rejected(tmp_path: Path):
     task = task_of(tmp_path, [item(0)])
     shown = task.current("ann")
     assert shown is not None
@@ -208,7 +208,7 @@ def test_a_disk_that_takes_nothing_ends_the_judging(tmp_path: Path):
     assert task.progress("ann") == (1, 3)
 
 
-def test_a_folder_of_other_prompts_or_settings_or_things_is_aborted(tmp_path: Path):
+def test_a_folder_of_other_prompts_or_settings_or_things_is_rejected(tmp_path: Path):
     items = [item(n) for n in range(3)]
     by_id = {i.id: i for i in items}
     settings = config(tmp_path / "out")
@@ -296,7 +296,7 @@ def test_the_report_of_nothing(tmp_path: Path):
         ({"export": {"policy": "vote"}}, "majority"),
     ],
 )
-def test_a_configuration_that_cannot_be_meant_is_aborted(tmp_path: Path, settings: dict[str, Any], problem: str):
+def test_a_configuration_that_cannot_be_meant_is_rejected(tmp_path: Path, settings: dict[str, Any], problem: str):
     with pytest.raises(ValidationError, match=problem):
         config(tmp_path, **settings)
 

@@ -113,7 +113,7 @@ def test_ranks_with_less_to_do_idle_through_their_last_micro_batches():
     assert partition([], 2, MicroBatching(9, tokens=9)) == [[[]], [[]]]
 
 
-def test_a_row_over_the_budget_is_aborted():
+def test_a_row_over_the_budget_is_rejected():
     with pytest.raises(ConfigError, match=r"micro_batch_tokens is 19 .* 20 tokens .*\(2 x 10\); raise .* at least 20"):
         partition([10, 3], 2, MicroBatching(8, tokens=19), 2)
 

@@ -160,7 +160,7 @@ def test_moments_are_of_the_held_out_set_or_else_of_training_records(tiny_lm: Pa
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"mean": 0, "std": 0, "num_responses": 1, "records": "x"}'])
-def test_moments_that_cannot_be_used_are_aborted(tmp_path: Path, content: str | None) -> None:
+def test_moments_that_cannot_be_used_are_rejected(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / FILE).write_text(content)
     with pytest.raises(ModelError, match="normalize_scores"):

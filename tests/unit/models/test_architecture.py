@@ -49,6 +49,6 @@ def test_operations_are_those_that_torch_counts(tied: bool, tmp_path: Path):
     assert counter.get_total_flops() == model.forward_flops(rows, length, length) + attention
 
 
-def test_a_missing_config_is_aborted(tmp_path: Path):
+def test_a_missing_config_is_rejected(tmp_path: Path):
     with pytest.raises(ModelError, match="no model at"):
         architecture(str(tmp_path / "nothing"))

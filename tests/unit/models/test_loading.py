@@ -37,12 +37,12 @@ def test_context_length(tiny_lm: Path):
 
 
 @pytest.mark.parametrize("load", [load_model_config, lambda p: load_causal_lm(p, torch.float32)])
-def test_a_folder_without_a_model_is_aborted(load, tmp_path: Path):
+def test_a_folder_without_a_model_is_rejected(load, tmp_path: Path):
     with pytest.raises(ModelError, match=r"Give a directory that holds config\.json"):
         load(str(tmp_path))
 
 
-def test_a_folder_without_weights_is_aborted(tiny_lm: Path, tmp_path: Path):
+def test_a_folder_without_weights_is_rejected(tiny_lm: Path, tmp_path: Path):
     (tmp_path / "config.json").write_bytes((tiny_lm / "config.json").read_bytes())
     with pytest.raises(ModelError, match="safetensors"):
         load_causal_lm(str(tmp_path), torch.float32)

@@ -263,7 +263,7 @@ def test_a_model_that_looks_ahead_cannot_pass_its_leak_off_as_rounding():
         check_packing(model, CPU)
 
 
-def test_attention_within_chunks_of_the_row_is_aborted():
+def test_attention_within_chunks_of_the_row_is_rejected():
     """Chunks are longer than the probe, which cannot tell."""
     config = Llama4TextConfig(
         **_LLAMA, **_IDS, intermediate_size_mlp=48, head_dim=8, num_local_experts=2, attention_chunk_size=32
@@ -275,7 +275,7 @@ def test_attention_within_chunks_of_the_row_is_aborted():
         check_packing(model, CPU)
 
 
-def test_absolute_positions_that_do_not_restart_are_aborted():
+def test_absolute_positions_that_do_not_restart_are_rejected():
     """A model that reads position ids for its mask only: nothing leaks, and packed sequences are still wrong."""
     model = build(AGREE["gpt2"])
     embed = model.transformer.wpe.forward
@@ -286,7 +286,7 @@ def test_absolute_positions_that_do_not_restart_are_aborted():
         check_packing(model, CPU)
 
 
-def test_a_model_without_position_ids_is_aborted():
+def test_a_model_without_position_ids_is_rejected():
     class Plain(nn.Module):
         def forward(self, input_ids, attention_mask, use_cache): ...
 

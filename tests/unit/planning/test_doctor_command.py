@@ -59,7 +59,7 @@ def test_json_is_all_of_stdout(found, capsys: pytest.CaptureFixture[str]):
     }
 
 
-def test_an_unknown_option_is_aborted(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_option_is_rejected(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "--deeper"]) == 2
     assert "--deeper" in capsys.readouterr().err
 

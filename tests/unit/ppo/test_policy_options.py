@@ -94,7 +94,7 @@ def test_an_update_that_starts_on_policy_passes_the_check(tiny_lm: Path):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_an_update_that_starts_off_policy_is_aborted(tiny_lm: Path, stage: int):
+def test_an_update_that_starts_off_policy_is_rejected(tiny_lm: Path, stage: int):
     with policy(tiny_lm, stage=stage, self_checks=True) as group:
         role, before = PolicyRole(group, 2), whole_weights(group)
         experience = on_policy(role)

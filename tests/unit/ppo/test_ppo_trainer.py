@@ -342,7 +342,7 @@ def test_a_policy_that_is_not_its_reference_is_rejected_before_its_first_update(
         ppo.trainer.step(0)
 
 
-def test_rollouts_of_other_weights_or_another_temperature_are_aborted(tmp_path: Path):
+def test_rollouts_of_other_weights_or_another_temperature_are_rejected(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS)
         healthy = ppo.trainer.roles.rollout.generate

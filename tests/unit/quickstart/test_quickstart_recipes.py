@@ -59,6 +59,6 @@ def test_the_tiny_model_is_pretrained_first(tmp_path: Path):
     assert {source.kind for source in config.data.train} == {"text"}
 
 
-def test_an_unknown_model_is_aborted():
+def test_an_unknown_model_is_rejected():
     with pytest.raises(ConfigError, match="--model huge: the quickstart knows tiny, smollm2"):
         recipe_named("huge")

@@ -142,12 +142,12 @@ def test_feelings_are_those_of_the_ratings(files: dict[str, Path]):
     assert all(feeling(lexicon[row["input"]]) == row["output"].removesuffix(".") for row in labels)
 
 
-def test_more_prompts_than_exist_are_aborted(tmp_path: Path):
+def test_more_prompts_than_exist_are_rejected(tmp_path: Path):
     with pytest.raises(DataError, match="prompts_eval: 100000 prompts asked for"):
         write_records(tmp_path, seed=0, sizes=StarterSizes(**{**SMALL.__dict__, "prompts_eval": 100_000}))
 
 
-def test_an_impossible_margin_is_aborted(tmp_path: Path):
+def test_an_impossible_margin_is_rejected(tmp_path: Path):
     sizes = StarterSizes(**{**SMALL.__dict__, "min_margin": 9.0, "pairs_train": 2, "pairs_eval": 2})
     with pytest.raises(DataError, match="lower min_margin"):
         write_records(tmp_path, seed=0, sizes=sizes)

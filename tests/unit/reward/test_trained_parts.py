@@ -87,7 +87,7 @@ def test_contradictions_of_what_is_trained(model, message: str):
         TrainedModel.model_validate({"model_path": "m"} | model)
 
 
-def test_an_average_of_adapters_is_aborted():
+def test_an_average_of_adapters_is_rejected():
     config = {
         "run_dir": "r",
         "policy": {"model_path": "p", "lora": {}},

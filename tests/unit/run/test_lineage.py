@@ -114,7 +114,7 @@ def test_outputs_that_are_gone_or_changed_are_named(folder: Path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_broken_lineage_is_aborted(text: str, tmp_path: Path):
+def test_a_broken_lineage_is_rejected(text: str, tmp_path: Path):
     assert read_lineage(tmp_path) is None
     (tmp_path / "lineage.json").write_text(text)
     with pytest.raises(RunFolderError, match=r"lineage\.json .*restore it, or remove"):

@@ -169,7 +169,7 @@ def test_num_steps(settings: dict[str, Any], records: int, expected: int):
     assert num_steps(SupervisedSettings(**settings), records, "sft") == expected
 
 
-def test_a_batch_larger_than_the_set_is_aborted():
+def test_a_batch_larger_than_the_set_is_rejected():
     with pytest.raises(ConfigError, match=r"sft\.batch_size is 11 but the training set has 10 records; lower it"):
         num_steps(SupervisedSettings(batch_size=11), 10, "sft")
 
@@ -341,7 +341,7 @@ def test_pair_metrics_weigh_records_and_not_chunks():
     assert found["reward_model/eval_accuracy"] == pytest.approx(512 / 520)
 
 
-def test_a_aborted_step_names_and_keeps_its_training_records(tmp_path: Path):
+def test_an_aborted_step_names_and_keeps_its_training_records(tmp_path: Path):
     task = FakeTask()
     task.train = texts(10)  # pyright: ignore[reportAttributeAccessIssue]
     drawn: list[list[int]] = []

@@ -67,7 +67,7 @@ def test_sequences_of_a_step_follow_from_the_ratio(ratio: float, batch_size: int
         ({}, {"pretraining_ratio": -1}, "greater than or equal to 0"),
     ],
 )
-def test_what_contradicts_itself_is_aborted(data: dict[str, Any], sft: dict[str, Any], rejection: str):
+def test_what_contradicts_itself_is_rejected(data: dict[str, Any], sft: dict[str, Any], rejection: str):
     with pytest.raises(ValidationError, match=rejection):
         config(data, **sft)
 

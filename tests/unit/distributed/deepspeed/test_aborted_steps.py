@@ -20,7 +20,7 @@ LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, 
 
 
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: str):
+def test_an_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int, precision: str):
     """The step after rejected ones is the step that would have been taken without them."""
     results = []
     for reject in (False, True):

@@ -66,7 +66,7 @@ def test_a_resumed_average_continues_bit_for_bit(tiny_lm: Path, tmp_path: Path, 
     assert all(torch.equal(results[0][name], t) for name, t in results[1].items())
 
 
-def test_a_checkpoint_without_an_average_is_aborted(tiny_lm: Path, tmp_path: Path):
+def test_a_checkpoint_without_an_average_is_rejected(tiny_lm: Path, tmp_path: Path):
     with hosted(LM, config=trained(tiny_lm), num_steps=4) as group:
         role = LanguageModelRole(group, 2)
         role.save_checkpoint(tmp_path / "model").result()

@@ -83,7 +83,7 @@ def test_it_takes_the_steps_of_torch_adamw(tiny_lm: Path, tmp_path: Path, stage:
 
 @has_compiler
 @pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
+def test_an_aborted_step_leaves_no_trace(tiny_lm: Path, tmp_path: Path, stage: int, precision: str):
     results = []
     config = role_config(tiny_lm, written(tmp_path, stage, precision), stage, precision)
     for reject in (False, True):

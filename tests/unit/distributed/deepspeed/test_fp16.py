@@ -105,7 +105,7 @@ def test_overflows_with_the_optimizer_in_cpu_memory(tiny_lm: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int):
+def test_an_aborted_step_leaves_no_trace(tiny_lm: Path, stage: int):
     """Nor is a sample named that only overflows at a large scale."""
     results = []
     for reject in (False, True):

@@ -149,7 +149,7 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(tiny_lm: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_checkpoint_that_is_not_there_is_aborted(tiny_lm: Path, tmp_path: Path, stage: int):
+def test_a_checkpoint_that_is_not_there_is_rejected(tiny_lm: Path, tmp_path: Path, stage: int):
     with hosted(LM, config=trained(tiny_lm, zero_stage=stage), num_steps=3) as group:
         role = LanguageModelRole(group, 2)
         with pytest.raises(RunFolderError, match="no checkpoint of this layout"):

@@ -43,11 +43,11 @@ def test_sections_of_the_file_replace_the_generated_ones(tmp_path: Path):
         ),
     ],
 )
-def test_a_file_that_contradicts_the_run_is_aborted(tmp_path: Path, content: object, message: str):
+def test_a_file_that_contradicts_the_run_is_rejected(tmp_path: Path, content: object, message: str):
     with pytest.raises(ConfigError, match=message):
         ds_config(zero_stage=2, precision="fp32", path=written(tmp_path, content))
 
 
-def test_a_missing_file_is_aborted(tmp_path: Path):
+def test_a_missing_file_is_rejected(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be read"):
         ds_config(zero_stage=2, precision="fp32", path=tmp_path / "none.json")
