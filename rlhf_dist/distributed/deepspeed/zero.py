@@ -58,8 +58,11 @@ def ds_config(
 
 
 def owned_by(owner: object, engine: Any) -> Any:
-    """The DeepSpeed engine, destroyed when `owner` is. By itself it lives as long as the process, for its gradient hooks hold it,
-    and so do ZeRO's buckets: gigabytes that a later run in this process lacks. (ZeRO-3's share of the weights stays even so.)"""
+    """The DeepSpeed engine, destroyed when `owner` is.
+
+    By itself it lives as long as the process, for its gradient hooks hold it, and so do ZeRO's buckets: gigabytes that a later
+    run in this process lacks. ZeRO-3's share of the weights stays even so.
+    """
     weakref.finalize(owner, engine.destroy).atexit = False
     return engine
 

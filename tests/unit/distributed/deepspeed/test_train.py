@@ -177,4 +177,5 @@ def test_zero_buckets_go_with_the_engine(tiny_lm: Path, stage):
         held = [weakref.ref(bucket) for bucket in buckets.values()]
     del group, buckets
     gc.collect()
-    assert held and not any(bucket() for bucket in held)
+    assert held
+    assert not any(bucket() for bucket in held)
