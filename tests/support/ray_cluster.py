@@ -56,6 +56,7 @@ def authenticated_cluster(folder: Path, cpus: int = 4) -> Iterator[Cluster]:
     options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
     options += [f"--num-cpus={cpus}", f"--temp-dir={folder}", f"--object-store-memory={128 * 2**20}"]
     options += ["--disable-usage-stats", "--block", f"--ray-client-server-port={free_port()}"]
+    options += [f"--dashboard-agent-listen-port={free_port()}"]  # by default one, that another Ray here may have
     with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
