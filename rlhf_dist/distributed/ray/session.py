@@ -104,8 +104,7 @@ class RaySession:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run reports to nobody unasked
             _private_token(os.environ)
             with _kept_from_new_processes(signal.SIGUSR1):
-                # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
-                ray.init("local", include_dashboard=False, num_cpus=usable_cpus(), **common)
+                _start_private(**common)
         else:
             try:
                 ray.init(self.config.address, **common)
@@ -230,6 +229,28 @@ class RaySession:
             self._idle.clear()
             ray.shutdown()
             self._connected = False
+
+
+def _start_private(**settings: Any) -> None:
+    """Start a Ray of this process's own; once more where it fails, since Ray waits only 30 s for its processes, and a busy
+    machine may take longer.
+
+    Raises:
+        PlacementError: it did not start.
+    """
+    for is_last in (False, True):
+        try:
+            # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
+            ray.init("local", include_dashboard=False, num_cpus=usable_cpus(), **settings)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if is_last:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise PlacementError(
+                    f"a private Ray did not start on this machine, tried twice ({reason}); see `rlhf-dist doctor`, free memory "
+                    "and processes, or use cluster: inline"
+                ) from error
 
 
 @contextlib.contextmanager
