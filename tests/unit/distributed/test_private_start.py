@@ -21,7 +21,7 @@ class SlowStart:
     def __call__(self, address: str, **_: Any) -> None:
         self.calls.append(address)
         if len(self.calls) <= self.failures:
-            raise Exception("The current node timed out during startup.\nMore.")  # noqa: TRY002 (as Ray does)
+            raise Exception("The current node timed out during startup.\nMore.")
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
