@@ -46,7 +46,7 @@ TIERS: list[tuple[str, str]] = [
     (r"integration/test_end_to_end.py::test_two_zero_ranks_on_ray", SLOW),
     (r"integration/test_end_to_end.py::test_(saved_models_load|training_moves)", FAST),
     (
-        r"integration/test_slurm.py::test_(a_preempted_job|a_job_submitted_by_the_command_line)",
+        r"integration/test_slurm.py::test_(ranks_on_both_nodes|a_preempted_job|a_job_submitted_by_the_command_line)",
         SLOW,
     ),
     (r"integration/test_slurm.py", MATRIX),
