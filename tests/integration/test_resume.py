@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.runs import cli, metrics, wait_for_step, weights, write_config
 
-pytestmark = [pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(1200)]
 Make = Callable[..., dict[str, Any]]
 
 LENGTHS = {"sft": 60, "reward": 60, "ppo": 8}
@@ -55,14 +55,14 @@ def test_asked_to_stop_and_resumed_ends_where_the_undisturbed_run_ends(
     process = cli(command, configs[stopped])
     wait_for_step(process, stopped, 2)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     assert "--resume auto continues from there" in output
     assert not (stopped / "summary.json").exists()
 
     for arguments in ((configs[stopped], "--resume", "auto"), (configs[whole],)):
         process = cli(command, *arguments)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     expected, found = weights(whole), weights(stopped)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -89,12 +89,12 @@ def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
         agent.kill()
 
     resumed = cli(command, str(config), "--resume", "auto")
-    output, _ = resumed.communicate(timeout=300)
+    output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
     undisturbed = cli(
         command, str(write_config(tmp_path / "whole.yaml", _config(make_config, command, whole, cluster)))
     )
-    output, _ = undisturbed.communicate(timeout=300)
+    output, _ = undisturbed.communicate(timeout=600)
     assert undisturbed.returncode == 0, output
 
     for model in ("model", "model_ema") if command == "ppo" else ("model",):

@@ -304,14 +304,14 @@ def test_a_node_that_never_comes_up_is_named(submit: Callable[..., Job], make_co
         slow = submit(
             config,
             RLHF_DIST_ACTIVATE=f'export PATH={Path(sys.executable).parent}:$PATH; [[ "$SLURMD_NODENAME" != n2 ]] || sleep 999',
-            RLHF_DIST_START_TIMEOUT="30",
+            RLHF_DIST_START_TIMEOUT="90",
             RLHF_DIST_STOP_TIMEOUT="5",
         )
         submit_slurm = slow.slurm
         submit_slurm.end_node(slurm_cluster.SPARE)
         dead = submit(config, sbatch=("--nodes=3", "--partition=spare"))
         assert slow.end()["ExitCode"] == "6:0", slow.log
-        assert "1 of 2 nodes joined Ray; missing: n2 (after 30 s)" in slow.log
+        assert "1 of 2 nodes joined Ray; missing: n2 (after 90 s)" in slow.log
         _nothing_left(slow)
         dead.wait_for(lambda: "missing:" in dead.log, "a list of missing nodes")
     finally:
