@@ -13,12 +13,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PretrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_dist.core.errors import ModelError
+from rlhf_dist.models.generation_config import make_savable
 
 LANGUAGE_MODEL_HEADS = {"lm_head", "embed_out", "output"}
 """What transformers' causal language models call their heads."""
@@ -77,7 +77,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
             "not a reward model"
         )
     _check_names(path, info["missing_keys"], info["unexpected_keys"])
-    _make_savable(model.generation_config)
+    make_savable(model.generation_config)
     return model
 
 
@@ -150,15 +150,6 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, di
             f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."
         ) from error
-
-
-def _make_savable(config: GenerationConfig) -> None:
-    """Published models have sampling settings (`temperature`, `top_p`) without `do_sample`; transformers reads such a
-    generation_config.json, and raises when it is to save it. The settings say what was meant."""
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
 
 
 def _check_names(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
 from rlhf_dist.models.score_moments import read_score_moments
+from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 from rlhf_dist.ppo.config import PPOConfig
 from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.rewards import RunningMoments
@@ -67,7 +68,7 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
         **describe_trained(config.value, "value", scalar=True),
     }
     return Prepared(
-        worker_specs(config),
+        worker_specs(config, num_token_ids(tokenizer)),
         data,
         summary,
         num_steps=settings.num_iterations,
@@ -82,7 +83,11 @@ def _check_models(config: PPOConfig) -> Any:
     for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
         check_micro_batches(model, limit, role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
-    check_causal_lm(check_model(policy.model_path, limit, "policy"), "policy")
+    policy_config = check_model(policy.model_path, limit, "policy")
+    check_causal_lm(policy_config, "policy")
+    check_embeddings(
+        policy_config, tokenizer, "policy", "fine-tune it first with `rlhf-dist sft --model.resize_embeddings true`"
+    )
     for role, model in (("reference", reference), ("reward", reward), ("value", value)):
         model_config = check_model(model.model_path, limit, role)
         if role == "reference":
@@ -103,8 +108,8 @@ def _saved_moments(config: PPOConfig) -> RunningMoments | None:
     return RunningMoments(count=1, mean=found.mean, sum_squares=found.std**2)
 
 
-def worker_specs(config: PPOConfig) -> list[WorkerSpec]:
-    """The five roles of a run, each with its worker."""
+def worker_specs(config: PPOConfig, num_tokens: int | None = None) -> list[WorkerSpec]:
+    """The five roles of a run, each with its worker; `num_tokens`: ids that the tokenizer has."""
     settings, template_path, temperature = config.ppo, config.data.template_path, config.rollout.temperature
     policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
     return [
@@ -132,7 +137,11 @@ def worker_specs(config: PPOConfig) -> list[WorkerSpec]:
                 template_path=template_path,
             ),
         ),
-        WorkerSpec("reference", reference, partial(ReferenceWorker, reference, temperature=temperature)),
+        WorkerSpec(
+            "reference",
+            reference,
+            partial(ReferenceWorker, reference, temperature=temperature, num_tokens=num_tokens),
+        ),
         WorkerSpec("reward", reward, partial(RewardWorker, reward)),
         WorkerSpec(
             "rollout",

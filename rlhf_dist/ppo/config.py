@@ -173,6 +173,16 @@ class PPOStage(Schema):
         return self
 
     @model_validator(mode="after")
+    def _embeddings_are_resized_before(self) -> PPOStage:
+        for role in ("policy", "value"):
+            if getattr(self, role).resize_embeddings:
+                raise ValueError(
+                    f"{role}.resize_embeddings is true, but the models of a PPO run share a vocabulary; set "
+                    "model.resize_embeddings in the SFT and reward runs that they come from"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _average_is_of_weights(self) -> PPOStage:
         if self.policy.lora is not None and self.ppo.ema_decay is not None:
             raise ValueError(

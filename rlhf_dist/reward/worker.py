@@ -37,7 +37,7 @@ class PreferenceModelWorker(TrainedWorker):
         pair_weights: PairWeights | None = None,
     ) -> None:
         tokenizer: Any = load_tokenizer(config.model_path, template_path)
-        module = build_scalar_model(config, context, tokenizer.pad_token_id)
+        module = build_scalar_model(config, context, tokenizer)
         super().__init__(module, config, context, num_steps, tokenizer)
         self.margin_coef = margin_coef
         self.centering_coef = centering_coef
