@@ -45,8 +45,9 @@ def save_pretrained(
 
 
 def try_saving(model: Any, tokenizer: Any) -> None:
-    """Write and read back, in a temporary folder, what is saved beside the weights: transformers validates it then, and a run is
-    not to be lost for it at its end.
+    """Write and read back, in a temporary folder, what is saved beside the weights.
+
+    transformers validates it then, and a run is not to be lost for it at its end.
 
     Raises:
         ModelError: transformers cannot save it, or cannot load what it saved.
