@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from rlhf_dist.config.data import BadRowPolicy
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.json_lines import json_line
 
 MAX_LISTED = 20
 """Places that a report lists of each class; the rest is only counted."""
@@ -39,7 +39,10 @@ class BadRows:
     def lines(self) -> Iterator[str]:
         """One JSON line a row: `reason` and `row` (as text where it is not JSON)."""
         for bad in self.rows:
-            yield json.dumps({"reason": bad.reason, "row": bad.row}, ensure_ascii=False, default=repr) + "\n"
+            try:
+                yield json_line({"reason": bad.reason, "row": bad.row})
+            except RecursionError:
+                yield json_line({"reason": bad.reason, "row": "nested too deeply to be written"})
 
     def add(self, policy: BadRowPolicy, error: DataError, row: Any = None) -> None:
         """Record an invalid row under `skip`.
