@@ -16,7 +16,6 @@ RUN_DIR/
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
