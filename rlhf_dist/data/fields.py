@@ -55,9 +55,9 @@ class Fields:
         return field in self._mapping
 
     def get(self, field: str) -> Any:
-        """The field's value; None where it is missing."""
+        """The field's value; None where it is missing, or NaN, as tables write what is missing."""
         value = _lookup(self._values, self._mapping.get(field, field))
-        return None if value is _MISSING else value
+        return None if value is _MISSING or (isinstance(value, float) and math.isnan(value)) else value
 
     def required(self, field: str) -> Any:
         """The field's value.

@@ -28,7 +28,7 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
     """The tokenizer of a model directory or hub name, made ready for training.
 
     It has an EOS token, a pad token (an existing token; the vocabulary never grows, so embeddings fit) and a chat
-    template: its own, else the one at `template_path`, else the built-in instruction template. What was set is saved
+    template: the one at `template_path`, else its own, else the built-in instruction template. What was set is saved
     with the model by `save_pretrained`.
 
     Raises:
@@ -78,14 +78,17 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, template_path: Path | None) -> None:
-    if tokenizer.chat_template:
-        if template_path is not None:
-            log.warning("template_path %s is not used: the tokenizer has a chat template of its own", template_path)
-        return
     if template_path is None:
+        if tokenizer.chat_template:
+            return
         template = resources.files("rlhf_dist.data").joinpath("instruction_template.jinja").read_text(encoding="utf-8")
         tokenizer.chat_template = _bos_prefix(tokenizer) + template
         return
+    if tokenizer.chat_template:
+        log.warning(
+            "data.template_path %s replaces the tokenizer's own chat template, and is saved with the model",
+            template_path,
+        )
     try:
         tokenizer.chat_template = template_path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:

@@ -47,14 +47,17 @@ def test_bos_is_rendered_once_where_the_tokenizer_adds_one(tmp_path):
     assert ids.count(bos) == 1
 
 
-def test_own_template_stays(tmp_path, caplog):
+def test_own_template_stays_unless_another_is_given(tmp_path, caplog):
     made = train_tokenizer("<|im_start|>", "<|im_end|>")
     made.chat_template = CHATML
     made.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == CHATML
     other = tmp_path / "other.jinja"
     other.write_text("{{ 1 }}")
-    assert load_tokenizer(str(tmp_path), other).chat_template == CHATML
-    assert "is not used" in caplog.text
+    tokenizer = load_tokenizer(str(tmp_path), other)
+    assert "other.jinja" in caplog.text
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == "{{ 1 }}"
 
 
 def test_template_path_is_used_where_there_is_none(tokenizer_path, tmp_path):
