@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class BadRows:
     rows: list[BadRow] = field(default_factory=list)
     filtered: list[str] = field(default_factory=list)
     """Places of valid rows that every template of their source filtered out (`when`)."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was recognized in rows, or is not used of them → number of rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,6 +90,8 @@ class DataReport:
     """Invalid rows skipped under `on_bad_row: skip`; not counted as records."""
     filtered: tuple[str, ...] = ()
     """Places of rows that every template filtered out; not counted as records."""
+    notes: tuple[tuple[str, int], ...] = ()
+    """What was recognized in rows, or is not used of them, and in how many."""
     num_duplicates: int = 0
     """Used records that equal an earlier one."""
     duplicates: tuple[str, ...] = ()
@@ -98,7 +103,7 @@ class DataReport:
 
     def losses(self) -> dict[str, str]:
         """Each class of skipped, dropped, truncated and repeated data with its count and first places; empty where none."""
-        found = {}
+        found = {what: f"{number} rows" for what, number in self.notes}
         if self.bad:
             found["bad rows skipped"] = f"{len(self.bad)} ({self.bad[0].reason}; ...)"
         if self.filtered:
@@ -151,6 +156,7 @@ class Tally:
             dropped=tuple(self._dropped),
             bad=tuple(self.bad_rows.rows),
             filtered=tuple(self.bad_rows.filtered),
+            notes=tuple(sorted(self.bad_rows.notes.items())),
             num_duplicates=len(duplicates),
             duplicates=tuple(duplicates[:MAX_LISTED]),
             num_contradictions=len(contradictions),

@@ -77,8 +77,8 @@ def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
         return reader(source, path, bad_rows)
     if path.exists() or path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
         raise DataError(
-            f"{source.path} is not a supported data set: files end in one of {', '.join(DATA_SUFFIXES)}, also compressed "
-            f"({', '.join(_OPEN)}); rename the file, or convert it"
+            f"{source.path} is not a supported data set: files end in one of {', '.join(DATA_SUFFIXES)}; "
+            f"compressed ones also in {', '.join(_OPEN)}; rename the file, or convert it"
         )
     return _dataset_rows(source, _load_hub(source))
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from rlhf_dist.config.data import BadRowPolicy
-from rlhf_dist.data.encoding import Message
+from rlhf_dist.data.rendering import Message
 
 Messages = tuple[Message, ...]
 
 
 def turns_of(messages: Sequence[Message]) -> Hashable:
-    """A dialogue's identity: roles and texts, without surrounding white space."""
-    return tuple((message["role"], message["content"].strip()) for message in messages)
+    """A dialogue's identity: roles and texts, without surrounding white space, and whatever else its messages have."""
+    return tuple((message["role"], (message["content"] or "").strip(), *_others(message)) for message in messages)
+
+
+def _others(message: Message) -> list[str]:
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return [json.dumps(rest, sort_keys=True, default=str)] if rest else []
 
 
 def before_last_response(messages: Messages) -> Messages:
@@ -31,6 +38,10 @@ class Conversation:
     location: str
     task: str = ""
     """The task that it is an example of; "" where tasks are not read, or the record has none."""
+    targets: tuple[int, ...] | None = None
+    """Positions of the assistant messages to learn from; None: all."""
+    tools: tuple[Any, ...] = ()
+    """Descriptions of tools, for the chat template."""
     row: str = ""
     """Place of the labeled row that a template rendered it from; "" where none did."""
     on_bad_row: BadRowPolicy = "error"
@@ -44,7 +55,7 @@ class Conversation:
     @property
     def content(self) -> Hashable:
         """What makes two records duplicates."""
-        return _exactly(self.messages)
+        return _exactly(self.messages), self.targets, json.dumps(self.tools, default=str)
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,8 @@ class Prompt:
     location: str
     on_bad_row: BadRowPolicy = "error"
     """As in `Conversation`."""
+    tools: tuple[Any, ...] = ()
+    """As in `Conversation`."""
 
     @property
     def subject(self) -> Hashable:
@@ -167,4 +180,4 @@ def contradictions(preferences: Iterable[Preference]) -> list[str]:
 
 
 def _exactly(messages: Sequence[Message]) -> Hashable:
-    return tuple((message["role"], message["content"]) for message in messages)
+    return tuple((message["role"], message["content"], *_others(message)) for message in messages)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -31,18 +31,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_dist.config.data import DataSettings
 from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import DataError, TooLongError
-from rlhf_dist.data import encoding
+from rlhf_dist.data import encoding, rendering
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
-from rlhf_dist.data.encoding import (
-    Encoded,
-    Rendered,
-    encode_prompt,
-    encode_rendered,
-    encode_text,
-    render_conversation,
-)
+from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
 from rlhf_dist.data.records import Conversation, Preference, Record, Text
+from rlhf_dist.data.rendering import Rendered, render_conversation
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +195,11 @@ def _content(record: Record) -> str:
     if isinstance(record, Text):
         content: Any = {"text": record.text}
     elif isinstance(record, Conversation):
-        content = {"messages": record.messages}
+        content = {"messages": record.messages, "targets": record.targets, "tools": record.tools}
     elif isinstance(record, Preference):
         content = {"prompt": record.prompt, "responses": record.responses}
     else:
-        content = {"prompt": record.messages}
+        content = {"prompt": record.messages, "tools": record.tools}
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -229,17 +223,18 @@ def _tokenize_batch(
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> list[Rendered | DataError]:
     """The conversations of a content; [] for plain texts and prompts."""
+    targets: Collection[int] | None
     if "messages" in content:
-        conversations, first_target = [content["messages"]], 0
+        conversations, targets = [content["messages"]], content["targets"]
     elif content.get("prompt") and "responses" in content:
         conversations = [[*content["prompt"], *response] for response in content["responses"]]
-        first_target = len(content["prompt"])
+        targets = range(len(content["prompt"]), max(map(len, conversations)))
     else:
         return []
     found: list[Rendered | DataError] = []
     for messages in conversations:
         try:
-            found.append(render_conversation(tokenizer, messages, first_target))
+            found.append(render_conversation(tokenizer, messages, targets, content.get("tools", ())))
         except DataError as err:
             found.append(err)
     return found
@@ -275,7 +270,7 @@ def _tokenized(
                 if ids not in found.ids:
                     found.add(ids, mask, cut, len(ids) - mask.index(True) if conversations else len(ids), number)
     else:
-        for ids in fit_prompt(encode_prompt(tokenizer, content["prompt"]), settings):
+        for ids in fit_prompt(encode_prompt(tokenizer, content["prompt"], content["tools"]), settings):
             found.add(ids, [False] * len(ids))
     return found
 
@@ -393,7 +388,8 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 @cache
 def _code_digest() -> str:
     """Of what tokenizes: this package's code, and the versions of the libraries."""
-    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, str(encoding.__file__))]
+    modules = (__file__, str(encoding.__file__), str(rendering.__file__))
+    code = [Path(module).read_text(encoding="utf-8") for module in modules]
     return _digest([*code, transformers.__version__, tokenizers.__version__, jinja2.__version__])
 
 

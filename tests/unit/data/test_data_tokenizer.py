@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.encoding import stop_token_ids
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 
 TURNS = [
