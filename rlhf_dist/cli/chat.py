@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.data.encoding import encode_prompt
 from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.models.generation_config import stop_tokens
@@ -44,10 +45,7 @@ class Chat:
         Raises ConfigError, and leaves the conversation as it was, when it no longer fits the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt: Any = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ids = prompt["input_ids"]
+        ids = torch.tensor([encode_prompt(self.tokenizer, messages)])
         num_prompt = ids.shape[1]
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and num_prompt + self.max_response_tokens > room:

@@ -118,6 +118,10 @@ class DataSettings(Schema):
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
     cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
     `on_bad_row` says. What was cut or skipped is counted."""
+    system: DataContent[Literal["keep", "merge_into_user"]] = "keep"
+    """`merge_into_user` puts a system message before the next user message's text, for models without a system turn."""
+    same_role_turns: DataContent[Literal["keep", "merge"]] = "keep"
+    """`merge` joins messages of one role that follow each other, for chat templates whose roles must alternate."""
     template_path: Annotated[AbsolutePath | None, Decides(by=sha256_of)] = None
     """A Jinja chat template, used in place of the tokenizer's own and saved with the model; null takes the tokenizer's own, or
     the built-in instruction template where it has none."""
@@ -134,6 +138,10 @@ class TrainingData(DataSettings):
 class SFTData(TrainingData):
     """Data of an SFT run."""
 
+    train_on: DataContent[Literal["all", "last"]] = "all"
+    """Which assistant turns of a conversation are learnt from: `all` (of messages with a `weight`, those of weight 1), or the
+    `last` of them only. Templates of reasoning models render the last turn as the model is used, earlier ones without
+    reasoning."""
     train: DataContent[tuple[DataSource, ...]] = Field(min_length=1)
     """Sets to train on: kinds `instruction`, `messages` and `text`."""
     eval: DataContent[tuple[DataSource, ...]] = ()

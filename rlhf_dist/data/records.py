@@ -6,7 +6,7 @@ import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_dist.config.data import BadRowPolicy
 from rlhf_dist.data.rendering import Message
@@ -28,6 +28,34 @@ def before_last_response(messages: Messages) -> Messages:
     """The messages before the last assistant turn; all where there is none."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: turns[-1]] if turns else messages
+
+
+def arranged(
+    messages: Messages, system: Literal["keep", "merge_into_user"], same_role_turns: Literal["keep", "merge"]
+) -> tuple[Messages, list[int]]:
+    """(messages as a chat template is to get them, where each is among them): see `DataSettings`. A system message that no user
+    message follows stays."""
+    found: list[Message] = []
+    moved: list[int] = []
+    waiting: list[str] = []
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        if message["role"] == "system" and system == "merge_into_user" and i < last_user:
+            waiting += [message["content"]] if message["content"] else []
+        else:
+            if message["role"] == "user" and waiting:
+                message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
+                waiting = []
+            if same_role_turns == "merge" and found and _joinable(found[-1], message):
+                found[-1] = {**message, "content": "\n\n".join([found[-1]["content"], message["content"]])}
+            else:
+                found.append(message)
+        moved.append(max(len(found) - 1, 0))
+    return tuple(found), moved
+
+
+def _joinable(first: Message, second: Message) -> bool:
+    return first["role"] == second["role"] and first.keys() == second.keys() == {"role", "content"}
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config.data import DataSettings
+from rlhf_dist.config.data import DataSettings, SFTData
 from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data import encoding, rendering
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
 from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
-from rlhf_dist.data.records import Conversation, Preference, Record, Text
+from rlhf_dist.data.records import Conversation, Preference, Record, Text, arranged
 from rlhf_dist.data.rendering import Rendered, render_conversation
 
 log = logging.getLogger(__name__)
@@ -161,11 +161,11 @@ def tokenize(
     """
     if num_proc is None:
         num_proc = max(1, min(usable_cpus(), len(records) // MIN_RECORDS_PER_PROCESS))
-    content_digest = _digest(map(_content, records))
+    content_digest = _digest(_content(record, settings) for record in records)
     limits = [str(settings.max_length_tokens), settings.on_too_long]
     with _progress_bars(shown=num_proc > 1):
         contents = datasets.Dataset.from_generator(
-            partial(_contents, records),
+            partial(_contents, records, settings),
             features=datasets.Features({"content": datasets.Value("string")}),
             cache_dir=str(_cache_dir()),
             fingerprint=content_digest,
@@ -185,21 +185,29 @@ def tokenize(
     return Tokens(Ragged.from_arrow(rows.data.column("ids")), Ragged.from_arrow(rows.data.column("masks"), bool), rows)
 
 
-def _contents(records: Sequence[Record]) -> Iterator[dict[str, str]]:
+def _contents(records: Sequence[Record], settings: DataSettings) -> Iterator[dict[str, str]]:
     for record in records:
-        yield {"content": _content(record)}
+        yield {"content": _content(record, settings)}
 
 
-def _content(record: Record) -> str:
+def _content(record: Record, settings: DataSettings) -> str:
     """What of a record is tokenized, as JSON; without its place, so that a renamed file is not tokenized again."""
     if isinstance(record, Text):
         content: Any = {"text": record.text}
     elif isinstance(record, Conversation):
-        content = {"messages": record.messages, "targets": record.targets, "tools": record.tools}
+        messages, moved = arranged(record.messages, settings.system, settings.same_role_turns)
+        targets = record.targets
+        if isinstance(settings, SFTData) and settings.train_on == "last":
+            targets = targets if targets is not None else range(len(record.messages))
+            targets = [i for i in targets if record.messages[i]["role"] == "assistant"][-1:]
+        targets = None if targets is None else sorted({moved[i] for i in targets})
+        content = {"messages": messages, "targets": targets, "tools": record.tools}
     elif isinstance(record, Preference):
-        content = {"prompt": record.prompt, "responses": record.responses}
+        prompt, _ = arranged(record.prompt, settings.system, settings.same_role_turns)
+        content = {"prompt": prompt, "responses": record.responses}
     else:
-        content = {"prompt": record.messages, "tools": record.tools}
+        prompt, _ = arranged(record.messages, settings.system, settings.same_role_turns)
+        content = {"prompt": prompt, "tools": record.tools}
     return json.dumps(content, ensure_ascii=False)
 
 

@@ -46,7 +46,7 @@ def prepare(config: EvalConfig) -> Prepared[dict[str, Any]]:
     if settings.preferences:
         data["preferences"] = load_pairs(settings.preferences, settings, tokenizer, config.seed, use_margins=False)
     if settings.prompts:
-        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings.on_too_long)
+        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings)
     summary = describe_data(**{name: dataset for name, dataset in data.items() if dataset})
     dropped = bad_rows(*data.values())
     data["decode"] = decoder(tokenizer)

@@ -39,7 +39,7 @@ def load_data(config: PPOConfig, tokenizer: Any, keep_records: bool = False) -> 
     data, limit = config.data, config.max_prompt_tokens
 
     def prompts(sources: Sequence[DataSource]) -> PromptDataset | None:
-        return load_prompts(sources, tokenizer, limit, data.on_too_long, keep_records) if sources else None
+        return load_prompts(sources, tokenizer, limit, data, keep_records) if sources else None
 
     return {
         "prompts": prompts(data.prompts),

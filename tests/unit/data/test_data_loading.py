@@ -250,7 +250,7 @@ def test_ratings_without_prompt_are_plain_texts(source, tokenizer):
 
 def test_prompts(source, tokenizer):
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    data = load_prompts([source("prompt", [{"prompt": "chào"}, {"prompt": turns}])], tokenizer, 100)
+    data = load_prompts([source("prompt", [{"prompt": "chào"}, {"prompt": turns}])], tokenizer, 100, DataSettings())
     batch = data.batch([1, 0])
     assert decoded(tokenizer, batch) == [
         "### System:\ns\n\n### Instruction:\nu\n\n### Response:\n",
@@ -267,8 +267,8 @@ def test_prompts_are_never_cut(source, tokenizer):
     rows = source("prompt", [{"prompt": "ngắn"}, {"prompt": "dài " * 50}])
     for policy in ("error", "truncate"):
         with pytest.raises(DataError, match=r"data\.jsonl:2: the prompt has \d+ tokens, more than the 60 .*to skip"):
-            load_prompts([rows], tokenizer, 60, policy)
-    kept = load_prompts([rows], tokenizer, 60, "skip")
+            load_prompts([rows], tokenizer, 60, DataSettings(on_too_long=policy))
+    kept = load_prompts([rows], tokenizer, 60, DataSettings(on_too_long="skip"))
     assert (len(kept), kept.report.num_skipped) == (1, 1)
 
 
@@ -284,7 +284,7 @@ def test_rows_found_unusable_when_encoded_are_skipped_under_skip(source, tokeniz
     for kind, rows, load in (
         ("messages", chats, lambda of: load_sequences([of], settings, tokenizer)),
         ("preference", pairs, lambda of: load_pairs([of], settings, tokenizer, 0)),
-        ("prompt", prompts, lambda of: load_prompts([of], tokenizer, 60, "truncate")),
+        ("prompt", prompts, lambda of: load_prompts([of], tokenizer, 60, DataSettings(on_too_long="truncate"))),
     ):
         with pytest.raises(DataError, match=r"data\.jsonl:2: the prompt"):
             load(source(kind, rows))
@@ -311,7 +311,7 @@ def test_on_too_long_error_stops_also_where_bad_rows_are_skipped(source, tokeniz
         load_sequences([rows], settings, tokenizer)
     asked = source("prompt", [{"prompt": "dài " * 50}, {"prompt": "q"}], on_bad_row="skip")
     with pytest.raises(DataError, match=r"data\.jsonl:1: the prompt has \d+ tokens"):
-        load_prompts([asked], tokenizer, 60, "error")
+        load_prompts([asked], tokenizer, 60, DataSettings(on_too_long="error"))
 
 
 def test_a_set_of_which_all_is_skipped_is_invalid(source, tokenizer):
