@@ -21,6 +21,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+NEW_PAD_TOKEN = "<|pad|>"
 _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
 
 
@@ -52,6 +53,16 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
     return tokenizer
 
 
+def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token of its own where EOS pads.
+
+    For reward models: transformers reads a sequence's score at its last token that is not padding, so that with EOS as padding
+    it would be read before the EOS that ends a response. The new token's id is one that the embeddings may not have.
+    """
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
+
+
 def _from_pretrained(model_path: str) -> PreTrainedTokenizerBase:
     folder = Path(model_path).expanduser()
     remedy = "give a directory in Hugging Face format with a tokenizer.json, or a hub name that can be reached"
@@ -71,7 +82,9 @@ def _from_pretrained(model_path: str) -> PreTrainedTokenizerBase:
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """An existing token to pad with, if possible not EOS. Lengths are explicit everywhere, so EOS does no harm."""
     vocab = tokenizer.get_vocab()
-    for token in (tokenizer.unk_token, *_PAD_CANDIDATES):
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    reserved = [token for token in special if "reserved" in token or "unused" in token]
+    for token in (tokenizer.unk_token, *_PAD_CANDIDATES, *reserved):
         if token in vocab and token != tokenizer.eos_token:
             return str(token)
     return str(tokenizer.eos_token)

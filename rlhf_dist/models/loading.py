@@ -177,9 +177,8 @@ def _check_names(path: str, missing: Iterable[str], unexpected: Iterable[str]) -
 def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """What stands before the names that the model has, where most missing weights are there with it (a head may not be); else
     ""."""
-    ends = [
-        (name, wanted) for name in unexpected for wanted in missing[:1] + missing[-1:] if name.endswith("." + wanted)
-    ]
+    some = {*missing[:1], *missing[-1:]}
+    ends = [(name, wanted) for name in unexpected for wanted in some if name.endswith("." + wanted)]
     for name, wanted in ends:
         prefix = name.removesuffix(wanted)
         if 2 * sum(prefix + other in unexpected for other in missing) > len(missing):

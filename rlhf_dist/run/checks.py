@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.hosting import ModelHost, TrainedModel
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.data.tokenizer import NEW_PAD_TOKEN, load_tokenizer
 from rlhf_dist.models.loading import context_length, load_model_config
 from rlhf_dist.models.vocabulary import check_embeddings
 
@@ -59,7 +59,11 @@ def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num
 def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -> None:
     """Roles exchange token ids: their tokenizers must be one, and every id must have an embedding."""
     other = load_tokenizer(path)
-    if other.get_vocab() != policy.get_vocab():
+    # A reward model may have been given a pad token of its own, which no text has.
+    vocabularies = [
+        {name: i for name, i in one.get_vocab().items() if name != NEW_PAD_TOKEN} for one in (policy, other)
+    ]
+    if vocabularies[0] != vocabularies[1]:
         raise ModelError(
             f"the tokenizer of the {role} model at {path!r} ({len(other)} tokens) is not the policy's ({len(policy)} tokens); "
             "all models of a run must share one: train the reward model from the policy's base model"

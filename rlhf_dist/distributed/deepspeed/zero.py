@@ -136,16 +136,13 @@ def grow_embeddings(model: Any, rows: int) -> None:
     if model.config.get_text_config().vocab_size >= rows:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    tied = getattr(head, "weight", None) is embedding.weight
     with whole([embedding.weight]):
         embedding.weight = grown(embedding.weight, rows)
     embedding.num_embeddings = rows
-    if tied:
-        head.weight = embedding.weight
-    elif head is not None:
-        with whole([head.weight]):
-            head.weight = grown(head.weight, rows)
     if head is not None:
+        with whole([head.weight]):
+            head.weight = embedding.weight if tied else grown(head.weight, rows)
         head.out_features = rows
         if getattr(head, "bias", None) is not None:
             with whole([head.bias]):

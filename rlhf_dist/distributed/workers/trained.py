@@ -94,6 +94,8 @@ def build_scalar_model(config: TrainedModel, context: RankContext, tokenizer: An
     with train_init(config, context):
         model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], tokenizer.pad_token_id)
     restore_buffers(model)
+    if tokenizer.pad_token_id == num_token_ids(tokenizer) - 1:
+        zero.grow_embeddings(model, num_token_ids(tokenizer))  # for a pad token that was added
     if head_is_new:
         head = model.score
         generator = torch.Generator().manual_seed(derived_seed(context.seed, "scalar head", 0))

@@ -131,3 +131,8 @@ def test_stop_tokens(tokenizer, chatml):
     assert stop_token_ids(chatml) == [chatml.eos_token_id, chatml.convert_tokens_to_ids("<|im_end|>")]
     chatml.chat_template = None
     assert stop_token_ids(chatml) == [chatml.eos_token_id]
+
+
+def test_a_reserved_token_pads_where_there_is_one(tmp_path):
+    train_tokenizer("<|reserved_special_token_0|>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|reserved_special_token_0|>"
