@@ -52,6 +52,7 @@ def render_conversation(
     messages: Sequence[Message],
     targets: Collection[int] | None = None,
     tools: Sequence[Any] = (),
+    may_cut: bool = False,
 ) -> Rendered:
     """Text of a conversation up to its last target.
 
@@ -60,6 +61,7 @@ def render_conversation(
         messages: of the conversation.
         targets: positions of the assistant messages to learn from; None: all.
         tools: descriptions of tools, for the template.
+        may_cut: whether the template may drop a part of what is to be learnt.
 
     Raises:
         DataError: no assistant turn to learn from, messages that the template does not support, or of which it drops
@@ -81,7 +83,7 @@ def render_conversation(
         text = _render(tokenizer, messages, tools=tools)
         spans = [_turn_span(tokenizer, messages, text, i, tools) for i in wanted]
     _check_all_is_rendered(tokenizer, messages, text, tools)
-    for turn, (start, end) in zip(wanted, spans, strict=True):
+    for turn, (start, end) in zip(wanted, spans, strict=True) if not may_cut else ():
         _check_content(messages[turn], text[start:end], mark)
     text, spans = _close_turns(tokenizer, text, spans, str(messages[-1]["content"] or ""))
     return _without_marks(tokenizer, text, spans, mark)

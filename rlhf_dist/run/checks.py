@@ -59,18 +59,24 @@ def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num
 def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -> None:
     """Roles exchange token ids: their tokenizers must be one, and every id must have an embedding."""
     other = load_tokenizer(path)
-    # A reward model may have been given a pad token of its own, which no text has.
-    vocabularies = [
-        {name: i for name, i in one.get_vocab().items() if name != NEW_PAD_TOKEN} for one in (policy, other)
-    ]
-    if vocabularies[0] != vocabularies[1]:
+    if _vocabulary(other) != _vocabulary(policy):
         raise ModelError(
             f"the tokenizer of the {role} model at {path!r} ({len(other)} tokens) is not the policy's ({len(policy)} tokens); "
-            "all models of a run must share one: train the reward model from the policy's base model"
+            "give a model of the policy's family (a value model may start from the policy: value.model_path)"
         )
     check_embeddings(
         model_config, policy, role, "train it from a model whose embeddings were resized (model.resize_embeddings)"
     )
+
+
+def differs(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers make other tokens of a conversation: by vocabulary or chat template."""
+    return (_vocabulary(tokenizer), tokenizer.chat_template) != (_vocabulary(other), other.chat_template)
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Without the pad token that a reward model may have been given, which no text has."""
+    return {name: i for name, i in tokenizer.get_vocab().items() if name != NEW_PAD_TOKEN}
 
 
 def check_ds_config(model: TrainedModel) -> None:
