@@ -31,8 +31,6 @@ class Place(NamedTuple):
     """Ray's id of its node: two nodes may claim one address."""
     address: str
     """Of the node, as Ray knows it."""
-    port: int
-    """Free there."""
 
 
 def interface_with(address: str) -> str | None:
