@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -50,7 +51,18 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _pad_token(tokenizer)
     _set_template(tokenizer, template_path)
+    if "strftime_now" in str(tokenizer.chat_template):
+        _warn_of_clock(model_path)
     return tokenizer
+
+
+@cache
+def _warn_of_clock(model_path: str) -> None:
+    log.warning(
+        "the chat template of %s prints the date (strftime_now), so what is trained on, and whether a run can be resumed, changes "
+        "from day to day; set data.template_path to a copy of it with a fixed date",
+        model_path,
+    )
 
 
 def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -58,8 +58,8 @@ _rendezvous: Any = None
 
 
 def open_rendezvous() -> int:
-    """Listen for the ranks of a role on a port that the system chooses, and return it: between choosing a port and listening on it,
-    nobody else can take it. A process that has opened one keeps it."""
+    """Listen for the ranks of a role on a port that the system chooses, and return it: nobody else can take it between its choice
+    and its use. A process that has opened one keeps it."""
     global _rendezvous
     if _rendezvous is None:
         _rendezvous = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)  # pyright: ignore
@@ -88,9 +88,7 @@ def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
                 timeout=timeout,
                 wait_for_workers=False,
             )
-        dist.init_process_group(
-            backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout
-        )
+        dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout)
     # Here and not at the top: DeepSpeed reads DS_ACCELERATOR when it is imported, and a driver never needs it at all.
     import deepspeed
 

@@ -136,3 +136,12 @@ def test_stop_tokens(tokenizer, chatml):
 def test_a_reserved_token_pads_where_there_is_one(tmp_path):
     train_tokenizer("<|reserved_special_token_0|>").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token == "<|reserved_special_token_0|>"
+
+
+def test_a_template_that_prints_the_date_is_named(tmp_path, caplog):
+    made = train_tokenizer("<|im_start|>", "<|im_end|>")
+    made.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    made.save_pretrained(tmp_path)
+    for _ in range(2):
+        load_tokenizer(str(tmp_path))
+    assert [record.message.count("strftime_now") for record in caplog.records] == [1]
