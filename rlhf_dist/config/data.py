@@ -114,9 +114,10 @@ class DataSettings(Schema):
 
     max_length_tokens: DataContent[PositiveInt] = 1024
     """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
-    on_too_long: DataContent[Literal["error", "skip", "truncate"]] = "truncate"
+    on_too_long: DataContent[Literal["error", "skip", "truncate", "truncate_left"]] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
-    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
+    cut), `truncate_left` first drops the oldest turns of its dialogue (a system message stays), then cuts the beginning of the
+    prompt that is left, `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
     `on_bad_row` says. What was cut or skipped is counted."""
     system: DataContent[Literal["keep", "merge_into_user"]] = "keep"
     """`merge_into_user` puts a system message before the next user message's text, for models without a system turn."""

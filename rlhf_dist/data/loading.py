@@ -98,6 +98,7 @@ def load_prompts(
     used, rows = [], []
     for found in tokens.usable(prompts, tally):
         tally.num_tokens += found.num_tokens
+        tally.num_truncated += any(found.cut)
         rows += found.sequences
         used.append(prompts[found.number])
     tally.check_not_empty(len(rows), f"max_prompt_tokens {max_prompt_tokens}")

@@ -59,8 +59,8 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
 @cache
 def _warn_of_clock(model_path: str) -> None:
     log.warning(
-        "the chat template of %s prints the date (strftime_now), so what is trained on, and whether a run can be resumed, changes "
-        "from day to day; set data.template_path to a copy of it with a fixed date",
+        "the chat template of %s prints the date (strftime_now), so what is trained on changes each day, and a run cannot "
+        "be resumed on another; set data.template_path to a copy of it with a fixed date",
         model_path,
     )
 

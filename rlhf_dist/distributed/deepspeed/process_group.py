@@ -58,8 +58,8 @@ _rendezvous: Any = None
 
 
 def open_rendezvous() -> int:
-    """Listen for the ranks of a role on a port that the system chooses, and return it: nobody else can take it between its choice
-    and its use. A process that has opened one keeps it."""
+    """Listen for the ranks of a role on a port that the system chooses, and return it: nobody else can take it between its
+    choice and its use. A process that has opened one keeps it."""
     global _rendezvous
     if _rendezvous is None:
         _rendezvous = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)  # pyright: ignore
