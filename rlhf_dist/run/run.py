@@ -17,6 +17,7 @@ from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.core.roles import Trained
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.console import RunProgress
+from rlhf_dist.run.disk import full_disk_named
 from rlhf_dist.run.observing import optional
 from rlhf_dist.run.run_folder import RunFolder, replace_folder, write_atomically
 from rlhf_dist.run.trackers import Tracker
@@ -160,9 +161,11 @@ class Run:
         where the model has them. Under a temporary name, renamed when whole, model/ last."""
         temporary = self.folder.path / ".writing_result"
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save(temporary).result()
-        for name, text in files.items():
-            write_atomically(temporary / MODEL / name, text)
+        kept = "The run is done, and its checkpoints are untouched."
+        with full_disk_named(temporary, kept):
+            model.save(temporary).result()
+            for name, text in files.items():
+                write_atomically(temporary / MODEL / name, text)
         for written in sorted(temporary.iterdir(), key=lambda path: path.name == MODEL):
             final = self.folder.path / written.name
             replace_folder(written, final)
