@@ -24,7 +24,7 @@ from whole_suite import expected_rows  # noqa: E402
 from rlhf_dist.run.metrics import metrics_table  # noqa: E402
 from support import families, planning_tables  # noqa: E402
 
-FAMILIES_MARKERS = ("<!-- families -->\n", "<!-- /families -->")
+FAMILIES_MARKERS = ("<!-- families -->\n", "<!-- end of families -->")
 METRICS_README, METRICS_MARKER = ROOT / "rlhf_dist" / "run" / "README.md", "<!-- metrics -->\n"
 
 
