@@ -203,6 +203,8 @@ def _json_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Ro
             f"{source.path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); a .json file is one list of "
             'objects, or {"data": [...]}: fix it, or name it .jsonl if every line is an object'
         ) from err
+    except ValueError as err:  # an integer of thousands of digits
+        raise DataError(f"{source.path}: a number that cannot be read ({err}); fix the file") from err
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise DataError(
