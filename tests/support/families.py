@@ -96,7 +96,8 @@ def save_family(name: str, path: Path, *, scalar: bool = False, seed: int = 0) -
     if family.template is not None:
         tokenizer.chat_template = family.template
     settings = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": len(tokenizer)
+        + 8,  # padded, as published models are; Qwen2's tokenizer class adds a token of its own
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
