@@ -63,6 +63,8 @@ TIERS: list[tuple[str, str]] = [
     # -- further cases of what is also in the fast tier
     (r"unit/distributed/deepspeed/test_bf16.py::test_many_micro_batches_add_up_in_fp32\[[13]\]", MATRIX),
     (r"unit/planning/test_exact_bytes.py", MATRIX),
+    (r"unit/models/test_families.py.*\[(Llama|Qwen3|Gemma 3)\]", SLOW),
+    (r"unit/models/test_families.py", MATRIX),
     (r"unit/launch/test_docs.py::test_the_plans_are_current", SLOW),
     (r"unit/launch/test_recipes.py::test_it_fits_on_paper\[llama_70b_ppo\]", SLOW),
     (r"unit/planning/test_plan_command.py::test_host_memory", SLOW),

@@ -9,9 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.data.encoding import stop_token_ids
+from rlhf_dist.data.encoding import encode_prompt
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.models.generation_config import stop_tokens
 from rlhf_dist.models.loading import load_causal_lm, load_model_config
+from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 
 
 class Chat:
@@ -42,10 +45,7 @@ class Chat:
         Raises ConfigError, and leaves the conversation as it was, when it no longer fits the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt: Any = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ids = prompt["input_ids"]
+        ids = torch.tensor([encode_prompt(self.tokenizer, messages)])
         num_prompt = ids.shape[1]
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and num_prompt + self.max_response_tokens > room:
@@ -64,7 +64,8 @@ class Chat:
                 max_new_tokens=self.max_response_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 # As PPO's rollouts stop: also where the chat template ends turns with another token than EOS.
-                eos_token_id=stop_token_ids(self.tokenizer),
+                eos_token_id=stop_tokens(self.model, stop_token_ids(self.tokenizer)),
+                suppress_tokens=list(range(num_token_ids(self.tokenizer), self.model.config.vocab_size)) or None,
                 streamer=self.streamer,
                 **sampling,
             )
@@ -82,6 +83,7 @@ def run(model_dir: str, temperature: float, max_response_tokens: int, device: st
     _check(temperature, max_response_tokens)
     tokenizer = load_tokenizer(model_dir)
     model = _load(model_dir, device)
+    check_embeddings(model.config, tokenizer, "loaded", "use the tokenizer that it was trained with")
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
     chat = Chat(model, tokenizer, temperature, max_response_tokens, streamer)

@@ -28,13 +28,21 @@ BadRowPolicy = Literal["error", "skip"]
 SourceName = Annotated[str, StringConstraints(pattern=r"^[^/\s]([^/]*[^/\s])?$")]
 """Part of a metric's name, where a slash would begin another part."""
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+def data_suffix(path: PurePath) -> str:
+    """The ending that tells a file's format, before that of its compression: `.jsonl` of `train.jsonl.gz`."""
+    suffix = path.suffix.lower()
+    return PurePath(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 class DataSource(Schema):
-    """One set of records: a file, a `datasets` directory, or a hub name."""
+    """One set of records: files, a `datasets` directory, or a hub name."""
 
     path: str
-    """A .json, .jsonl, .csv, .tsv, .parquet or .txt file, a directory written by `Dataset.save_to_disk`, or a hub name."""
+    """A .json, .jsonl, .csv, .tsv, .parquet or .txt file, also compressed (.gz, .bz2, .xz); a pattern (`data/*.jsonl`) or a
+    directory of such files, which are read one after the other; a directory written by `Dataset.save_to_disk`; a hub name."""
     kind: RecordKind
     """What a record holds: `instruction` (instruction, input, output, optional demonstration), `messages` (a chat),
     `text` (plain text), `preference` (prompt, chosen, rejected, optional
@@ -44,7 +52,13 @@ class DataSource(Schema):
     """What tables and metrics call the set, without a slash; null takes the name of the file or directory, numbered where
     another set has it already (`reviews`, `reviews-2`). Sources that are given the same name count as one."""
     split: str = "train"
-    """Split to read, for `datasets` directories and hub names."""
+    """Split to read, for hub names, `datasets` directories, and directories whose files are named by splits."""
+    subset: str | None = None
+    """Hub names only: the configuration of the data set (the `name` of `load_dataset`)."""
+    data_dir: str | None = None
+    """Hub names only: the folder of the repository, such as harmless-base of Anthropic/hh-rlhf."""
+    revision: str | None = None
+    """Hub names only: a branch, tag or commit."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Maps a field of the record to a column of the file, e.g. {instruction: question, output: answer}; with `templates`, a
     name that a template uses to a column."""
@@ -83,7 +97,9 @@ def source_names(sources: Sequence[DataSource]) -> list[str]:
     for i, source in enumerate(sources):
         if names[i] is None:
             found, path = parse_interpolation(source.path), PurePath(source.path)
-            stem = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
+            stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSED else path.name
+            stem = PurePath(stem).stem if data_suffix(path) in DATA_SUFFIXES else path.name
+            stem = path.parent.name if set(stem) & set("*?[") else stem
             stem = found.output if found else stem or source.kind
             number, name = 2, stem
             while name in taken:
@@ -98,12 +114,18 @@ class DataSettings(Schema):
 
     max_length_tokens: DataContent[PositiveInt] = 1024
     """Longest sequence (prompt and response) in tokens. A longer record is handled as `on_too_long` says."""
-    on_too_long: DataContent[Literal["error", "skip", "truncate"]] = "truncate"
+    on_too_long: DataContent[Literal["error", "skip", "truncate", "truncate_left"]] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
-    cut), `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
+    cut), `truncate_left` first drops the oldest turns of its dialogue (a system message stays), then cuts the beginning of the
+    prompt that is left, `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
     `on_bad_row` says. What was cut or skipped is counted."""
+    system: DataContent[Literal["keep", "merge_into_user"]] = "keep"
+    """`merge_into_user` puts a system message before the next user message's text, for models without a system turn."""
+    same_role_turns: DataContent[Literal["keep", "merge"]] = "keep"
+    """`merge` joins messages of one role that follow each other, for chat templates whose roles must alternate."""
     template_path: Annotated[AbsolutePath | None, Decides(by=sha256_of)] = None
-    """A Jinja chat template for tokenizers that have none; the built-in instruction template when null."""
+    """A Jinja chat template, used in place of the tokenizer's own and saved with the model; null takes the tokenizer's own, or
+    the built-in instruction template where it has none."""
 
 
 class TrainingData(DataSettings):
@@ -117,6 +139,10 @@ class TrainingData(DataSettings):
 class SFTData(TrainingData):
     """Data of an SFT run."""
 
+    train_on: DataContent[Literal["all", "last"]] = "all"
+    """Which assistant turns of a conversation are learnt from: `all` (of messages with a `weight`, those of weight 1), or the
+    `last` of them only. Templates of reasoning models render the last turn as the model is used, earlier ones without
+    reasoning."""
     train: DataContent[tuple[DataSource, ...]] = Field(min_length=1)
     """Sets to train on: kinds `instruction`, `messages` and `text`."""
     eval: DataContent[tuple[DataSource, ...]] = ()

@@ -158,6 +158,9 @@ class TrainedModel(ModelHost):
     precision is `precision`, which the file may only repeat."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    resize_embeddings: Result[bool] = False
+    """Give the model rows for the tokens that its tokenizer has beyond its embeddings, each the mean of all rows. In `sft` and
+    `reward`; what they save has them."""
     optimizer: Result[OptimizerConfig] = OptimizerConfig()
     freeze: Result[FreezeConfig] = FreezeConfig()
     lora: Result[LoRAConfig | None] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -207,6 +208,8 @@ def _problem(
         message = str(error["ctx"]["error"]).rstrip(".")
         return f"{where}{key}: {message}." if key else f"{message}."
     must = error["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    if error["type"] == "model_type":  # pydantic names the class
+        must = "must be a section of keys, {key: value}"
     change = f"Change {flag}" if by_argument else f"Change it{f', or pass {flag} VALUE' if has_flags else ''}"
     return f"{where}{key} is {error['input']!r}, but {must[0].lower() + must[1:]}{help_text}. {change}."
 
@@ -215,7 +218,8 @@ def _unknown(location: Location, keys: Mapping[str, str], dashes: str = "") -> s
     guess = nearest_key(location, keys)
     if guess is None:
         section = dotted(location[:-1])
-        siblings = sorted(k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section)
+        of_any_item = re.sub(r"\[\d+\]", "[]", section)
+        siblings = sorted(k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == of_any_item)
         section = section or "the top level"
         return f"there is no such key; {section} has {', '.join(siblings)}. Remove it or use one of these."
     return f"there is no such key; did you mean {dashes}{guess}? Rename or remove it."

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.core.proxies import proxy_hint
 from rlhf_dist.curation.config.generator import GeneratorConfig
 from rlhf_dist.curation.generators import Completion, FinishReason, Request, cut_at_stop, request_seed
 
@@ -83,7 +84,8 @@ class EndpointGenerator:
             raise ModelError(
                 f"the endpoint {self.endpoint.base_url} does not answer ({type(cause).__name__}: {_first_line(cause)}) after "
                 f"{self.endpoint.max_retries} retries of {self.endpoint.timeout_s:g} s; check base_url and the server, or "
-                "raise timeout_s, then give the same command again: what is done is kept"
+                "raise timeout_s, then give the same command again: what is done is kept."
+                f"{proxy_hint(self.endpoint.base_url)}"
             ) from error
         except self._errors.OpenAIError as error:
             return Completion.failed(f"{type(error).__name__}: {_first_line(error)}")

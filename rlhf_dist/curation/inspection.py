@@ -30,6 +30,7 @@ from rlhf_dist.curation.examples import Example, draw_examples
 from rlhf_dist.curation.fingerprints import encoded, normalized
 from rlhf_dist.curation.text_quality import MEANINGS, MOJIBAKE, count_oddities, looks_for_mojibake, printable, scripts
 from rlhf_dist.data.bad_rows import BadRow
+from rlhf_dist.data.rendering import special_pattern
 
 MAX_LISTED = 20
 """Duplicates, tasks, places and bad rows that a report lists; the rest is only counted."""
@@ -54,7 +55,8 @@ def inspect_set(
 ) -> SetReport:
     """All numbers of a set, and its examples. `max_length_tokens`: where the loader cuts."""
     first = view.first_items()
-    counts, found = count_oddities((view.location(item), view.text(item)) for item in first)
+    special = special_pattern(tokenizer)
+    counts, found = count_oddities(((view.location(item), view.text(item)) for item in first), special)
     of_items = dict(zip(first, found, strict=True))
     report = view.dataset.report
     numbers: dict[str, Any] = {

@@ -17,6 +17,7 @@ from typing import Any
 from typing_extensions import Self
 
 from rlhf_dist.core.errors import DataError, RunFolderError
+from rlhf_dist.core.json_lines import json_line
 
 
 class Journal:
@@ -49,7 +50,7 @@ class Journal:
 
     def append(self, *entries: Mapping[str, Any]) -> None:
         """Add entries; they are on disk when this returns."""
-        lines = [json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries]
+        lines = [json_line(entry) for entry in entries]
         self._file.write("".join(lines).encode("utf-8"))
         self._file.flush()
         os.fsync(self._file.fileno())

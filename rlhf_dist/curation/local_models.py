@@ -11,9 +11,12 @@ from rlhf_dist.core.batches import TRUNCATED, PromptBatch, pad_rows
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.config.generator import GeneratorConfig
 from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop, request_seed
-from rlhf_dist.data.encoding import encode_prompt, stop_token_ids
+from rlhf_dist.data.encoding import encode_prompt
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.models.generation_config import stop_tokens
 from rlhf_dist.models.loading import DTYPES, check_causal_lm, context_length, load_causal_lm, load_model_config
+from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 from rlhf_dist.rollout.hf import HFEngine
 
 
@@ -26,6 +29,7 @@ class _Local:
         check_causal_lm(model_config, "generating")
         self.context = context_length(model_config)
         self.tokenizer: Any = load_tokenizer(settings.model_path, settings.template_path)
+        check_embeddings(model_config, self.tokenizer, "generating", "use the tokenizer that it was trained with")
         self.stop_ids = stop_token_ids(self.tokenizer)
 
     def encode(self, request: Request) -> list[int] | Completion:
@@ -89,11 +93,12 @@ class HFGenerator(_Local):
         )
         engine = HFEngine(
             self.model,
-            self.stop_ids,
+            stop_tokens(self.model, self.stop_ids),
             max_response_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=self.seed,
+            num_tokens=num_token_ids(self.tokenizer),
         )
         out = engine.generate(prompts, stream=STREAM, iteration=0, policy_version=0)
         made = {}

@@ -11,7 +11,6 @@ OUT_DIR/
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 from rlhf_dist import __version__
 from rlhf_dist.core.errors import RunFolderError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.run_folder import BAD_ROWS, write_atomically
 
@@ -41,8 +41,7 @@ class OutputFolder:
         Raises:
             DataError: whatever making the records raises; then nothing of the folder will appear.
         """
-        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        return self.write_lines((line.encode("utf-8") for line in lines), name)
+        return self.write_lines((json_line(record).encode("utf-8") for record in records), name)
 
     def write_lines(self, lines: Iterable[bytes], name: str = RECORDS) -> int:
         """Records that are JSON lines already, each with its line end; returns their number."""
@@ -63,7 +62,7 @@ class OutputFolder:
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Numbers and provenance; keys keep their order."""
         content = {"rlhf_dist": __version__, **report}
-        write_atomically(self.path / REPORT, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.path / REPORT, json_line(content, indent=2))
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
@@ -71,13 +71,11 @@ def source_record(source: DataSource, row: Fields) -> Record:
 
 def _line(location: str, record: Record) -> str:
     try:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
-        line.encode("utf-8")
-    except (TypeError, ValueError) as error:
+        return json_line(record, default=_plain)
+    except (TypeError, RecursionError) as error:
         raise DataError(
             f"{location}: a column cannot be written as JSON ({error}); leave it out of the data"
         ) from error
-    return line
 
 
 def _plain(value: Any) -> Any:

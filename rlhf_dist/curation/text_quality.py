@@ -19,6 +19,7 @@ _AROUND = 24
 """Characters before and behind an oddity in its excerpt."""
 
 MIXED_ENDS, MOJIBAKE, DECOMPOSED = "mixed line ends", "mojibake", "not in composed form"
+SPELLED_OUT = "special tokens spelled out"
 _PATTERNS: dict[str, tuple[str, str]] = {
     "replacement character": (
         "\ufffd",
@@ -63,6 +64,7 @@ _PATTERNS: dict[str, tuple[str, str]] = {
 _COMPILED = {name: re.compile(pattern) for name, (pattern, _) in _PATTERNS.items()}
 MEANINGS = {name: meaning for name, (_, meaning) in _PATTERNS.items()} | {
     MOJIBAKE: "UTF-8 that was read as another encoding (ftfy's badness heuristic), such as Ã© for é; ftfy.fix_text fixes it",
+    SPELLED_OUT: "marks such as </s> in people's text: they are tokenized as text, and no token of the model's",
     DECOMPOSED: "letters and accents apart (not NFC): the same word then has two spellings in tokens",
 }
 """Oddity → what it means."""
@@ -93,9 +95,13 @@ def looks_for_mojibake() -> bool:
     return _mojibake() is not None
 
 
-def oddities(text: str) -> dict[str, str]:
-    """Each oddity of a text, with the words around the first place as an excerpt."""
+def oddities(text: str, special: re.Pattern[str] | None = None) -> dict[str, str]:
+    """Each oddity of a text, with the words around the first place as an excerpt. `special` matches what spells a special token
+    of the tokenizer."""
     found: dict[str, str] = {}
+    match = special.search(text) if special is not None else None
+    if match is not None:
+        found[SPELLED_OUT] = _excerpt(text, match.start(), match.end())
     ascii_only = text.isascii()
     for name, pattern in _COMPILED.items():
         if not ascii_only or name in _ASCII_MATTERS:
@@ -116,12 +122,14 @@ def oddities(text: str) -> dict[str, str]:
     return found
 
 
-def count_oddities(texts: Iterable[tuple[str, str]]) -> tuple[dict[str, OddityCounts], list[tuple[str, ...]]]:
-    """Oddities of (place, text) pairs, the most frequent first; and which each text has."""
+def count_oddities(
+    texts: Iterable[tuple[str, str]], special: re.Pattern[str] | None = None
+) -> tuple[dict[str, OddityCounts], list[tuple[str, ...]]]:
+    """Oddities of (place, text) pairs, the most frequent first; and which each text has. `special` as in `oddities`."""
     counts: dict[str, OddityCounts] = {}
     of_texts: list[tuple[str, ...]] = []
     for place, text in texts:
-        found = oddities(text)
+        found = oddities(text, special)
         of_texts.append(tuple(found))
         for name, excerpt in found.items():
             count = counts.setdefault(name, OddityCounts())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_dist.config.data import BadRowPolicy
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.json_lines import json_line
 
 MAX_LISTED = 20
 """Places that a report lists of each class; the rest is only counted."""
@@ -32,6 +33,8 @@ class BadRows:
     rows: list[BadRow] = field(default_factory=list)
     filtered: list[str] = field(default_factory=list)
     """Places of valid rows that every template of their source filtered out (`when`)."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was recognized in rows, or is not used of them → number of rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,7 +42,10 @@ class BadRows:
     def lines(self) -> Iterator[str]:
         """One JSON line a row: `reason` and `row` (as text where it is not JSON)."""
         for bad in self.rows:
-            yield json.dumps({"reason": bad.reason, "row": bad.row}, ensure_ascii=False, default=repr) + "\n"
+            try:
+                yield json_line({"reason": bad.reason, "row": bad.row})
+            except RecursionError:
+                yield json_line({"reason": bad.reason, "row": "nested too deeply to be written"})
 
     def add(self, policy: BadRowPolicy, error: DataError, row: Any = None) -> None:
         """Record an invalid row under `skip`.
@@ -84,6 +90,8 @@ class DataReport:
     """Invalid rows skipped under `on_bad_row: skip`; not counted as records."""
     filtered: tuple[str, ...] = ()
     """Places of rows that every template filtered out; not counted as records."""
+    notes: tuple[tuple[str, int], ...] = ()
+    """What was recognized in rows, or is not used of them, and in how many."""
     num_duplicates: int = 0
     """Used records that equal an earlier one."""
     duplicates: tuple[str, ...] = ()
@@ -95,7 +103,7 @@ class DataReport:
 
     def losses(self) -> dict[str, str]:
         """Each class of skipped, dropped, truncated and repeated data with its count and first places; empty where none."""
-        found = {}
+        found = {what: f"{number} rows" for what, number in self.notes}
         if self.bad:
             found["bad rows skipped"] = f"{len(self.bad)} ({self.bad[0].reason}; ...)"
         if self.filtered:
@@ -148,6 +156,7 @@ class Tally:
             dropped=tuple(self._dropped),
             bad=tuple(self.bad_rows.rows),
             filtered=tuple(self.bad_rows.filtered),
+            notes=tuple(sorted(self.bad_rows.notes.items())),
             num_duplicates=len(duplicates),
             duplicates=tuple(duplicates[:MAX_LISTED]),
             num_contradictions=len(contradictions),

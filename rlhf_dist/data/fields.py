@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_dist.core.errors import DataError
-from rlhf_dist.data.encoding import Message
+from rlhf_dist.data.rendering import Message
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+"""What published data sets call roles."""
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name", "reasoning_content"}
+)
 
 _MISSING = object()
 
 
 class Fields:
     """One row, read by field name. `mapping` (field → column) comes from the config; a column may be a dotted path
-    into nested records ("instances.0.output")."""
+    into nested records ("instances.0.output"). `notes` counts the rows in which something was recognized or is not used."""
 
-    def __init__(self, location: str, values: Mapping[str, Any], mapping: Mapping[str, str]) -> None:
+    def __init__(
+        self, location: str, values: Mapping[str, Any], mapping: Mapping[str, str], notes: Counter[str] | None = None
+    ) -> None:
         self.location = location
         self._values = values
         self._mapping = mapping
+        self._notes = Counter() if notes is None else notes
+        self._noted: set[str] = set()
+
+    def note(self, what: str) -> None:
+        """Count the row among those with `what`, once."""
+        if what not in self._noted:
+            self._noted.add(what)
+            self._notes[what] += 1
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -55,9 +79,9 @@ class Fields:
         return field in self._mapping
 
     def get(self, field: str) -> Any:
-        """The field's value; None where it is missing."""
+        """The field's value; None where it is missing, or NaN, as tables write what is missing."""
         value = _lookup(self._values, self._mapping.get(field, field))
-        return None if value is _MISSING else value
+        return None if value is _MISSING or (isinstance(value, float) and math.isnan(value)) else value
 
     def required(self, field: str) -> Any:
         """The field's value.
@@ -85,9 +109,23 @@ class Fields:
         """A finite number, as a number or as text."""
         return self.checked_number(field, self.required(field))
 
-    def messages(self, field: str) -> tuple[Message, ...]:
-        """A list of {"role", "content"} messages."""
-        return self.checked_messages(field, self.required(field))
+    def messages(self, field: str, keep_weights: bool = False) -> tuple[Message, ...]:
+        """A list of {"role", "content"} messages, with `keep_weights` also of their `weight`."""
+        return self.checked_messages(field, self.required(field), keep_weights)
+
+    def tools(self) -> tuple[Any, ...]:
+        """Descriptions of tools that the field `tools` has, as a list or as JSON; () where there are none."""
+        value = self.get("tools")
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise self.error("tools", "is no JSON", "write it as a list") from error
+        if not value:
+            return ()
+        if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
+            raise self.error("tools", f"is {_short(value)}, not a list of descriptions", "write it as a list")
+        return tuple(value)
 
     def items(self, field: str) -> Sequence[Any]:
         """A list."""
@@ -106,13 +144,16 @@ class Fields:
             raise self.error(field, f"is {_short(value)}, which is not a finite number", "fix the row")
         return number
 
-    def checked_messages(self, field: str, value: Any) -> tuple[Message, ...]:
-        """`value`, if it is a list of {"role", "content"} messages."""
+    def checked_messages(self, field: str, value: Any, keep_weights: bool = False) -> tuple[Message, ...]:
+        """`value`, if it is a list of {"role", "content"} messages, with `keep_weights` also of their `weight`."""
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
             raise self.error(
                 field, f"is {_short(value)}, not a list of messages", 'write it as [{"role": ..., "content": ...}]'
             )
-        return tuple(self._message(f"{field}[{i}]", item) for i, item in enumerate(value))
+        found = tuple(self._message(f"{field}[{i}]", item) for i, item in enumerate(value))
+        for message in found if not keep_weights else ():
+            message.pop("weight", None)
+        return found
 
     def checked_text(self, field: str, value: Any) -> str:
         """`value`, if it is a non-blank string that can be encoded."""
@@ -137,15 +178,71 @@ class Fields:
         return DataError(f"{self.location}: {named} {problem}; {remedy}")
 
     def _message(self, field: str, item: Any) -> Message:
+        """A message as chat templates take it, also of one in the shapes of ShareGPT and of OpenAI's content parts, with its
+        `weight`."""
+        if isinstance(item, Mapping) and "from" in item and "value" in item:
+            self.note("ShareGPT turns (from, value)")
+            item = {"role": item["from"], "content": item["value"]}
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
             raise self.error(field, f'is {_short(item)}, without "role" and "content"', "give it both")
-        role, content = item["role"], item["content"]
+        role = ROLE_NAMES.get(str(item["role"]), item["role"])
         if role not in ROLES:
-            raise self.error(f"{field}.role", f"is {_short(role)}", f"use one of {', '.join(ROLES)}")
-        # An empty system message is a common way to write that there is none.
-        if not (role == "system" and content == ""):
-            self.checked_text(f"{field}.content", content)
-        return {"role": role, "content": content}
+            raise self.error(f"{field}.role", f"is {_short(item['role'])}", f"use one of {', '.join(ROLES)}")
+        message: Message = {"role": role, "content": self._content(f"{field}.content", item["content"])}
+        calls = item.get("tool_calls")
+        if calls:
+            message["tool_calls"] = self._tool_calls(f"{field}.tool_calls", role, calls)
+        for key in ("reasoning_content", "name", "tool_call_id"):
+            if item.get(key):
+                message[key] = self.checked_text(f"{field}.{key}", item[key])
+        # An empty system message is a common way to write that there is none, and a call of tools needs no text.
+        if not (calls or (role == "system" and message["content"] == "")):
+            self.checked_text(f"{field}.content", message["content"])
+        if (weight := item.get("weight")) is not None:
+            if weight not in (0, 1):
+                raise self.error(f"{field}.weight", f"is {_short(weight)}", "use 1 to learn from the message, or 0")
+            message["weight"] = int(weight)
+        for key in sorted(item.keys() - MESSAGE_KEYS):
+            if item[key] is not None:
+                self.note(f"key {key!r} of messages, which is not used")
+        return message
+
+    def _content(self, field: str, content: Any) -> Any:
+        """The text of a content, which may be a list of parts; "" where there is none."""
+        if content is None:
+            return ""
+        if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
+            return content
+        self.note("content in parts")
+        texts = []
+        for i, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind != "text":
+                raise self.error(
+                    f"{field}[{i}]", f"is a part of type {_short(kind)}, and only text is supported", "remove the row"
+                )
+            texts.append(self.checked_text(f"{field}[{i}].text", part.get("text")))
+        return "".join(texts)
+
+    def _tool_calls(self, field: str, role: str, calls: Any) -> list[Any]:
+        """Calls of tools; arguments that are JSON in a string, as OpenAI has them, are read, for templates write them again."""
+        if role != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
+            raise self.error(
+                field, f"is {_short(calls)} of a {role} message", "give a list of calls to an assistant message"
+            )
+        found = []
+        for i, call in enumerate(calls):
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise self.error(f"{field}[{i}]", f"is {_short(call)}, without the name of a function", "give it one")
+            arguments = function.get("arguments", {})
+            if isinstance(arguments, str):
+                try:
+                    arguments = json.loads(arguments)
+                except (ValueError, RecursionError) as error:
+                    raise self.error(f"{field}[{i}].arguments", "is no JSON", "fix the row") from error
+            found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        return found
 
 
 def _lookup(values: Mapping[str, Any], column: str) -> Any:

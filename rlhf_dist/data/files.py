@@ -11,15 +11,21 @@ formats (5.2.0) were compared and are not used, because an invalid row then has 
 
 from __future__ import annotations
 
+import bz2
 import csv
+import glob
+import gzip
 import json
+import lzma
+import re
 import sys
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data import DATA_SUFFIXES, DataSource, data_suffix
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.kinds import KINDS
@@ -27,11 +33,15 @@ from rlhf_dist.data.kinds import KINDS
 Row = tuple[str, Mapping[str, Any]]
 """Where a row is, as "file.jsonl:17" where the file has lines, and its columns."""
 
+_SAVED = ("state.json", "dataset_dict.json")
+"""What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write beside the data."""
+_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BOM = b"\xef\xbb\xbf"
 
 
 def read_rows(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[Row]:
-    """The first `source.limit` rows of a file, a `datasets` directory or a hub name.
+    """The first `source.limit` rows of a file, of several (a pattern, a directory), a `datasets` directory or a hub name.
 
     Under `source.on_bad_row: skip` a row that cannot be parsed is added to `bad_rows`. Where reading cannot continue after it
     (a .json or .parquet file, an unclosed quote in a table), the file is invalid all the same.
@@ -56,7 +66,25 @@ def read_rows(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[R
 def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return _dataset_rows(source, _load_directory(source, path))
+        if any((path / name).is_file() for name in _SAVED):
+            return _dataset_rows(source, _load_directory(source, path))
+        return _rows_of_files(source, _files_of_split(source, path), bad_rows)
+    if not path.exists() and glob.has_magic(source.path):
+        return _rows_of_files(source, _files_of_pattern(source), bad_rows)
+    if (reader := _reader(path)) is not None:
+        if not path.is_file():
+            raise DataError(f"{source.path} does not exist (looked in {Path.cwd()}); give the path of a data file")
+        return reader(source, path, bad_rows)
+    if path.exists() or path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
+        raise DataError(
+            f"{source.path} is not a supported data set: files end in one of {', '.join(DATA_SUFFIXES)}; "
+            f"compressed ones also in {', '.join(_OPEN)}; rename the file, or convert it"
+        )
+    return _dataset_rows(source, _load_hub(source))
+
+
+def _reader(path: Path) -> Callable[[DataSource, Path, BadRows], Iterator[Row]] | None:
+    """By the file's ending, before that of its compression."""
     readers = {
         ".json": _json_rows,
         ".jsonl": _jsonl_rows,
@@ -65,25 +93,61 @@ def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
         ".txt": _txt_rows,
         ".parquet": _parquet_rows,
     }
-    reader = readers.get(path.suffix.lower())
-    if reader is not None:
-        if not path.is_file():
-            raise DataError(f"{source.path} does not exist (looked in {Path.cwd()}); give the path of a data file")
-        return reader(source, path, bad_rows)
-    if path.exists() or path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
-        known = ", ".join(readers)
+    return readers.get(data_suffix(path))
+
+
+def _rows_of_files(source: DataSource, files: Sequence[Path], bad_rows: BadRows) -> Iterator[Row]:
+    """Of files that together are one set, in the order of their names."""
+    for file in files:
+        yield from _rows(source.model_copy(update={"path": str(file)}), bad_rows)
+
+
+def _files_of_split(source: DataSource, folder: Path) -> list[Path]:
+    """The data files below a folder that are of `source.split`: those with its name in their path where any file there has the
+    name of a split, as in hub repositories (`train-00000-of-00002.parquet`, `data/test.jsonl`), else all."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and data_suffix(file) in DATA_SUFFIXES)
+    if not found:
         raise DataError(
-            f"{source.path} is not a supported data set: files end in one of {known}; directories are written by "
-            "Dataset.save_to_disk; rename the file, or convert it"
+            f"{source.path} has no data files ({', '.join(DATA_SUFFIXES)}) and was not written by Dataset.save_to_disk; give a "
+            "directory that holds one of these"
         )
-    return _dataset_rows(source, _load_hub(source))
+    words = {file: set(re.split(r"[^a-z0-9]+", str(file.relative_to(folder)).lower())) for file in found}
+    splits = {word for of_file in words.values() for word in of_file} & {*_SPLITS, source.split}
+    if splits and source.split not in splits:
+        raise DataError(
+            f"{source.path} has no files of split {source.split!r}; set split to one of {', '.join(sorted(splits))}"
+        )
+    return [file for file in found if source.split in words[file]] if splits else found
+
+
+def _files_of_pattern(source: DataSource) -> list[Path]:
+    pattern = str(Path(source.path).expanduser())
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (may be absolute)
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise DataError(f"{source.path} matches no file (looked in {Path.cwd()}); give another pattern")
+    if unknown := [str(path) for path in files if data_suffix(path) not in DATA_SUFFIXES]:
+        raise DataError(
+            f"{source.path} matches {unknown[0]}, which is no data file ({', '.join(DATA_SUFFIXES)}); give a narrower pattern"
+        )
+    return files
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines with their line ends; a byte-order mark is dropped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield line.removeprefix(_BOM) if number == 1 else line
+    """Lines with their line ends; a byte-order mark is dropped.
+
+    Raises:
+        DataError: a compressed file that is broken or cut off.
+    """
+    opened: Any = _OPEN.get(path.suffix.lower(), open)
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.removeprefix(_BOM) if number == 1 else line
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as err:
+        if isinstance(err, OSError) and err.errno is not None:
+            raise  # of the machine; what a decompressor raises has no number
+        raise DataError(f"{path}: not a whole {path.suffix} file ({err}); fetch or write it again") from err
 
 
 def _decode(source: DataSource, number: int, line: bytes) -> str:
@@ -139,6 +203,8 @@ def _json_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Ro
             f"{source.path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); a .json file is one list of "
             'objects, or {"data": [...]}: fix it, or name it .jsonl if every line is an object'
         ) from err
+    except ValueError as err:  # an integer of thousands of digits
+        raise DataError(f"{source.path}: a number that cannot be read ({err}); fix the file") from err
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise DataError(
@@ -182,7 +248,7 @@ def _table_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[R
     In tab-separated text a quote is a character like any other (IANA's text/tab-separated-values has no quoting), so a
     stray one cannot swallow the lines behind it.
     """
-    delimiter = source.delimiter or ("," if path.suffix.lower() == ".csv" else "\t")
+    delimiter = source.delimiter or ("," if data_suffix(path) == ".csv" else "\t")
     if len(delimiter) != 1:
         raise DataError(f"{source.path}: delimiter {delimiter!r} must be one character; set delimiter to one")
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
@@ -278,7 +344,9 @@ def _load_hub(source: DataSource) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, split=source.split)
+        return datasets.load_dataset(
+            source.path, source.subset, data_dir=source.data_dir, revision=source.revision, split=source.split
+        )
     except Exception as err:  # the hub client, requests and Arrow each raise their own kinds
         raise DataError(
             f"{source.path} is neither a file or directory here (in {Path.cwd()}) nor a hub data set that can be "

@@ -70,34 +70,63 @@ class InstructionKind(Kind):
     uses = ("supervised training", "prompts")
 
     def subject(self, row: Fields) -> Hashable:
+        if (prompt := _before_completion(row, "instruction")) is not None:
+            return turns_of(prompt)
         if row.get("output") is not None:  # as prompts, instructions need none
             row.text("output")
         return _labeled_row(row) or turns_of(self.prompt(row))
 
     def sequence(self, row: Fields, task: str) -> Conversation:
+        if (prompt := _before_completion(row, "instruction")) is not None:
+            return _completed(row, prompt, task)
         response = {"role": "assistant", "content": row.text("output")}
-        return Conversation((*self.prompt(row), response), row.location, task, _labeled_row(row))
+        return Conversation((*self.prompt(row), response), row.location, task, row=_labeled_row(row))
 
     def prompt(self, row: Fields) -> Messages:
+        if (prompt := _before_completion(row, "instruction")) is not None:
+            return _ends_with_user(row, "prompt", prompt)
         parts = (row.optional_text("demonstration"), row.text("instruction"), row.optional_text("input"))
         return (_user("\n\n".join(part for part in parts if part)),)
 
 
 class MessagesKind(Kind):
-    """A chat, as a list of messages or as text in the HH format. Trained on every assistant turn; as a prompt, what comes
-    before the last one."""
+    """A chat, as a list of messages or as text in the HH format. Trained on every assistant turn whose `weight` is not 0; as a
+    prompt, what comes before the last one. In a column `conversations` (ShareGPT) the turns before the first user's are
+    dropped; `prompt` and `completion` (TRL) are a chat of which the completion is trained on."""
 
-    fields = ("messages", "task")
+    fields = ("messages", "tools", "task")
     uses = ("supervised training", "prompts")
 
     def subject(self, row: Fields) -> Hashable:
-        return turns_of(before_last_response(chat_messages(row, "messages")))
+        return turns_of(self._before_response(row))
 
     def sequence(self, row: Fields, task: str) -> Conversation:
-        return Conversation(chat_messages(row, "messages"), row.location, task)
+        if (prompt := _before_completion(row, "messages")) is not None:
+            return _completed(row, prompt, task)
+        messages = self._chat(row, keep_weights=True)
+        weighted = any("weight" in message for message in messages)
+        turns = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+        targets = tuple(i for i in turns if messages[i].get("weight", 1)) if weighted else None
+        plain = tuple({key: value for key, value in message.items() if key != "weight"} for message in messages)
+        return Conversation(plain, row.location, task, targets, row.tools())
 
     def prompt(self, row: Fields) -> Messages:
-        return _ends_with_user(row, "messages", before_last_response(chat_messages(row, "messages")))
+        return _ends_with_user(row, "messages", self._before_response(row))
+
+    def _before_response(self, row: Fields) -> Messages:
+        prompt = _before_completion(row, "messages")
+        return before_last_response(self._chat(row)) if prompt is None else prompt
+
+    def _chat(self, row: Fields, keep_weights: bool = False) -> Messages:
+        if row.get("messages") is not None or row.get("conversations") is None:
+            return chat_messages(row, "messages", keep_weights)
+        row.note("column 'conversations' taken for messages")
+        messages = row.messages("conversations", keep_weights)
+        leading = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+        dropped = [i for i in range(leading) if messages[i]["role"] == "assistant"]
+        if dropped:
+            row.note("assistant turns before the first user turn, which are dropped")
+        return tuple(message for i, message in enumerate(messages) if i not in dropped)
 
 
 class TextKind(Kind):
@@ -222,6 +251,25 @@ def kind_of(source: DataSource, use: Use) -> Kind:
         suitable = ", ".join(name for name, other in KINDS.items() if use in other.uses)
         raise ConfigError(f"{source.path}: kind {source.kind!r} is not supported for {use}; use one of {suitable}")
     return kind
+
+
+def _before_completion(row: Fields, field: str) -> Messages | None:
+    """The prompt of a row with `prompt` and `completion` in place of `field`; None where it is none."""
+    if row.get(field) is not None or row.get("prompt") is None or row.get("completion") is None:
+        return None
+    row.note("columns 'prompt' and 'completion'")
+    return _string_or_chat(row)
+
+
+def _completed(row: Fields, prompt: Messages, task: str) -> Conversation:
+    """The chat of a row with `prompt` and `completion`, of which the latter is trained on."""
+    if isinstance(row.required("completion"), str):
+        completion: Messages = ({"role": "assistant", "content": row.text("completion")},)
+    else:
+        completion = row.messages("completion")
+    messages = (*prompt, *completion)
+    targets = tuple(i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant")
+    return Conversation(messages, row.location, task, targets, row.tools())
 
 
 def _user(text: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -86,18 +86,19 @@ def load_prompts(
     sources: Sequence[DataSource],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    on_too_long: Literal["error", "skip", "truncate"] = "error",
+    settings: DataSettings,
     keep_records: bool = False,
 ) -> PromptDataset:
-    """Prompts to generate from. One longer than `max_prompt_tokens` is skipped under `skip`, else an error: prompts are never
-    truncated. `keep_records` and errors as in `load_sequences`."""
+    """Prompts to generate from. One longer than `max_prompt_tokens` is skipped under `settings.on_too_long: skip`, else an
+    error: prompts are never truncated. `keep_records` and errors as in `load_sequences`."""
     tally = Tally(BadRows())
     prompts = [prompt for source in sources for prompt in read_prompts(source, tally.bad_rows)]
-    settings = DataSettings(max_length_tokens=max_prompt_tokens, on_too_long=on_too_long)
+    settings = settings.model_copy(update={"max_length_tokens": max_prompt_tokens})
     tokens = tokenize(prompts, tokenizer, settings)
     used, rows = [], []
     for found in tokens.usable(prompts, tally):
         tally.num_tokens += found.num_tokens
+        tally.num_truncated += any(found.cut)
         rows += found.sequences
         used.append(prompts[found.number])
     tally.check_not_empty(len(rows), f"max_prompt_tokens {max_prompt_tokens}")

@@ -20,17 +20,17 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf_dist.core.random import permutation
-from rlhf_dist.data.encoding import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.records import Messages, Preference
+from rlhf_dist.data.rendering import Message
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _GENERATION_CUE = re.compile(r"\n\nAssistant:\s*$")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
-def chat_messages(row: Fields, field: str) -> Messages:
-    """A chat: a list of messages, or a dialogue as text in the HH format.
+def chat_messages(row: Fields, field: str, keep_weights: bool = False) -> Messages:
+    """A chat: a list of messages, or a dialogue as text in the HH format. `keep_weights` as in `Fields.messages`.
 
     Raises:
         DataError: neither.
@@ -38,7 +38,7 @@ def chat_messages(row: Fields, field: str) -> Messages:
     value = row.required(field)
     if isinstance(value, str) and re.match(r"\s*Human:", value):
         return _dialogue(row, field, row.checked_text(field, value))
-    return row.checked_messages(field, value)
+    return row.checked_messages(field, value, keep_weights)
 
 
 def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
@@ -213,7 +213,7 @@ def _ranking(row: Fields, prompt: Messages, responses: tuple[Messages, ...]) -> 
 def _margin(row: Fields) -> tuple[float, float] | None:
     """A pair's margin as ratings."""
     if row.get("margin") is None:
-        return None
+        return _score_margin(row)
     margin = row.number("margin")
     if margin < 0:
         raise row.error(
@@ -222,6 +222,21 @@ def _margin(row: Fields) -> tuple[float, float] | None:
             "exchange chosen and rejected, fix it, or set reward.margin_coef to 0",
         )
     return margin, 0.0
+
+
+def _score_margin(row: Fields) -> tuple[float, float] | None:
+    """Of the columns `score_chosen` and `score_rejected`, as published data sets have them."""
+    if row.get("score_chosen") is None or row.get("score_rejected") is None:
+        return None
+    row.note("margins of 'score_chosen' and 'score_rejected'")
+    chosen, rejected = row.number("score_chosen"), row.number("score_rejected")
+    if chosen < rejected:
+        raise row.error(
+            "score_chosen",
+            f"is {chosen:g}, less than score_rejected {rejected:g}, though chosen is the better",
+            "exchange chosen and rejected, fix them, or set reward.margin_coef to 0",
+        )
+    return chosen - rejected, 0.0
 
 
 def _ratings(row: Fields, num_responses: int) -> tuple[float, ...] | None:

@@ -40,8 +40,9 @@ def read_fields(source: DataSource, bad_rows: BadRows | None = None) -> Iterator
                 f"{', '.join(known)} to a column"
             )
     unseen = set(source.fields.values())
+    notes = None if bad_rows is None else bad_rows.notes
     for location, values in read_rows(source, bad_rows):
-        row = Fields(location, values, source.fields)
+        row = Fields(location, values, source.fields, notes)
         unseen = {column for column in unseen if not row.has_column(column)}
         yield row
     if unseen:
@@ -93,7 +94,7 @@ def read_preferences(
 def read_prompts(source: DataSource, bad_rows: BadRows | None = None) -> list[Prompt]:
     """Prompts, or the prompts of records of other kinds. `bad_rows` and errors as in `read_sequences`."""
     kind = kind_of(source, "prompts")
-    return _read(source, bad_rows, lambda row: Prompt(kind.prompt(row), row.location, source.on_bad_row))
+    return _read(source, bad_rows, lambda row: Prompt(kind.prompt(row), row.location, source.on_bad_row, row.tools()))
 
 
 def _read(source: DataSource, bad_rows: BadRows | None, record: Callable[[Fields], R]) -> list[R]:

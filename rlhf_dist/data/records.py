@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any, Literal
 
 from rlhf_dist.config.data import BadRowPolicy
-from rlhf_dist.data.encoding import Message
+from rlhf_dist.data.rendering import Message
 
 Messages = tuple[Message, ...]
 
 
 def turns_of(messages: Sequence[Message]) -> Hashable:
-    """A dialogue's identity: roles and texts, without surrounding white space."""
-    return tuple((message["role"], message["content"].strip()) for message in messages)
+    """A dialogue's identity: roles and texts, without surrounding white space, and whatever else its messages have."""
+    return tuple((message["role"], (message["content"] or "").strip(), *_others(message)) for message in messages)
+
+
+def _others(message: Message) -> list[str]:
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return [json.dumps(rest, sort_keys=True, default=str)] if rest else []
 
 
 def before_last_response(messages: Messages) -> Messages:
     """The messages before the last assistant turn; all where there is none."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: turns[-1]] if turns else messages
+
+
+def arranged(
+    messages: Messages, system: Literal["keep", "merge_into_user"], same_role_turns: Literal["keep", "merge"]
+) -> tuple[Messages, list[int]]:
+    """(messages as a chat template is to get them, where each is among them): see `DataSettings`. A system message that no user
+    message follows stays."""
+    found: list[Message] = []
+    moved: list[int] = []
+    waiting: list[str] = []
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        if message["role"] == "system" and system == "merge_into_user" and i < last_user:
+            waiting += [message["content"]] if message["content"] else []
+        else:
+            if message["role"] == "user" and waiting:
+                message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
+                waiting = []
+            if same_role_turns == "merge" and found and _joinable(found[-1], message):
+                found[-1] = {**message, "content": "\n\n".join([found[-1]["content"], message["content"]])}
+            else:
+                found.append(message)
+        moved.append(max(len(found) - 1, 0))
+    return tuple(found), moved
+
+
+def _joinable(first: Message, second: Message) -> bool:
+    return first["role"] == second["role"] and first.keys() == second.keys() == {"role", "content"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +66,10 @@ class Conversation:
     location: str
     task: str = ""
     """The task that it is an example of; "" where tasks are not read, or the record has none."""
+    targets: tuple[int, ...] | None = None
+    """Positions of the assistant messages to learn from; None: all."""
+    tools: tuple[Any, ...] = ()
+    """Descriptions of tools, for the chat template."""
     row: str = ""
     """Place of the labeled row that a template rendered it from; "" where none did."""
     on_bad_row: BadRowPolicy = "error"
@@ -44,7 +83,7 @@ class Conversation:
     @property
     def content(self) -> Hashable:
         """What makes two records duplicates."""
-        return _exactly(self.messages)
+        return _exactly(self.messages), self.targets, json.dumps(self.tools, default=str)
 
 
 @dataclass(frozen=True)
@@ -120,6 +159,8 @@ class Prompt:
     location: str
     on_bad_row: BadRowPolicy = "error"
     """As in `Conversation`."""
+    tools: tuple[Any, ...] = ()
+    """As in `Conversation`."""
 
     @property
     def subject(self) -> Hashable:
@@ -167,4 +208,4 @@ def contradictions(preferences: Iterable[Preference]) -> list[str]:
 
 
 def _exactly(messages: Sequence[Message]) -> Hashable:
-    return tuple((message["role"], message["content"]) for message in messages)
+    return tuple((message["role"], message["content"], *_others(message)) for message in messages)

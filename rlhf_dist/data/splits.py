@@ -17,7 +17,6 @@ A source has a file of its own, so that its mapping of fields is true of the fil
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 from rlhf_dist.config.data_set import DataSet
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.core.random import permutation
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
@@ -201,8 +201,8 @@ def _write(wanted: DataSet, part: str, rows: Sequence[tuple[int, str]], folder: 
 
 def _line(row: Fields) -> str:
     try:
-        return json.dumps(dict(row.values), ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
-    except (TypeError, ValueError) as error:
+        return json_line(dict(row.values), default=_plain)
+    except (TypeError, RecursionError) as error:
         raise DataError(
             f"{row.location}: a column cannot be written as JSON ({error}); remove it from the data"
         ) from error

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -28,21 +28,16 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config.data import DataSettings
+from rlhf_dist.config.data import DataSettings, SFTData
 from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import DataError, TooLongError
-from rlhf_dist.data import encoding
+from rlhf_dist.data import encoding, lengths, rendering
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
-from rlhf_dist.data.encoding import (
-    Encoded,
-    Rendered,
-    encode_prompt,
-    encode_rendered,
-    encode_text,
-    render_conversation,
-)
-from rlhf_dist.data.records import Conversation, Preference, Record, Text
+from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
+from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text
+from rlhf_dist.data.records import Conversation, Preference, Record, Text, arranged
+from rlhf_dist.data.rendering import Rendered, render_conversation
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +117,7 @@ class Tokens:
         Raises:
             DataError: a record that is invalid under `on_bad_row: error`, or too long under `on_too_long: error`.
         """
-        start, lengths = 0, self.ids.lengths
+        start, num_tokens = 0, self.ids.lengths
         for number, (record, row) in enumerate(zip(records, self._columns(), strict=True)):
             if row["error"] is not None:
                 error = (TooLongError if row["is_too_long"] else DataError)(f"{record.location}: {row['error']}")
@@ -140,7 +135,7 @@ class Tokens:
                 row["kept"],
                 list(map(bool, row["cut"])),
                 row["response_tokens"],
-                int(lengths[sequences.start : sequences.stop].sum()),
+                int(num_tokens[sequences.start : sequences.stop].sum()),
             )
 
     def _columns(self) -> Iterator[dict[str, Any]]:
@@ -167,11 +162,11 @@ def tokenize(
     """
     if num_proc is None:
         num_proc = max(1, min(usable_cpus(), len(records) // MIN_RECORDS_PER_PROCESS))
-    content_digest = _digest(map(_content, records))
+    content_digest = _digest(_content(record, settings) for record in records)
     limits = [str(settings.max_length_tokens), settings.on_too_long]
     with _progress_bars(shown=num_proc > 1):
         contents = datasets.Dataset.from_generator(
-            partial(_contents, records),
+            partial(_contents, records, settings),
             features=datasets.Features({"content": datasets.Value("string")}),
             cache_dir=str(_cache_dir()),
             fingerprint=content_digest,
@@ -191,21 +186,29 @@ def tokenize(
     return Tokens(Ragged.from_arrow(rows.data.column("ids")), Ragged.from_arrow(rows.data.column("masks"), bool), rows)
 
 
-def _contents(records: Sequence[Record]) -> Iterator[dict[str, str]]:
+def _contents(records: Sequence[Record], settings: DataSettings) -> Iterator[dict[str, str]]:
     for record in records:
-        yield {"content": _content(record)}
+        yield {"content": _content(record, settings)}
 
 
-def _content(record: Record) -> str:
+def _content(record: Record, settings: DataSettings) -> str:
     """What of a record is tokenized, as JSON; without its place, so that a renamed file is not tokenized again."""
     if isinstance(record, Text):
         content: Any = {"text": record.text}
     elif isinstance(record, Conversation):
-        content = {"messages": record.messages}
+        messages, moved = arranged(record.messages, settings.system, settings.same_role_turns)
+        targets = record.targets
+        if isinstance(settings, SFTData) and settings.train_on == "last":
+            targets = targets if targets is not None else range(len(record.messages))
+            targets = [i for i in targets if record.messages[i]["role"] == "assistant"][-1:]
+        targets = None if targets is None else sorted({moved[i] for i in targets})
+        content = {"messages": messages, "targets": targets, "tools": record.tools}
     elif isinstance(record, Preference):
-        content = {"prompt": record.prompt, "responses": record.responses}
+        prompt, _ = arranged(record.prompt, settings.system, settings.same_role_turns)
+        content = {"prompt": prompt, "responses": record.responses}
     else:
-        content = {"prompt": record.messages}
+        prompt, _ = arranged(record.messages, settings.system, settings.same_role_turns)
+        content = {"prompt": prompt, "tools": record.tools}
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -220,6 +223,8 @@ def _tokenize_batch(
     found = []
     for content, of_record in zip(contents, rendered, strict=True):
         results = [next(encoded) if isinstance(one, Rendered) else one for one in of_record]
+        if settings.on_too_long == "truncate_left":
+            content, results = _without_oldest_turns(tokenizer, content, results, settings.max_length_tokens)
         try:
             found.append(_tokenized(content, results, tokenizer, settings))
         except DataError as err:
@@ -229,20 +234,64 @@ def _tokenize_batch(
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> list[Rendered | DataError]:
     """The conversations of a content; [] for plain texts and prompts."""
+    targets: Collection[int] | None
     if "messages" in content:
-        conversations, first_target = [content["messages"]], 0
+        conversations, targets = [content["messages"]], content["targets"]
     elif content.get("prompt") and "responses" in content:
         conversations = [[*content["prompt"], *response] for response in content["responses"]]
-        first_target = len(content["prompt"])
+        targets = range(len(content["prompt"]), max(map(len, conversations)))
     else:
         return []
     found: list[Rendered | DataError] = []
     for messages in conversations:
         try:
-            found.append(render_conversation(tokenizer, messages, first_target))
+            found.append(render_conversation(tokenizer, messages, targets, content.get("tools", ())))
         except DataError as err:
             found.append(err)
     return found
+
+
+def _without_oldest_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    content: dict[str, Any],
+    conversations: list[Encoded | DataError],
+    limit: int,
+) -> tuple[dict[str, Any], list[Encoded | DataError]]:
+    """The content without as many of its oldest turns as make it fit, or all but the last exchange, and its conversations."""
+    name = "messages" if "messages" in content else "prompt"
+    whole = content.get(name) or ()
+    kept = next((i for i, message in enumerate(whole) if message["role"] != "system"), len(whole))
+    starts = [i for i, message in enumerate(whole) if message["role"] == "user" and i > kept]
+    wanted = [i for i, message in enumerate(whole) if message["role"] == "assistant"]
+    wanted = wanted if content.get("targets") is None else content["targets"]
+    for start in starts:
+        if _fits(tokenizer, content, conversations, limit):
+            break
+        if name == "messages" and not any(i > start for i in wanted):
+            break
+        content = content | {name: [*whole[:kept], *whole[start:]], "cut": True}
+        if name == "messages":
+            content["targets"] = [i - start + kept for i in wanted if i > start]
+        conversations = [
+            one if isinstance(one, DataError) else encode_rendered(tokenizer, [one])[0]
+            for one in _rendered(tokenizer, content)
+        ]
+    return content, conversations
+
+
+def _fits(
+    tokenizer: PreTrainedTokenizerBase,
+    content: dict[str, Any],
+    conversations: Sequence[Encoded | DataError],
+    limit: int,
+) -> bool:
+    """Whether nothing of a content is too long; also where it is invalid."""
+    if "text" in content or conversations or "responses" in content:
+        return all(isinstance(one, DataError) or len(one[0]) <= limit for one in conversations)
+    try:
+        return len(encode_prompt(tokenizer, content["prompt"], content["tools"])) <= limit
+    except DataError:
+        return True
 
 
 def _tokenized(
@@ -257,26 +306,33 @@ def _tokenized(
         DataError, TooLongError: the content is invalid.
     """
     found = _Tokenized()
+    was_cut = content.get("cut", False)
     if "text" in content:
         for ids, mask in fit_text(encode_text(tokenizer, content["text"]), settings):
             found.add(ids, mask)
     elif "messages" in content:
         for ids, mask, cut in fit(_valid(conversations[0]), settings):
-            found.add(ids, mask, cut)
+            found.add(ids, mask, cut or was_cut)
     elif "responses" in content:
+        # One prompt for all responses: the longest says how much of it is cut.
+        longest = max(
+            (len(one[0]) - one[1].index(True) for one in conversations if not isinstance(one, DataError)), default=0
+        )
         for number, response in enumerate(content["responses"]):
             encoded = (
                 _valid(conversations[number])
                 if conversations
                 else all_targets(encode_text(tokenizer, response[-1]["content"]))
             )
-            for ids, mask, cut in fit(encoded, settings):
+            for ids, mask, cut in fit(encoded, settings, longest):
                 # Truncation can make two responses equal, and so can a tokenizer that folds case or accents.
                 if ids not in found.ids:
-                    found.add(ids, mask, cut, len(ids) - mask.index(True) if conversations else len(ids), number)
+                    num_tokens = len(ids) - mask.index(True) if conversations else len(ids)
+                    found.add(ids, mask, cut or was_cut, num_tokens, number)
     else:
-        for ids in fit_prompt(encode_prompt(tokenizer, content["prompt"]), settings):
-            found.add(ids, [False] * len(ids))
+        whole = encode_prompt(tokenizer, content["prompt"], content["tools"])
+        for ids in fit_prompt(whole, settings):
+            found.add(ids, [False] * len(ids), was_cut or len(ids) < len(whole))
     return found
 
 
@@ -284,85 +340,6 @@ def _valid(encoded: Encoded | DataError) -> Encoded:
     if isinstance(encoded, DataError):
         raise encoded
     return encoded
-
-
-def all_targets(ids: list[int]) -> Encoded:
-    """Every token is a target but the first, which nothing predicts."""
-    return ids, [False] + [True] * (len(ids) - 1)
-
-
-def fit_text(ids: list[int], settings: DataSettings) -> list[Encoded]:
-    """A plain text as sequences of at most `max_length_tokens`.
-
-    `truncate` chunks it without loss: each chunk begins with the last token of the previous one, since a sequence's first
-    token is never a target. `skip` gives [].
-
-    Raises:
-        TooLongError: it is longer, under `error`.
-        DataError: a limit below 2, under `truncate`.
-    """
-    limit = settings.max_length_tokens
-    if len(ids) <= limit:
-        return [all_targets(ids)]
-    if settings.on_too_long == "skip":
-        return []
-    if settings.on_too_long == "error":
-        raise _too_long(len(ids), limit)
-    if limit < 2:
-        raise DataError(f"max_length_tokens {limit} leaves no token to predict; it must be at least 2: raise it")
-    return [all_targets(ids[start : start + limit]) for start in range(0, len(ids) - 1, limit - 1)]
-
-
-def fit(encoded: Encoded, settings: DataSettings) -> list[tuple[list[int], list[bool], bool]]:
-    """[(ids, mask, was truncated)] of a conversation at `max_length_tokens`; [] where it is skipped.
-
-    Raises:
-        TooLongError: it is longer, under `error`.
-        DataError: its prompt alone is longer, under `truncate`: prompts are never truncated.
-    """
-    ids, mask = encoded
-    limit = settings.max_length_tokens
-    if len(ids) <= limit:
-        return [(ids, mask, False)]
-    if settings.on_too_long == "skip":
-        return []
-    if settings.on_too_long == "error":
-        raise _too_long(len(ids), limit)
-    prompt_tokens = mask.index(True)
-    if prompt_tokens >= limit:
-        raise DataError(
-            f"the prompt alone has {prompt_tokens} tokens, which leaves no token for a response in max_length_tokens "
-            f"{limit}, and prompts are never truncated; raise max_length_tokens, shorten the prompt, or set on_too_long to "
-            "skip"
-        )
-    # What is left of a later prompt after the last target would only be computed, never learnt from.
-    end = limit - mask[:limit][::-1].index(True)
-    return [(ids[:end], mask[:end], True)]
-
-
-def fit_prompt(ids: list[int], settings: DataSettings) -> list[list[int]]:
-    """[`ids`] of a prompt; [] where it is longer than `max_length_tokens`, under `skip`.
-
-    Raises:
-        TooLongError: it is longer, under `error`.
-        DataError: it is longer, under `truncate`: prompts are never truncated.
-    """
-    if len(ids) <= settings.max_length_tokens:
-        return [ids]
-    if settings.on_too_long == "skip":
-        return []
-    raise (TooLongError if settings.on_too_long == "error" else DataError)(
-        f"the prompt has {len(ids)} tokens, more than the {settings.max_length_tokens} that data.max_length_tokens "
-        "leaves beside rollout.max_response_tokens; raise the first, lower the second, shorten the prompt, "
-        "or set on_too_long to skip"
-    )
-
-
-def _too_long(num_tokens: int, limit: int) -> TooLongError:
-    return TooLongError(
-        f"the record has {num_tokens} tokens, more than max_length_tokens {limit}; raise it, shorten the record, or "
-        "set on_too_long to truncate or skip"
-    )
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -393,7 +370,8 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 @cache
 def _code_digest() -> str:
     """Of what tokenizes: this package's code, and the versions of the libraries."""
-    code = [Path(module).read_text(encoding="utf-8") for module in (__file__, str(encoding.__file__))]
+    modules = (__file__, *(str(module.__file__) for module in (encoding, lengths, rendering)))
+    code = [Path(module).read_text(encoding="utf-8") for module in modules]
     return _digest([*code, transformers.__version__, tokenizers.__version__, jinja2.__version__])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+NEW_PAD_TOKEN = "<|pad|>"
 _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
 
 
@@ -28,7 +30,7 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
     """The tokenizer of a model directory or hub name, made ready for training.
 
     It has an EOS token, a pad token (an existing token; the vocabulary never grows, so embeddings fit) and a chat
-    template: its own, else the one at `template_path`, else the built-in instruction template. What was set is saved
+    template: the one at `template_path`, else its own, else the built-in instruction template. What was set is saved
     with the model by `save_pretrained`.
 
     Raises:
@@ -49,7 +51,28 @@ def load_tokenizer(model_path: str, template_path: Path | None = None) -> PreTra
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _pad_token(tokenizer)
     _set_template(tokenizer, template_path)
+    if "strftime_now" in str(tokenizer.chat_template):
+        _warn_of_clock(model_path)
     return tokenizer
+
+
+@cache
+def _warn_of_clock(model_path: str) -> None:
+    log.warning(
+        "the chat template of %s prints the date (strftime_now), so what is trained on changes each day, and a run cannot "
+        "be resumed on another; set data.template_path to a copy of it with a fixed date",
+        model_path,
+    )
+
+
+def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token of its own where EOS pads.
+
+    For reward models: transformers reads a sequence's score at its last token that is not padding, so that with EOS as padding
+    it would be read before the EOS that ends a response. The new token's id is one that the embeddings may not have.
+    """
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
 
 
 def _from_pretrained(model_path: str) -> PreTrainedTokenizerBase:
@@ -71,21 +94,26 @@ def _from_pretrained(model_path: str) -> PreTrainedTokenizerBase:
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """An existing token to pad with, if possible not EOS. Lengths are explicit everywhere, so EOS does no harm."""
     vocab = tokenizer.get_vocab()
-    for token in (tokenizer.unk_token, *_PAD_CANDIDATES):
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    reserved = [token for token in special if "reserved" in token or "unused" in token]
+    for token in (tokenizer.unk_token, *_PAD_CANDIDATES, *reserved):
         if token in vocab and token != tokenizer.eos_token:
             return str(token)
     return str(tokenizer.eos_token)
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, template_path: Path | None) -> None:
-    if tokenizer.chat_template:
-        if template_path is not None:
-            log.warning("template_path %s is not used: the tokenizer has a chat template of its own", template_path)
-        return
     if template_path is None:
+        if tokenizer.chat_template:
+            return
         template = resources.files("rlhf_dist.data").joinpath("instruction_template.jinja").read_text(encoding="utf-8")
         tokenizer.chat_template = _bos_prefix(tokenizer) + template
         return
+    if tokenizer.chat_template:
+        log.warning(
+            "data.template_path %s replaces the tokenizer's own chat template, and is saved with the model",
+            template_path,
+        )
     try:
         tokenizer.chat_template = template_path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:

@@ -16,6 +16,7 @@ from rlhf_dist.evaluation.config import EvalConfig
 from rlhf_dist.evaluation.reward_report import evaluation, headline, show, write_report
 from rlhf_dist.evaluation.trainer import evaluate_all, score_pairs
 from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
+from rlhf_dist.models.vocabulary import num_token_ids
 from rlhf_dist.run.checks import check_micro_batches, check_model, check_same_tokenizer
 from rlhf_dist.run.launch import check_run_folder, hosted
 from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
@@ -45,14 +46,14 @@ def prepare(config: EvalConfig) -> Prepared[dict[str, Any]]:
     if settings.preferences:
         data["preferences"] = load_pairs(settings.preferences, settings, tokenizer, config.seed, use_margins=False)
     if settings.prompts:
-        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings.on_too_long)
+        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings)
     summary = describe_data(**{name: dataset for name, dataset in data.items() if dataset})
     dropped = bad_rows(*data.values())
     data["decode"] = decoder(tokenizer)
-    return Prepared(_worker_specs(config), data, summary, bad_rows=dropped)
+    return Prepared(_worker_specs(config, tokenizer), data, summary, bad_rows=dropped)
 
 
-def _worker_specs(config: EvalConfig) -> list[WorkerSpec]:
+def _worker_specs(config: EvalConfig, tokenizer: Any) -> list[WorkerSpec]:
     policy, reward, reference, rollout = config.policy, config.reward, config.reference, config.rollout
     specs = []
     if policy and config.data.instructions:
@@ -69,7 +70,8 @@ def _worker_specs(config: EvalConfig) -> list[WorkerSpec]:
         )
         specs.append(WorkerSpec("rollout", rollout, worker))
         if reference:
-            scorer = partial(ReferenceWorker, reference, temperature=rollout.temperature)
+            num_tokens = num_token_ids(tokenizer)
+            scorer = partial(ReferenceWorker, reference, temperature=rollout.temperature, num_tokens=num_tokens)
             specs.append(WorkerSpec("reference", reference, scorer))
     return specs
 

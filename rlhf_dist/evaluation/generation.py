@@ -13,6 +13,7 @@ from rlhf_dist.core.batches import TRUNCATED, RolloutBatch
 from rlhf_dist.core.kl import kl_k1
 from rlhf_dist.core.roles import Reference, RewardScorer, RolloutEngine
 from rlhf_dist.evaluation.losses import chunks
+from rlhf_dist.evaluation.reward_input import RewardInput, as_generated
 
 Row = dict[str, Any]
 Decode = Callable[[Tensor], str]
@@ -58,12 +59,14 @@ def score_responses(
     rollout_engine: RolloutEngine,
     reward: RewardScorer | None,
     reference: Reference | None,
+    reward_input: RewardInput = as_generated,
 ) -> tuple[list[Row], dict[str, float]]:
-    """One response to every prompt of a set: its rows, and means with standard errors over prompts."""
+    """One response to every prompt of a set: its rows, and means with standard errors over prompts. `reward_input`: what the
+    reward model is to score."""
     rows: list[Row] = []
     for indices in chunks(len(dataset)):
         rollout = rollout_engine.generate(dataset.batch(indices), stream="eval", iteration=0).result()
-        scores = reward.score(rollout.sequences) if reward else None
+        scores = reward.score(reward_input(rollout)) if reward else None
         ref = reference.logprobs(rollout) if reference else None
         rows += sample_rows(
             decode,

@@ -22,6 +22,7 @@ from tenacity import (
 )
 
 from rlhf_dist.core.errors import ConfigError, SubmissionError
+from rlhf_dist.core.proxies import proxy_hint
 
 EXCLUDED = (
     ".git/",
@@ -196,7 +197,8 @@ class JobClient:
                 )
             else:
                 reason = f"the Ray cluster at {self.address} did not {what}: {_first_line(error)}"
-                message = f"{reason.rstrip('.')}. {_remedy(error)}"
+                proxy = proxy_hint(self.address) if isinstance(error, OSError) else ""
+                message = f"{reason.rstrip('.')}. {_remedy(error)}{proxy}"
             raise SubmissionError(message) from error
 
 

@@ -39,10 +39,15 @@ class ForwardPass(nn.Module):
 
 
 class TargetLogprobs(ForwardPass):
-    """A causal LM that returns log-probs of chosen tokens of right-padded sequences."""
+    """A causal LM that returns log-probs of chosen tokens of right-padded sequences.
 
-    def __init__(self, model: Any, packed: bool = False) -> None:
+    Args:
+        num_tokens: ids from here on are masked: rows of a padded vocabulary that no token has. None masks nothing.
+    """
+
+    def __init__(self, model: Any, packed: bool = False, num_tokens: int | None = None) -> None:
         super().__init__(model, packed)
+        self.num_tokens = num_tokens
         self._can_slice = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -71,6 +76,7 @@ class TargetLogprobs(ForwardPass):
             first = int(target_mask.any(0).to(torch.uint8).argmax())
             keep = torch.arange(first - 1, tokens.shape[1] - 1, device=tokens.device)
             logits = self._logits(inputs, keep)[target_mask[:, first:]]
+        logits = logits[..., : self.num_tokens]
         return taken_logprobs(logits, tokens[target_mask], temperature, with_entropy=with_entropy)
 
     def smallest_batch(self) -> tuple[Tensor, ...]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_dist.core.errors import ModelError
+from rlhf_dist.models.generation_config import make_savable
 
+LANGUAGE_MODEL_HEADS = {"lm_head", "embed_out", "output"}
+"""What transformers' causal language models call their heads."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,10 +71,13 @@ def check_scalar_model(config: PretrainedConfig, role: str) -> None:
 def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
     """A causal LM. Under ZeRO-3 (see `engine.zero.sharded_init`) it is built and loaded sharded."""
     model, info = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
-    missing = sorted(info["missing_keys"])
-    if missing or any(key.startswith("score.") for key in info["unexpected_keys"]):
-        lacks = f"lacks {', '.join(missing[:3])}" if missing else "has a scalar head in place of a language-model head"
-        raise ModelError(f"{path!r} {lacks}, so it is no causal language model; give a policy, not a reward model")
+    if any(key.startswith("score.") for key in info["unexpected_keys"]):
+        raise ModelError(
+            f"{path!r} has a scalar head in place of a language-model head, so it is no causal language model; give a policy, "
+            "not a reward model"
+        )
+    _check_names(path, info["missing_keys"], info["unexpected_keys"])
+    make_savable(model.generation_config)
     return model
 
 
@@ -79,9 +91,14 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
 
     Returns:
         The model, and whether its head is new (its weights are then arbitrary and the caller initializes them).
+
+    Raises:
+        ModelError: the folder's weights are not those of the model: only a new head may be missing, and only the
+            language-model head that it replaces be left over.
     """
     config = load_model_config(path)
-    if _is_classifier(config):
+    is_classifier = _is_classifier(config)
+    if is_classifier:
         check_scalar_model(config, "scalar")
     model, info = _from_pretrained(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -89,9 +106,15 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
             f"{path!r} ({type(model).__name__}) has no linear head named `score`; reward and value models need a "
             "decoder-only architecture such as Llama, Qwen, Mistral or Gemma"
         )
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    head_is_new = not is_classifier
+    if head_is_new:
+        missing -= {name for name in missing if name.startswith("score.")}
+        unexpected -= {name for name in unexpected if name.split(".")[0] in LANGUAGE_MODEL_HEADS}
+    _check_names(path, missing, unexpected)
     if pad_token_id is not None:
         model.config.pad_token_id = pad_token_id
-    return model, any(key.startswith("score.") for key in info["missing_keys"])
+    return model, head_is_new
 
 
 def as_scalar_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -127,6 +150,40 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, di
             f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."
         ) from error
+
+
+def _check_names(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise ModelError where weights of the model are not in its folder (they would be random) or the folder has others (they
+    would be dropped)."""
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if not missing and not unexpected:
+        return
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    prefix = _common_prefix(missing, unexpected)
+    remedy = (
+        f"their names have the prefix {prefix!r}: save the model without it (unwrap it before save_pretrained)"
+        if prefix
+        else "give a folder whose config.json and weights belong together"
+    )
+    raise ModelError(
+        f"the weights at {path!r} are not those of the model that its config.json describes: {'; '.join(parts)}; {remedy}"
+    )
+
+
+def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What stands before the names that the model has, where most missing weights are there with it (a head may not be); else
+    ""."""
+    some = {*missing[:1], *missing[-1:]}
+    ends = [(name, wanted) for name in unexpected for wanted in some if name.endswith("." + wanted)]
+    for name, wanted in ends:
+        prefix = name.removesuffix(wanted)
+        if 2 * sum(prefix + other in unexpected for other in missing) > len(missing):
+            return prefix
+    return ""
 
 
 def restore_buffers(model: Any) -> None:

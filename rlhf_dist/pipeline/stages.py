@@ -7,6 +7,7 @@ So a key is known before anything has run, and it is the same wherever the files
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -182,12 +183,15 @@ def content_of(place: str, path: str, source: DataSource | None, hashes: Content
     file = Path(path).expanduser()
     if source is not None:
         next(read_rows(source))  # rejects what is not there; fetches a hub name, so that its commit is known
-        if not file.exists():
+        if not file.exists() and not glob.has_magic(path):
             return f"hub:{path}@{cached_commit(path, 'dataset')}"
     elif place.endswith("model_path"):
         load_model_config(path)
         if not file.is_dir():
             return f"hub:{path}@{cached_commit(path)}"
+    if not file.exists() and glob.has_magic(path):
+        found = [Path(name) for name in sorted(glob.glob(str(file), recursive=True))]  # noqa: PTH207 (may be absolute)
+        return "files:" + ",".join(f"{one.name}@{hashes.file(one)}" for one in found if one.is_file())
     if file.is_dir():
         return f"tree:{hashes.directory(file)}"
     try:

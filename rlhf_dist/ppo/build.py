@@ -10,21 +10,31 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.loading import load_prompts, load_sequences
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
 from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
-from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
+from rlhf_dist.evaluation.reward_input import Rendered, as_generated
+from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
 from rlhf_dist.models.score_moments import read_score_moments
+from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 from rlhf_dist.ppo.config import PPOConfig
 from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.rewards import RunningMoments
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
 from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
 from rlhf_dist.ppo.value_worker import ValueWorker
-from rlhf_dist.run.checks import check_ds_config, check_micro_batches, check_model, check_ranks, check_same_tokenizer
+from rlhf_dist.run.checks import (
+    check_ds_config,
+    check_micro_batches,
+    check_model,
+    check_ranks,
+    check_same_tokenizer,
+    differs,
+)
 from rlhf_dist.run.launch import check_run_folder, checkpoints, hosted
 from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
 from rlhf_dist.run.run_summary import describe_data, describe_trained
@@ -38,7 +48,7 @@ def load_data(config: PPOConfig, tokenizer: Any, keep_records: bool = False) -> 
     data, limit = config.data, config.max_prompt_tokens
 
     def prompts(sources: Sequence[DataSource]) -> PromptDataset | None:
-        return load_prompts(sources, tokenizer, limit, data.on_too_long, keep_records) if sources else None
+        return load_prompts(sources, tokenizer, limit, data, keep_records) if sources else None
 
     return {
         "prompts": prompts(data.prompts),
@@ -53,11 +63,18 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
     Raises:
         RlhfDistError: what a run of this configuration would end with.
     """
-    tokenizer = _check_models(config)
-    loaded = load_data(config, tokenizer)
-    data = PPOData(**loaded, decode=decoder(tokenizer), score_moments=_saved_moments(config))
+    tokenizer, reward_tokenizer = _check_models(config)
+    loaded = load_data(config, tokenizer, keep_records=reward_tokenizer is not None)
+    reward_input, read_as = as_generated, "the policy's tokens"
+    if reward_tokenizer is not None:
+        prompts = [found for found in (loaded["prompts"], loaded["eval_prompts"]) if found is not None]
+        limit = context_length(load_model_config(config.reward.model_path))
+        reward_input = Rendered(prompts, tokenizer, stop_token_ids(tokenizer), reward_tokenizer, limit)
+        read_as = "text in its own chat template"
+    data = PPOData(**loaded, decode=decoder(tokenizer), reward_input=reward_input, score_moments=_saved_moments(config))
     settings = config.ppo
     summary = {
+        "the reward model reads": read_as,
         **describe_data(prompts=data.prompts, held_out_prompts=data.eval_prompts, ptx_sequences=data.ptx),
         "iterations": settings.num_iterations,
         "responses an iteration": settings.responses_per_iteration,
@@ -67,7 +84,7 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
         **describe_trained(config.value, "value", scalar=True),
     }
     return Prepared(
-        worker_specs(config),
+        worker_specs(config, num_token_ids(tokenizer)),
         data,
         summary,
         num_steps=settings.num_iterations,
@@ -75,25 +92,36 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
     )
 
 
-def _check_models(config: PPOConfig) -> Any:
-    """Check the four models against the data's limits and each other; returns the tokenizer they share."""
+def _check_models(config: PPOConfig) -> tuple[Any, Any | None]:
+    """Check the four models against the data's limits and each other; returns the tokenizer they share, and the reward model's
+    where it reads text in a template or tokens of its own."""
     limit = config.data.max_length_tokens
     policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
     for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
         check_micro_batches(model, limit, role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
-    check_causal_lm(check_model(policy.model_path, limit, "policy"), "policy")
+    policy_config = check_model(policy.model_path, limit, "policy")
+    check_causal_lm(policy_config, "policy")
+    check_embeddings(
+        policy_config, tokenizer, "policy", "fine-tune it first with `rlhf-dist sft --model.resize_embeddings true`"
+    )
+    reward_tokenizer = None
     for role, model in (("reference", reference), ("reward", reward), ("value", value)):
         model_config = check_model(model.model_path, limit, role)
         if role == "reference":
             check_causal_lm(model_config, role)
         if role == "reward":
             check_scalar_model(model_config, role)
+            own = load_tokenizer(model.model_path)
+            if config.ppo.reward_template == "own" and differs(own, tokenizer):
+                check_embeddings(model_config, own, role, "use the tokenizer that it was trained with")
+                reward_tokenizer = own
+                continue
         check_same_tokenizer(tokenizer, model.model_path, model_config, role)
     for role, model in (("policy", policy), ("value", value)):
         check_ds_config(model)
         check_ranks(config.ppo.mini_batch_size, model.num_ranks, "ppo.mini_batch_size", role)
-    return tokenizer
+    return tokenizer, reward_tokenizer
 
 
 def _saved_moments(config: PPOConfig) -> RunningMoments | None:
@@ -103,8 +131,8 @@ def _saved_moments(config: PPOConfig) -> RunningMoments | None:
     return RunningMoments(count=1, mean=found.mean, sum_squares=found.std**2)
 
 
-def worker_specs(config: PPOConfig) -> list[WorkerSpec]:
-    """The five roles of a run, each with its worker."""
+def worker_specs(config: PPOConfig, num_tokens: int | None = None) -> list[WorkerSpec]:
+    """The five roles of a run, each with its worker; `num_tokens`: ids that the tokenizer has."""
     settings, template_path, temperature = config.ppo, config.data.template_path, config.rollout.temperature
     policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
     return [
@@ -132,7 +160,11 @@ def worker_specs(config: PPOConfig) -> list[WorkerSpec]:
                 template_path=template_path,
             ),
         ),
-        WorkerSpec("reference", reference, partial(ReferenceWorker, reference, temperature=temperature)),
+        WorkerSpec(
+            "reference",
+            reference,
+            partial(ReferenceWorker, reference, temperature=temperature, num_tokens=num_tokens),
+        ),
         WorkerSpec("reward", reward, partial(RewardWorker, reward)),
         WorkerSpec(
             "rollout",

@@ -58,6 +58,9 @@ class PPOSettings(Schema):
     """Range around the old value within which a new value is trusted; null switches value clipping off."""
     value_warmup_iterations: Result[Count] = 0
     """Iterations at the start that train the value function only, on responses of the unchanged policy."""
+    reward_template: Result[Literal["own", "policy"]] = "own"
+    """In which chat template the reward model reads prompts and responses, where it is not the policy's: its `own`, as it was
+    trained, also with a tokenizer of its own; or the `policy`'s, which hands over the tokens as they are."""
     normalize_scores: Result[Literal["no", "std", "mean_std", "saved"]] = "no"
     """Divide reward-model scores by the standard deviation of all scores of the run so far (`std`), after subtracting their
     mean (`mean_std`), or by the mean and standard deviation that `rlhf-dist reward` saved with the model (`saved`); before
@@ -170,6 +173,16 @@ class PPOStage(Schema):
             raise ValueError(
                 f"ppo.ptx_coef is {self.ppo.ptx_coef} but data.ptx names no text; add a source or set ptx_coef to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_are_resized_before(self) -> PPOStage:
+        for role in ("policy", "value"):
+            if getattr(self, role).resize_embeddings:
+                raise ValueError(
+                    f"{role}.resize_embeddings is true, but the models of a PPO run share a vocabulary; set "
+                    "model.resize_embeddings in the SFT and reward runs that they come from"
+                )
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from rlhf_dist.distributed.workers.inference import IDLE_EXPERIENCE, MicroBatche
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
 from rlhf_dist.models.forward import response_target_mask, scatter_responses
 from rlhf_dist.models.loading import without_dropout
+from rlhf_dist.models.vocabulary import num_token_ids
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.losses import entropy_loss, kl_loss, policy_loss
 from rlhf_dist.ppo.sanity_checks import off_policy
@@ -40,6 +41,7 @@ class PolicyWorker(LanguageModelWorker):
     ) -> None:
         super().__init__(config, context, num_steps, template_path)
         without_dropout(self.model)
+        self.engine.module.num_tokens = num_token_ids(self.tokenizer)  # pyright: ignore[reportArgumentType]
         self.temperature = temperature
         self.settings = settings
         self.precision: Precision = config.precision

@@ -31,6 +31,7 @@ from rlhf_dist.core.random import permutation
 from rlhf_dist.core.roles import Policy, Reference, RewardScorer, RolloutEngine, ValueFunction, WeightSync
 from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.evaluation.generation import Decode, sample_rows, score_responses
+from rlhf_dist.evaluation.reward_input import RewardInput, as_generated
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.experience import PPOState, Scored, check_finite, make_experience
 from rlhf_dist.ppo.rewards import RunningMoments
@@ -61,6 +62,8 @@ class PPOData:
     ptx: Any | None
     decode: Decode
     """[n] token ids → text."""
+    reward_input: RewardInput = as_generated
+    """What the reward model scores of a rollout."""
     score_moments: RunningMoments | None = None
     """What scores are normalized by, where that is fixed."""
 
@@ -202,7 +205,7 @@ class PPOTrainer:
 
     def score(self, rollout: RolloutBatch) -> Scored:
         """Everything the models say of the responses; the four work at the same time."""
-        scores = self.roles.reward.score(rollout.sequences)
+        scores = self.roles.reward.score(self.data.reward_input(rollout))
         ref_logprobs = self.roles.reference.logprobs(rollout)
         logprobs = self.roles.policy.logprobs(rollout)
         values = self.roles.value.values(rollout)
@@ -278,7 +281,12 @@ class PPOTrainer:
         if self.data.eval_prompts is None:
             return {}
         rows, metrics = score_responses(
-            self.data.eval_prompts, self.data.decode, self.roles.rollout, self.roles.reward, self.roles.reference
+            self.data.eval_prompts,
+            self.data.decode,
+            self.roles.rollout,
+            self.roles.reward,
+            self.roles.reference,
+            self.data.reward_input,
         )
         self.run_log.log_eval(iteration, rows)
         return metrics

@@ -35,7 +35,7 @@ class ValueWorker(TrainedWorker):
         template_path: Path | None = None,
     ) -> None:
         tokenizer: Any = load_tokenizer(tokenizer_path or config.model_path, template_path)
-        module = build_scalar_model(config, context, tokenizer.pad_token_id)
+        module = build_scalar_model(config, context, tokenizer)
         super().__init__(module, config, context, num_steps, tokenizer)
         without_dropout(self.model)
         self.clip_range = clip_range

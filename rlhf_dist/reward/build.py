@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.data.datasets import PreferenceDataset, Split
 from rlhf_dist.data.loading import load_preferences
-from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.data.tokenizer import add_pad_token, load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
 from rlhf_dist.evaluation.bag_of_words import BagOfWords
 from rlhf_dist.evaluation.reward_report import report_trained, score_moments_of
@@ -22,7 +22,7 @@ from rlhf_dist.reward.low_margin import LowMargin
 from rlhf_dist.reward.roles import PreferenceModelRole
 from rlhf_dist.reward.trainer import RewardTask
 from rlhf_dist.reward.worker import PreferenceModelWorker
-from rlhf_dist.run.checks import check_micro_batches, check_model
+from rlhf_dist.run.checks import check_micro_batches, check_model, check_vocabulary
 from rlhf_dist.run.launch import check_run_folder, checkpoints, hosted
 from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
 from rlhf_dist.run.run_summary import describe_data, describe_trained
@@ -55,8 +55,10 @@ def prepare(config: RewardConfig) -> PreparedReward:
     """
     limit, settings = config.data.max_length_tokens, config.reward
     check_micro_batches(config.model, limit, "model", num_sequences=2)  # a pair is the smallest
-    check_model(config.model.model_path, limit, "trained")
+    model_config = check_model(config.model.model_path, limit, "trained")
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
+    check_vocabulary(config.model, model_config, tokenizer)
+    add_pad_token(tokenizer)
     data = load_data(config, tokenizer)
     most = max(part.most_responses for part in (data.train, data.eval) if part is not None)
     check_micro_batches(config.model, limit, "model", num_sequences=most)

@@ -12,7 +12,7 @@ from rlhf_dist.core.batches import PreferenceBatch
 from rlhf_dist.core.losses import Sums
 from rlhf_dist.core.rankings import PairWeights, ranked_pairs
 from rlhf_dist.core.steps import StepReport
-from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.data.tokenizer import add_pad_token, load_tokenizer
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.deepspeed.train import LossTerm
 from rlhf_dist.distributed.workers.inference import IDLE_SEQUENCE, MicroBatches, flat_rows, pick
@@ -37,7 +37,8 @@ class PreferenceModelWorker(TrainedWorker):
         pair_weights: PairWeights | None = None,
     ) -> None:
         tokenizer: Any = load_tokenizer(config.model_path, template_path)
-        module = build_scalar_model(config, context, tokenizer.pad_token_id)
+        add_pad_token(tokenizer)
+        module = build_scalar_model(config, context, tokenizer)
         super().__init__(module, config, context, num_steps, tokenizer)
         self.margin_coef = margin_coef
         self.centering_coef = centering_coef

@@ -29,12 +29,15 @@ class HFEngine:
         temperature: float,
         seed: int,
         top_p: float = 1.0,
+        num_tokens: int | None = None,
     ) -> None:
+        """`num_tokens`: ids from here on are never drawn (rows of a padded vocabulary that no token has)."""
         self.model = model.eval()
         self.stop_token_ids = torch.tensor(stop_token_ids)
         self.max_response_tokens = max_response_tokens
         self.temperature = temperature
         self.top_p = top_p
+        self.num_tokens = num_tokens
         self.seed = seed
 
     @torch.no_grad()
@@ -76,7 +79,7 @@ class HFEngine:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1]
+            ).logits[:, -1, : self.num_tokens]
             tokens, logprobs = sample_tokens(logits, noise[active, t], self.temperature, self.top_p)
             out_tokens[active, t], out_logprobs[active, t], lengths[active] = tokens, logprobs, t + 1
             going = ~torch.isin(tokens, stop)

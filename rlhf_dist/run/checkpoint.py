@@ -23,6 +23,7 @@ import rlhf_dist
 from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.core.roles import Trained
+from rlhf_dist.run.disk import full_disk_named, size_of
 from rlhf_dist.run.lineage import minor_release
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,20 @@ class Checkpoints:
         temporary = self.folder / f"{_TEMPORARY}{name}"
         for left in self.folder.glob(f"{_TEMPORARY}*"):  # of saves that a crash or a full disk ended, of any step
             shutil.rmtree(left, ignore_errors=True)
+        before = self.latest()
+        kept = f"The last checkpoint, {before}, is untouched." if before else "There is no earlier checkpoint."
+        with full_disk_named(temporary, kept, None if before is None else size_of(before)):
+            self._write(temporary, step, state, models)
+        final = self.folder / name
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        _sync(self.folder)
+        for old in self._whole()[: -self.settings.keep_last]:
+            shutil.rmtree(old)
+        self._last = time.monotonic()
+        return final
+
+    def _write(self, temporary: Path, step: int, state: Mapping[str, Any], models: Mapping[str, Trained]) -> None:
         temporary.mkdir(parents=True)
         writes = [model.save_checkpoint(temporary / role) for role, model in models.items()]
         for write in writes:
@@ -104,14 +119,6 @@ class Checkpoints:
         driver = {"step": step, **state, "run": asdict(self.record)}
         (temporary / "driver.json").write_text(json.dumps(driver, indent=2), encoding="utf-8")
         _sync_tree(temporary)
-        final = self.folder / name
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        _sync(self.folder)
-        for old in self._whole()[: -self.settings.keep_last]:
-            shutil.rmtree(old)
-        self._last = time.monotonic()
-        return final
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""

@@ -7,8 +7,9 @@ from typing import Any
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.hosting import ModelHost, TrainedModel
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.data.tokenizer import NEW_PAD_TOKEN, load_tokenizer
 from rlhf_dist.models.loading import context_length, load_model_config
+from rlhf_dist.models.vocabulary import check_embeddings
 
 
 def check_model(path: str, max_length_tokens: int, role: str) -> Any:
@@ -25,6 +26,13 @@ def check_model(path: str, max_length_tokens: int, role: str) -> Any:
             f"lower data.max_length_tokens to at most {limit}"
         )
     return config
+
+
+def check_vocabulary(model: TrainedModel, config: Any, tokenizer: Any) -> None:
+    """Raise ModelError where the tokenizer has tokens without an embedding, and the model to be trained is to get none."""
+    if not model.resize_embeddings:
+        remedy = "set model.resize_embeddings: true to give the model a row for each, or use its own tokenizer"
+        check_embeddings(config, tokenizer, "trained", remedy)
 
 
 def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num_sequences: int = 1) -> None:
@@ -51,16 +59,24 @@ def check_micro_batches(model: ModelHost, max_length_tokens: int, role: str, num
 def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -> None:
     """Roles exchange token ids: their tokenizers must be one, and every id must have an embedding."""
     other = load_tokenizer(path)
-    if other.get_vocab() != policy.get_vocab():
+    if _vocabulary(other) != _vocabulary(policy):
         raise ModelError(
             f"the tokenizer of the {role} model at {path!r} ({len(other)} tokens) is not the policy's ({len(policy)} tokens); "
-            "all models of a run must share one: train the reward model from the policy's base model"
+            "give a model of the policy's family (a value model may start from the policy: value.model_path)"
         )
-    if model_config.get_text_config().vocab_size < len(policy):
-        raise ModelError(
-            f"the {role} model at {path!r} has embeddings for {model_config.get_text_config().vocab_size} tokens but the "
-            f"tokenizer has {len(policy)}; resize its embeddings"
-        )
+    check_embeddings(
+        model_config, policy, role, "train it from a model whose embeddings were resized (model.resize_embeddings)"
+    )
+
+
+def differs(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers make other tokens of a conversation: by vocabulary or chat template."""
+    return (_vocabulary(tokenizer), tokenizer.chat_template) != (_vocabulary(other), other.chat_template)
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Without the pad token that a reward model may have been given, which no text has."""
+    return {name: i for name, i in tokenizer.get_vocab().items() if name != NEW_PAD_TOKEN}
 
 
 def check_ds_config(model: TrainedModel) -> None:

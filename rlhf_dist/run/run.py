@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +13,11 @@ from typing_extensions import Self
 
 from rlhf_dist.config.hosting import HostedRun
 from rlhf_dist.core.errors import Preempted, SampleError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.core.roles import Trained
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.console import RunProgress
+from rlhf_dist.run.disk import full_disk_named
 from rlhf_dist.run.observing import optional
 from rlhf_dist.run.run_folder import RunFolder, replace_folder, write_atomically
 from rlhf_dist.run.trackers import Tracker
@@ -120,14 +121,14 @@ class Run:
         folder = self.folder.path / "eval"
         with optional(f"responses of the evaluation at step {step}"):
             folder.mkdir(exist_ok=True)
-            lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows]
+            lines = [json_line(dict(row)) for row in rows]
             write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def aborted(self, step: int, error: SampleError, rows: Sequence[Mapping[str, Any]]) -> SampleError:
         """Write down the samples that step `step` was aborted for, and return the error with the place added."""
         path = self.folder.path / f"aborted_step_{step:06d}.jsonl"
         with optional(f"samples of step {step}"):
-            write_atomically(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
+            write_atomically(path, "".join(json_line(dict(row)) for row in rows))
             return SampleError(f"{error} Samples: {path}", error.rows, error.step)
         return error
 
@@ -160,9 +161,11 @@ class Run:
         where the model has them. Under a temporary name, renamed when whole, model/ last."""
         temporary = self.folder.path / ".writing_result"
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save(temporary).result()
-        for name, text in files.items():
-            write_atomically(temporary / MODEL / name, text)
+        kept = "The run is done, and its checkpoints are untouched."
+        with full_disk_named(temporary, kept):
+            model.save(temporary).result()
+            for name, text in files.items():
+                write_atomically(temporary / MODEL / name, text)
         for written in sorted(temporary.iterdir(), key=lambda path: path.name == MODEL):
             final = self.folder.path / written.name
             replace_folder(written, final)

@@ -16,7 +16,6 @@ RUN_DIR/
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from typing_extensions import Self
 
 from rlhf_dist.core.errors import RunFolderError
+from rlhf_dist.core.json_lines import json_line
 
 BAD_ROWS = "bad_rows.jsonl"
 
@@ -141,7 +141,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json. Keys keep their order; text stays readable."""
-        write_atomically(self.summary_path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.summary_path, json_line(summary, indent=2))
 
 
 def _is_untouched(path: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from rlhf_dist.config.hosting import TrackingConfig
 from rlhf_dist.core.errors import RunFolderError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.run.metrics import check_names, warn_once
 from rlhf_dist.run.observing import optional
 from rlhf_dist.run.run_folder import RunFolder, write_atomically
@@ -87,7 +88,7 @@ class Tracker:
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the first `tracking.num_samples` rows (prompt, response, score, kl) to samples/step_XXXXXX.jsonl."""
         with optional(f"samples of step {step}"):
-            lines = [json.dumps(dict(row), ensure_ascii=False) + "\n" for row, _ in zip(rows, range(self._num_samples))]  # noqa: B905
+            lines = [json_line(dict(row)) for row, _ in zip(rows, range(self._num_samples))]  # noqa: B905
             if lines:
                 write_atomically(self._folder.samples_dir / f"step_{step:06d}.jsonl", "".join(lines))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.curation.config.dedup import DedupConfig, NearDuplicates
 from rlhf_dist.curation.decontamination import EvaluationIndex
 from rlhf_dist.curation.dedup import TEXT_FIELDS, Verdicts, compared_text, find_duplicates
@@ -124,7 +125,7 @@ def _removed(records: Spool, verdicts: Verdicts, evaluation: EvaluationIndex | N
             entry |= {"same_as": there}
             if removal.similarity is not None:
                 entry |= {"similarity": round(removal.similarity, 4), "same_as_record": other}
-        yield encoded(json.dumps({**entry, "record": line}, ensure_ascii=False) + "\n")
+        yield json_line({**entry, "record": line}).encode("utf-8")
 
 
 def _parts(item: bytes) -> tuple[str, Any]:

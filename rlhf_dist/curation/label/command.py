@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.curation.candidates import Item, read_items
 from rlhf_dist.curation.config.label import LabelConfig
 from rlhf_dist.curation.judgements import Judgement, check_items, preference_records, read_judgements, tallies
@@ -117,7 +117,7 @@ def report(config: LabelConfig) -> None:
     task = LabelTask(config, items, _judgements(config, by_id))
     found: dict[str, Any] = {**label_report(task), "bad_rows": len(bad)}
     _list_bad_rows(config, bad)
-    write_atomically(config.out_dir / REPORT, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(config.out_dir / REPORT, json_line(found, indent=2))
     print_table(
         f"label report: {found['pairs_judged']} of {found['pairs']} pairs judged", progress_rows(found), PROGRESS_HEADER
     )

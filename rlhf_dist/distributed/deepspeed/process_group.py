@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,19 @@ def prepare_process(context: RankContext) -> None:
         torch.cuda.set_device(0)
 
 
+_rendezvous: Any = None
+"""The store that this process, rank 0, has opened for the other ranks."""
+
+
+def open_rendezvous() -> int:
+    """Listen for the ranks of a role on a port that the system chooses, and return it: nobody else can take it between its
+    choice and its use. A process that has opened one keeps it."""
+    global _rendezvous
+    if _rendezvous is None:
+        _rendezvous = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)  # pyright: ignore
+    return _rendezvous.port
+
+
 def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
     """Join (or, for a world of one, create) the default process group of a role whose ranks share a model. Does nothing
     where this process has one."""
@@ -63,13 +77,18 @@ def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{context.master_address}:{context.master_port}",
-            rank=context.rank,
-            world_size=context.world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        timeout = timedelta(seconds=timeout_s)
+        store = _rendezvous
+        if store is None or store.port != context.master_port:
+            store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                context.master_address,
+                context.master_port,
+                context.world_size,
+                is_master=context.rank == 0,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+        dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout)
     # Here and not at the top: DeepSpeed reads DS_ACCELERATOR when it is imported, and a driver never needs it at all.
     import deepspeed
 

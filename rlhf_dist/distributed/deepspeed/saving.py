@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
 
 from rlhf_dist.config.freeze import LoRAConfig
+from rlhf_dist.core.errors import ModelError
 from rlhf_dist.distributed.deepspeed import zero
 from rlhf_dist.models.adapters import adapter_parameters, has_adapters, save_adapter_config
 
@@ -41,6 +44,28 @@ def save_pretrained(
         model.save_pretrained(path, safe_serialization=True)
 
 
+def try_saving(model: Any, tokenizer: Any) -> None:
+    """Write and read back, in a temporary folder, what is saved beside the weights.
+
+    transformers validates it then, and a run is not to be lost for it at its end.
+
+    Raises:
+        ModelError: transformers cannot save it, or cannot load what it saved.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _save_configs(model, Path(folder))
+            tokenizer.save_pretrained(folder)
+            AutoConfig.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers, tokenizers and templates each raise their own kinds
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ModelError(
+                f"the model of {model.config.name_or_path!r} could not be saved after training: {reason} "
+                "Fix its config.json, generation_config.json or tokenizer files"
+            ) from error
+
+
 def save_adapter(model: Any, config: LoRAConfig, base_model: str, path: Path, *, is_main: bool) -> None:
     """Write the adapters (and a scalar head) by themselves, as peft loads them onto `base_model`. Collective: every rank calls
     it, the main one writes."""
@@ -58,17 +83,21 @@ def save_adapter(model: Any, config: LoRAConfig, base_model: str, path: Path, *,
 def _save_in_parts(model: Any, path: Path, is_main: bool, parts: Iterator[dict[str, Tensor]]) -> None:
     if is_main:
         path.mkdir(parents=True, exist_ok=True)
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = next(model.parameters()).dtype
-        model.config.save_pretrained(path)
-        if getattr(model, "generation_config", None) is not None and model.can_generate():
-            model.generation_config.save_pretrained(path)
+        _save_configs(model, path)
     files: list[tuple[Path, list[str], int]] = []
     for tensors in parts:
         if is_main:
             files.append(_write_shard(path, len(files), tensors))
     if is_main:
         _finish_shards(path, files, _persistent_buffers(model))
+
+
+def _save_configs(model: Any, path: Path) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = next(model.parameters()).dtype
+    model.config.save_pretrained(path)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(path)
 
 
 def _write_shard(path: Path, index: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str], int]:

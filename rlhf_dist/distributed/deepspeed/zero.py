@@ -16,6 +16,7 @@ from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.models.adapters import PlainParameter, plain_parameters
+from rlhf_dist.models.vocabulary import grown
 
 FIRST_LOSS_SCALE = 2.0**16
 """What fp16 gradients are scaled by at the start of a run. Static for DeepSpeed: `TrainEngine` moves it."""
@@ -127,6 +128,27 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
     """Set a parameter to the same value on every rank, sharded or not."""
     with whole([parameter], modifier_rank=0), torch.no_grad():
         parameter.copy_(value.to(parameter.dtype))
+
+
+def grow_embeddings(model: Any, rows: int) -> None:
+    """Give a model's embeddings, and its language-model head, as many rows as there are token ids (`models.vocabulary.grown`).
+    What a sharded model had whole is then sharded by DeepSpeed when it takes the model over. Collective under ZeRO-3."""
+    if model.config.get_text_config().vocab_size >= rows:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is embedding.weight
+    with whole([embedding.weight]):
+        embedding.weight = grown(embedding.weight, rows)
+    embedding.num_embeddings = rows
+    if head is not None:
+        with whole([head.weight]):
+            head.weight = embedding.weight if tied else grown(head.weight, rows)
+        head.out_features = rows
+        if getattr(head, "bias", None) is not None:
+            with whole([head.bias]):
+                head.bias = grown(head.bias, rows)
+    model.config.get_text_config().vocab_size = rows
+    model.vocab_size = rows
 
 
 def parameter_buckets(model: nn.Module, bucket_bytes: int) -> list[list[PlainParameter]]:

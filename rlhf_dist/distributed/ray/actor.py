@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rlhf_dist.core.errors import RlhfDistError
-from rlhf_dist.distributed.ray.network import Place, check_interface, interface_with, listener, why_unreachable
+from rlhf_dist.distributed.ray.network import Place, check_interface, interface_with, why_unreachable
 
 if TYPE_CHECKING:
     from rlhf_dist.distributed.deepspeed.process_group import RankContext
@@ -31,26 +30,20 @@ class RankHost:
 
     def __init__(self) -> None:
         self._worker: Any = None
-        self._listener: socket.socket | None = None
 
     def take_over(self, environment: Mapping[str, str]) -> None:
         """Set variables in this process; the first call."""
         os.environ.update(environment)
 
     def place(self) -> Place:
-        """The node, with a free port for the role's rendezvous."""
-        from rlhf_dist.distributed.deepspeed.process_group import free_port
+        """The node."""
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
 
-        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), free_port())
+    def open_rendezvous(self) -> int:
+        """See `process_group.open_rendezvous`."""
+        from rlhf_dist.distributed.deepspeed.process_group import open_rendezvous
 
-    def listen(self, port: int) -> None:
-        """Accept connections until `stop_listening`: ranks on other nodes try whether they reach this one."""
-        self._listener = listener(port)
-
-    def stop_listening(self) -> None:
-        """Leave the port to the rendezvous."""
-        if self._listener is not None:
-            self._listener.close()
+        return open_rendezvous()
 
     def reach(self, address: str, port: int) -> str | None:
         """See `why_unreachable`."""

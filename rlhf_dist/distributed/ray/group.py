@@ -35,18 +35,19 @@ class RayGroup:
         places: list[Place] = self.collect([host.place.remote() for host in self.hosts]).result()
         first = places[0]
         check_rendezvous(self.role, [place.address for place in places])
+        if self.num_ranks == 1:
+            return first.address, 0
+        port = self._translated(self.hosts[0].open_rendezvous.remote(), 0).result()
         elsewhere = {place.node: rank for rank, place in enumerate(places) if place.node != first.node}
         if elsewhere:
-            self.collect([self.hosts[0].listen.remote(first.port)]).result()
             tries = [
-                self._translated(self.hosts[rank].reach.remote(first.address, first.port), rank)
+                self._translated(self.hosts[rank].reach.remote(first.address, port), rank)
                 for rank in elsewhere.values()
             ]
             reasons = gathered(tries).result()
-            self.collect([self.hosts[0].stop_listening.remote()]).result()
             addresses = [places[rank].address for rank in elsewhere.values()]
             check_reached(self.role, first.address, list(zip(addresses, reasons, strict=True)))
-        return first.address, first.port
+        return first.address, port
 
     def call(self, method: str, *args: Any) -> Future[list[Any]]:
         """See `WorkerGroup`."""

@@ -20,8 +20,6 @@ _PORTS = range(20000, 30000)
 """Below the range from which systems take ports of outgoing connections."""
 REACH_S = 10.0
 """Longest wait for a TCP connection between two nodes of a cluster."""
-_QUEUE = 4096
-"""Connections that a listener holds which takes none; more than nodes will ever try at once."""
 
 
 class Place(NamedTuple):
@@ -31,8 +29,6 @@ class Place(NamedTuple):
     """Ray's id of its node: two nodes may claim one address."""
     address: str
     """Of the node, as Ray knows it."""
-    port: int
-    """Free there."""
 
 
 def interface_with(address: str) -> str | None:
@@ -115,14 +111,6 @@ def check_rendezvous(role: str, addresses: Sequence[str]) -> None:
             f"the ranks of {role} would meet at {addresses[0]}, which the ranks on {', '.join(others)} cannot reach; start Ray "
             "on that node with --node-ip-address and an address that the other nodes reach"
         )
-
-
-def listener(port: int) -> socket.socket:
-    """A socket that accepts connections on all addresses of this machine until it is closed, as the rendezvous of ranks does.
-    `port` 0 takes a free one."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, backlog=_QUEUE, dualstack_ipv6=True)
-    return socket.create_server(("", port), backlog=_QUEUE)
 
 
 def why_unreachable(address: str, port: int, timeout_s: float = REACH_S) -> str | None:

@@ -31,6 +31,8 @@ from rlhf_dist.distributed.ray.group import RayGroup
 from rlhf_dist.distributed.ray.network import check_interface, passed_environment
 from rlhf_dist.distributed.ray.placement import PlacementPlan, misfit, plan_placement
 
+_LONGEST_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path on Linux."""
 Hosts = list[Any]
 """Handles of `RankHost` actors, in rank order."""
 
@@ -231,6 +233,24 @@ class RaySession:
             self._connected = False
 
 
+def _short_folder() -> dict[str, str]:
+    """Where Ray puts its sockets, if a long TMPDIR leaves no room for them, as batch systems make them."""
+    given = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    longest = len(os.fsencode(given)) + len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+    if longest <= _LONGEST_SOCKET_PATH:
+        return {}
+    folder = Path(f"/tmp/ray-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise PlacementError(
+            f"the temporary folder {given} is {len(os.fsencode(given))} bytes long, too long for Ray's sockets (a path has at "
+            f"most {_LONGEST_SOCKET_PATH} bytes), and {folder} cannot be made ({error.strerror}); set RAY_TMPDIR to a shorter "
+            "folder"
+        ) from error
+    return {"_temp_dir": str(folder)}
+
+
 def _start_private(**settings: Any) -> None:
     """Start a Ray of this process's own; once more where it fails, since Ray waits only 30 s for its processes, and a busy
     machine may take longer.
@@ -241,7 +261,7 @@ def _start_private(**settings: Any) -> None:
     for is_last in (False, True):
         try:
             # `local` never joins a cluster that happens to run here, whatever RAY_ADDRESS says. Ray takes free ports.
-            ray.init("local", include_dashboard=False, num_cpus=usable_cpus(), **settings)
+            ray.init("local", include_dashboard=False, num_cpus=usable_cpus(), **_short_folder(), **settings)
             return
         except Exception as error:
             ray.shutdown()

@@ -20,7 +20,7 @@ class LanguageModelWorker(TrainedWorker):
 
     def __init__(self, config: TrainedModel, context: RankContext, num_steps: int, template_path: Any = None) -> None:
         tokenizer = load_tokenizer(config.model_path, template_path)
-        super().__init__(build_causal_lm(config, context), config, context, num_steps, tokenizer)
+        super().__init__(build_causal_lm(config, context, tokenizer), config, context, num_steps, tokenizer)
 
     def nll_term(
         self, name: str, micro_batches: list[TokenBatch | None], count: int, coefficient: float = 1.0

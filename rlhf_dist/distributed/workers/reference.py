@@ -16,11 +16,14 @@ from rlhf_dist.models.loading import DTYPES, load_causal_lm, restore_buffers
 class ReferenceWorker:
     """Log-probs of responses under frozen weights."""
 
-    def __init__(self, config: FrozenModel, context: RankContext, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self, config: FrozenModel, context: RankContext, *, temperature: float = 1.0, num_tokens: int | None = None
+    ) -> None:
+        """`num_tokens`: see `TargetLogprobs`."""
         with frozen_init(config, context):
             model = load_causal_lm(config.model_path, DTYPES[config.precision])
         restore_buffers(model)
-        module = TargetLogprobs(model, config.packed)
+        module = TargetLogprobs(model, config.packed, num_tokens)
         self.engine = FrozenEngine(module, config, context)
         check_now(self.engine, module)
         self.temperature = temperature

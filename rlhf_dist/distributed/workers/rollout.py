@@ -9,12 +9,14 @@ import torch
 
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch, concat_rows
-from rlhf_dist.data.encoding import stop_token_ids
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.weight_sync import WeightTarget
 from rlhf_dist.distributed.workers.inference import MicroBatches
+from rlhf_dist.models.generation_config import stop_tokens
 from rlhf_dist.models.loading import DTYPES, load_causal_lm
+from rlhf_dist.models.vocabulary import num_token_ids
 from rlhf_dist.rollout.config import RolloutConfig
 from rlhf_dist.rollout.hf import HFEngine
 
@@ -35,10 +37,11 @@ class RolloutWorker:
         model = load_causal_lm(model_path, DTYPES[precision]).to(torch.device(context.device)).requires_grad_(False)
         self.engine = HFEngine(
             model,
-            stop_token_ids(tokenizer),
+            stop_tokens(model, stop_token_ids(tokenizer)),
             max_response_tokens=config.max_response_tokens,
             temperature=config.temperature,
             seed=context.seed,
+            num_tokens=num_token_ids(tokenizer),
         )
         self.target = WeightTarget(model)
         self.policy_version = 0

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from rlhf_dist.config.hosting import TrainedModel
 from rlhf_dist.core.random import derived_seed
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.distributed.deepspeed import process_group as distributed
 from rlhf_dist.distributed.deepspeed import zero
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
-from rlhf_dist.distributed.deepspeed.saving import save_adapter, save_pretrained
+from rlhf_dist.distributed.deepspeed.saving import save_adapter, save_pretrained, try_saving
 from rlhf_dist.distributed.deepspeed.train import TrainEngine, train_init
 from rlhf_dist.models.adapters import add_adapters, initialize_adapters
 from rlhf_dist.models.forward import ForwardPass, ScalarHead, TargetLogprobs, check_now
 from rlhf_dist.models.freeze import apply_freeze
+from rlhf_dist.models.generation_config import save_stop_tokens
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, load_scalar_model, restore_buffers
+from rlhf_dist.models.vocabulary import num_token_ids
 
 
 class TrainedWorker:
@@ -33,6 +36,8 @@ class TrainedWorker:
         self.tokenizer = tokenizer
         self.engine = TrainEngine(module, config, context, num_steps)
         check_now(self.engine, module)
+        if context.rank == 0:
+            try_saving(self.model, tokenizer)
 
     @property
     def model(self) -> Any:
@@ -67,18 +72,19 @@ class TrainedWorker:
             self.tokenizer.save_pretrained(path)
 
 
-def build_causal_lm(config: TrainedModel, context: RankContext) -> TargetLogprobs:
-    """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3."""
+def build_causal_lm(config: TrainedModel, context: RankContext, tokenizer: Any) -> TargetLogprobs:
+    """A causal LM ready for `TrainEngine`: sharded while loading under ZeRO-3. As saved, it stops where its rollouts do."""
     distributed.join_process_group(context)
     with train_init(config, context):
         # In the compute precision: DeepSpeed casts to it before its optimizer copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
-    _choose_trained(model, config, context)
+    save_stop_tokens(model, stop_token_ids(tokenizer))
+    _choose_trained(model, config, context, tokenizer)
     return TargetLogprobs(model, config.packed)
 
 
-def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id: int | None) -> ScalarHead:
+def build_scalar_model(config: TrainedModel, context: RankContext, tokenizer: Any) -> ScalarHead:
     """A scalar model ready for `TrainEngine`.
 
     A new head is drawn from (seed, stream) rather than left to the loader, whose draws depend on the ZeRO stage. Its
@@ -86,8 +92,10 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
     """
     distributed.join_process_group(context)
     with train_init(config, context):
-        model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], pad_token_id)
+        model, head_is_new = load_scalar_model(config.model_path, DTYPES[config.precision], tokenizer.pad_token_id)
     restore_buffers(model)
+    if tokenizer.pad_token_id == num_token_ids(tokenizer) - 1:
+        zero.grow_embeddings(model, num_token_ids(tokenizer))  # for a pad token that was added
     if head_is_new:
         head = model.score
         generator = torch.Generator().manual_seed(derived_seed(context.seed, "scalar head", 0))
@@ -95,13 +103,15 @@ def build_scalar_model(config: TrainedModel, context: RankContext, pad_token_id:
         zero.assign(head.weight, torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
         if head.bias is not None:
             zero.assign(head.bias, torch.zeros(1))
-    _choose_trained(model, config, context)
+    _choose_trained(model, config, context, tokenizer)
     return ScalarHead(model, config.packed)
 
 
-def _choose_trained(model: Any, config: TrainedModel, context: RankContext) -> None:
-    """Freeze what is not trained, and put adapters into the model where there are to be some: the same on every rank. Whole
-    adapters of a sharded model are sharded by DeepSpeed when it takes the model over."""
+def _choose_trained(model: Any, config: TrainedModel, context: RankContext, tokenizer: Any) -> None:
+    """Grow the embeddings where that is asked for, freeze what is not trained, and put adapters into the model where there are
+    to be some: the same on every rank. DeepSpeed shards what is whole in a sharded model when it takes the model over."""
+    if config.resize_embeddings:
+        zero.grow_embeddings(model, num_token_ids(tokenizer))
     apply_freeze(model, config.freeze)
     if config.lora is not None:
         add_adapters(model, config.lora)

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from support.tiny import tiny_tokenizer
 
-from rlhf_dist.config.data import DataSource, RewardData, SFTData
+from rlhf_dist.config.data import DataSettings, DataSource, RewardData, SFTData
 from rlhf_dist.curation.config.inspect import InspectSettings
 from rlhf_dist.curation.dataset_view import View
 from rlhf_dist.curation.inspection import SetReport, bad_row_kinds, inspect_set, length_numbers, overlap_numbers
@@ -186,7 +186,7 @@ def test_prompts(write: Any, tokenizer: Any):
     sources = [
         DataSource(path=write("p.jsonl", [{"prompt": "One"}, {"prompt": "one"}, {"prompt": "Two"}]), kind="prompt")
     ]
-    view = View("prompts", load_prompts(sources, tokenizer, 100, keep_records=True), sources, tokenizer)
+    view = View("prompts", load_prompts(sources, tokenizer, 100, DataSettings(), keep_records=True), sources, tokenizer)
     numbers = look(view, tokenizer, num_examples=1).numbers
     assert (numbers["sequences"], numbers["duplicates"]["exact"], numbers["tokens of responses"]) == (3, 1, 0)
     assert numbers["sources"][0]["name"] == "p"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.curation.text_quality import MEANINGS, count_oddities, oddities, printable, scripts, visible
+from rlhf_dist.curation.text_quality import MEANINGS, SPELLED_OUT, count_oddities, oddities, printable, scripts, visible
 
 ODD = {
     "replacement character": "lost \ufffd here",
@@ -39,9 +40,9 @@ FINE = [
 ]
 
 
-@pytest.mark.parametrize("name", MEANINGS)
+@pytest.mark.parametrize("name", ODD)
 def test_each_oddity_is_found_and_nothing_else(name: str):
-    assert set(ODD) == set(MEANINGS)
+    assert set(ODD) == set(MEANINGS) - {SPELLED_OUT}
     assert set(oddities(ODD[name])) == {name}
 
 
@@ -80,3 +81,13 @@ def test_nothing_that_is_shown_acts_on_the_display(text: str):
 
 def test_the_unseen_is_named_by_its_code_point():
     assert printable("a\u200bb\x1b\r\n\t\u00a0c") == "a⟨U+200B⟩b⟨U+001B⟩⟨CR⟩↵⇥⟨U+00A0⟩c"
+
+
+def test_what_spells_a_special_token_is_counted():
+    special = re.compile("</s>|<s>")
+    texts = [("a:1", "ends</s> here"), ("a:2", "plain"), ("a:3", "<s>")]
+    counts, of_texts = count_oddities(texts, special)
+    assert counts[SPELLED_OUT].num_texts == 2
+    assert counts[SPELLED_OUT].places[0][0] == "a:1"
+    assert of_texts == [(SPELLED_OUT,), (), (SPELLED_OUT,)]
+    assert count_oddities(texts)[0] == {}

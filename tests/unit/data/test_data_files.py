@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 
 import datasets
 import pyarrow as pa
@@ -10,6 +13,7 @@ import pytest
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.files import read_rows
+from rlhf_dist.data.reader import read_preferences
 
 ROWS = [{"text": "một"}, {"text": 'a "quote", b'}, {"text": "hai\nba"}]
 CSV = 'text,n\r\nmột,1\r\n"a ""quote"", b",2\r\n"hai\nba",3\r\n'
@@ -126,7 +130,7 @@ def test_missing_files_and_directories(tmp_path):
         read(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"none .*\.jsonl"):
         read(tmp_path / "none")
-    with pytest.raises(DataError, match="not a directory written by"):
+    with pytest.raises(DataError, match=r"no data files \(\.json"):
         read(tmp_path)
 
 
@@ -140,5 +144,91 @@ def test_hub_name_out_of_reach(monkeypatch):
 
 
 def test_hub_rows(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: [{"text": f"{path} {split}"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *_, split, **__: [{"text": f"{path} {split}"}])
     assert read("org/name", split="test") == [("org/name[test]: row 1", {"text": "org/name test"})]
+
+
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_compressed_files(write, suffix, compress):
+    assert texts(write("a.jsonl" + suffix, compress(JSONL))) == [row["text"] for row in ROWS]
+    assert texts(write("a.csv" + suffix, compress(CSV.encode()))) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [(".gz", gzip.compress(JSONL)[:-9]), (".gz", JSONL), (".bz2", JSONL), (".xz", lzma.compress(JSONL)[:-9])],
+)
+def test_a_broken_compressed_file_is_named(write, suffix, content):
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}: not a whole {suffix} file"):
+        texts(write("a.jsonl" + suffix, content))
+
+
+def test_a_pattern_is_one_set_in_the_order_of_names(tmp_path, write):
+    for name in ("b.jsonl", "a.jsonl.gz", "notes.md"):
+        line = json.dumps({"text": name}).encode() + b"\n"
+        write(name, gzip.compress(line) if name.endswith(".gz") else line)
+    found = read(tmp_path / "*.jsonl*")
+    assert [(place, dict(values)["text"]) for place, values in found] == [
+        (f"{tmp_path}/a.jsonl.gz:1", "a.jsonl.gz"),
+        (f"{tmp_path}/b.jsonl:1", "b.jsonl"),
+    ]
+    with pytest.raises(DataError, match=r"matches .*notes\.md, which is no data file"):
+        read(tmp_path / "*")
+    with pytest.raises(DataError, match="matches no file"):
+        read(tmp_path / "*.parquet")
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_itself(write):
+    assert texts(write("a[1].jsonl", JSONL)) == [row["text"] for row in ROWS]
+
+
+def test_shards_of_a_directory_of_which_one_has_a_field_more(tmp_path):
+    """As a hub repository lays them out."""
+    folder = tmp_path / "repository" / "data"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["a"]}), folder / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": ["b"], "task": ["t"]}), folder / "train-00001-of-00002.parquet")
+    pq.write_table(pa.table({"text": ["c"]}), folder / "test-00000-of-00001.parquet")
+    (tmp_path / "repository" / "README.md").write_text("a card")
+    assert [dict(values) for _, values in read(tmp_path / "repository")] == [{"text": "a"}, {"text": "b", "task": "t"}]
+    assert texts(tmp_path / "repository", split="test") == ["c"]
+    with pytest.raises(DataError, match=r"'validation'.*test, train"):
+        read(tmp_path / "repository", split="validation")
+
+
+def test_a_directory_without_names_of_splits_is_read_whole(tmp_path, write):
+    (tmp_path / "a").mkdir()
+    write("a/2.jsonl", JSONL)
+    write("a/1.csv", CSV.encode())
+    assert len(texts(tmp_path / "a")) == 6
+
+
+def test_what_a_hub_name_takes(monkeypatch):
+    asked = []
+
+    def load(*args, **settings):
+        asked.append((args, settings))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    texts("org/set", subset="en", data_dir="harmless-base", revision="abc", split="test")
+    assert asked == [(("org/set", "en"), {"data_dir": "harmless-base", "revision": "abc", "split": "test"})]
+
+
+def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
+    """A gzipped file of whole dialogues."""
+    rows = [
+        {
+            "chosen": f"\n\nHuman: Name {n}.\n\nAssistant: It is {n}.",
+            "rejected": f"\n\nHuman: Name {n}.\n\nAssistant: No.",
+        }
+        for n in range(3)
+    ]
+    path = write("train.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    found = read_preferences(DataSource(path=str(path), kind="preference"), seed=0)
+    assert [pair.responses[0][0]["content"] for pair in found] == ["It is 0.", "It is 1.", "It is 2."]

@@ -193,7 +193,11 @@ def test_a_response_may_talk_about_the_hh_form(source):
         ("messages", {"messages": "hi"}, "not a list of messages; write it as"),
         ("messages", {"messages": []}, "not a list of messages"),
         ("messages", {"messages": ["hi"]}, r"'messages\[0\]' is 'hi', without \"role\" and"),
-        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"'messages\[0\]\.role' is 'bot'; use one of"),
+        (
+            "messages",
+            {"messages": [{"role": "judge", "content": "x"}]},
+            r"'messages\[0\]\.role' is 'judge'; use one of",
+        ),
         ("messages", {"messages": [user("u"), bot("")]}, r"'messages\[1\]\.content' is ''"),
         (
             "preference",
@@ -373,3 +377,96 @@ def test_a_source_of_bad_rows_only_is_invalid_with_the_first_reason(tmp_path: Pa
         path.write_text(content)
         with pytest.raises(DataError, match=problem):
             read_sequences(DataSource(path=str(path), kind="text", on_bad_row="skip"))
+
+
+USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+
+
+def noted(source, kind, record, read=read_sequences):
+    """(the record, what was noted of its row)."""
+    bad_rows = BadRows()
+    [found] = read(source(kind, [record]), bad_rows=bad_rows)
+    return found, dict(bad_rows.notes)
+
+
+@pytest.mark.parametrize("leading", [[], [{"from": "gpt", "value": "before"}]])
+def test_sharegpt(source, leading):
+    turns = [{"from": "system", "value": "s"}, *leading, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    found, notes = noted(source, "messages", {"conversations": turns, "id": "7"})
+    assert found.messages == ({"role": "system", "content": "s"}, USER, BOT)
+    assert notes == {
+        "column 'conversations' taken for messages": 1,
+        "ShareGPT turns (from, value)": 1,
+        **({"assistant turns before the first user turn, which are dropped": 1} if leading else {}),
+    }
+
+
+def test_content_in_parts(source):
+    parts = [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]
+    found, notes = noted(source, "messages", {"messages": [{"role": "user", "content": parts}, BOT]})
+    assert found.messages[0] == {"role": "user", "content": "uv"}
+    assert notes == {"content in parts": 1}
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    with pytest.raises(DataError, match=r"messages\[0\]\.content\[1\]' is a part of type 'image_url'"):
+        noted(source, "messages", {"messages": [{"role": "user", "content": [*parts[:1], image]}, BOT]})
+
+
+@pytest.mark.parametrize("kind", ["messages", "instruction"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("u", "a"), ([USER, BOT, USER], [BOT])], ids=["text", "conversational"]
+)
+def test_prompt_and_completion(source, kind, prompt, completion):
+    """TRL's; of a conversation only the completion is trained on."""
+    found, notes = noted(source, kind, {"prompt": prompt, "completion": completion})
+    assert found.messages[-1] == BOT
+    assert found.targets == (len(found.messages) - 1,)
+    assert notes == {"columns 'prompt' and 'completion'": 1}
+    asked, _ = noted(source, kind, {"prompt": prompt, "completion": completion}, read_prompts)
+    assert asked.messages == found.messages[:-1]
+
+
+def test_weights_choose_what_is_trained_on(source):
+    chat = [USER, BOT | {"weight": 0}, USER, BOT | {"weight": 1}, USER, BOT]
+    found, notes = noted(source, "messages", {"messages": chat})
+    assert found.messages == (USER, BOT) * 3
+    assert found.targets == (3, 5)
+    assert notes == {}
+    with pytest.raises(DataError, match=r"messages\[1\]\.weight' is 0\.5; use"):
+        noted(source, "messages", {"messages": [USER, BOT | {"weight": 0.5}]})
+
+
+def test_tools(source):
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat += [{"role": "tool", "tool_call_id": "c", "content": "4"}, BOT | {"reasoning_content": "r", "logprobs": 1}]
+    found, notes = noted(source, "messages", {"messages": chat, "tools": '[{"name": "add"}]'})
+    plain = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    assert found.messages == (
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [plain]},
+        {"role": "tool", "content": "4", "tool_call_id": "c"},
+        BOT | {"reasoning_content": "r"},
+    )
+    assert found.tools == ({"name": "add"},)
+    assert notes == {"key 'logprobs' of messages, which is not used": 1}
+    for calls in ("add", [{"function": {}}], [{"function": {"name": "add", "arguments": "{"}}]):
+        with pytest.raises(DataError, match=r"tool_calls"):
+            noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": calls}]})
+
+
+def test_scores_of_a_pair_are_its_margin(source):
+    record = {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 8.5, "score_rejected": 7}
+    bad_rows = BadRows()
+    [pair] = read_preferences(source("preference", [record]), seed=0, bad_rows=bad_rows)
+    assert pair.ratings == (1.5, 0.0)
+    assert dict(bad_rows.notes) == {"margins of 'score_chosen' and 'score_rejected'": 1}
+    [pair] = read_preferences(source("preference", [record | {"margin": 3}]), seed=0)
+    assert pair.ratings == (3.0, 0.0)
+    with pytest.raises(DataError, match="'score_chosen' is 6, less than score_rejected 7"):
+        read_preferences(source("preference", [record | {"score_chosen": 6}]), seed=0)
+
+
+def test_a_number_that_is_missing_in_a_table_is_absent(source):
+    record = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}
+    [pair] = read_preferences(source("preference", [record]), seed=0)
+    assert pair.ratings is None

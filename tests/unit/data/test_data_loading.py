@@ -250,7 +250,7 @@ def test_ratings_without_prompt_are_plain_texts(source, tokenizer):
 
 def test_prompts(source, tokenizer):
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    data = load_prompts([source("prompt", [{"prompt": "chào"}, {"prompt": turns}])], tokenizer, 100)
+    data = load_prompts([source("prompt", [{"prompt": "chào"}, {"prompt": turns}])], tokenizer, 100, DataSettings())
     batch = data.batch([1, 0])
     assert decoded(tokenizer, batch) == [
         "### System:\ns\n\n### Instruction:\nu\n\n### Response:\n",
@@ -267,8 +267,8 @@ def test_prompts_are_never_cut(source, tokenizer):
     rows = source("prompt", [{"prompt": "ngắn"}, {"prompt": "dài " * 50}])
     for policy in ("error", "truncate"):
         with pytest.raises(DataError, match=r"data\.jsonl:2: the prompt has \d+ tokens, more than the 60 .*to skip"):
-            load_prompts([rows], tokenizer, 60, policy)
-    kept = load_prompts([rows], tokenizer, 60, "skip")
+            load_prompts([rows], tokenizer, 60, DataSettings(on_too_long=policy))
+    kept = load_prompts([rows], tokenizer, 60, DataSettings(on_too_long="skip"))
     assert (len(kept), kept.report.num_skipped) == (1, 1)
 
 
@@ -284,7 +284,7 @@ def test_rows_found_unusable_when_encoded_are_skipped_under_skip(source, tokeniz
     for kind, rows, load in (
         ("messages", chats, lambda of: load_sequences([of], settings, tokenizer)),
         ("preference", pairs, lambda of: load_pairs([of], settings, tokenizer, 0)),
-        ("prompt", prompts, lambda of: load_prompts([of], tokenizer, 60, "truncate")),
+        ("prompt", prompts, lambda of: load_prompts([of], tokenizer, 60, DataSettings(on_too_long="truncate"))),
     ):
         with pytest.raises(DataError, match=r"data\.jsonl:2: the prompt"):
             load(source(kind, rows))
@@ -311,7 +311,7 @@ def test_on_too_long_error_stops_also_where_bad_rows_are_skipped(source, tokeniz
         load_sequences([rows], settings, tokenizer)
     asked = source("prompt", [{"prompt": "dài " * 50}, {"prompt": "q"}], on_bad_row="skip")
     with pytest.raises(DataError, match=r"data\.jsonl:1: the prompt has \d+ tokens"):
-        load_prompts([asked], tokenizer, 60, "error")
+        load_prompts([asked], tokenizer, 60, DataSettings(on_too_long="error"))
 
 
 def test_a_set_of_which_all_is_skipped_is_invalid(source, tokenizer):
@@ -340,3 +340,63 @@ def test_rated_film_reviews(tokenizer):
     assert pairs.report.num_records > 200
     everything = DataSource(path=path, kind="ratings", columns=("id", "rating", "response"))
     assert sum(1 for _ in read_rows(everything)) == 10605
+
+
+def dialogue(turns: int, words: int = 1) -> list[dict[str, str]]:
+    """System message, then `turns` exchanges."""
+    said = [{"role": "system", "content": "sys"}]
+    for i in range(turns):
+        said += [{"role": "user", "content": f"question{i} " * words}, {"role": "assistant", "content": f"answer{i}"}]
+    return said
+
+
+@pytest.mark.parametrize("limit", [30, 60, 90])
+def test_the_oldest_turns_are_dropped_first_and_then_the_beginning_is_cut(source, tokenizer, limit):
+    settings = DataSettings(max_length_tokens=limit, on_too_long="truncate_left")
+    prompts = load_prompts([source("prompt", [{"prompt": dialogue(6)[:-1]}])], tokenizer, limit, settings)
+    batch = prompts.batch([0])
+    text = tokenizer.decode(batch.tokens[0])
+    assert batch.lengths.tolist() <= [limit]
+    assert "question5" in text
+    assert "question0" not in text
+    assert prompts.report.num_truncated == 1
+    if limit > 30:  # more than the last exchange fits: whole turns, with the system message
+        assert text.startswith(
+            tokenizer.decode(
+                load_prompts([source("prompt", [{"prompt": dialogue(1)[:-1]}])], tokenizer, 90, settings)
+                .batch([0])
+                .tokens[0]
+            ).split("question")[0]
+        )
+    chats = load_sequences([source("messages", [{"messages": dialogue(6)}])], settings, tokenizer).batch(
+        torch.tensor([0])
+    )
+    assert int(chats.lengths[0]) <= limit
+    assert tokenizer.decode(chats.tokens[0][chats.loss_mask[0]]).endswith("answer5</s>")
+    pairs = load_pairs(
+        [source("preference", [{"prompt": dialogue(6)[:-1], "chosen": "good answer", "rejected": "bad"}])],
+        settings,
+        tokenizer,
+        0,
+    )
+    assert pairs.report.num_truncated == 1
+    batch = pairs.batch(torch.tensor([0]))
+    rows = [
+        tokenizer.decode(row[row != tokenizer.pad_token_id]) for row in batch.tokens.reshape(-1, batch.tokens.shape[-1])
+    ]
+    assert all(len(tokenizer(row, add_special_tokens=False)["input_ids"]) <= limit for row in rows)
+    starts = [row.rpartition("question5")[0] for row in rows]
+    assert starts[0] == starts[1]
+
+
+def test_a_prompt_of_one_long_turn_keeps_its_end_and_a_long_response_its_beginning(source, tokenizer):
+    settings = DataSettings(max_length_tokens=20, on_too_long="truncate_left")
+    asked = {"prompt": "a b c d e f g h i j k l m n o p q r s t u v w x y z"}
+    [prompt] = load_prompts([source("prompt", [asked])], tokenizer, 20, settings).batch([0]).tokens
+    whole = load_prompts([source("prompt", [asked])], tokenizer, 500, settings).batch([0]).tokens[0]
+    assert torch.equal(prompt, whole[-20:])
+    pair = asked | {"chosen": "1 2 3 4 5 6 7 8 9 10 11 12 13 14", "rejected": "no"}
+    pairs = load_pairs([source("preference", [pair])], settings, tokenizer, 0).batch(torch.tensor([0]))
+    rows = pairs.tokens.reshape(-1, pairs.tokens.shape[-1])
+    half = whole[-10:]
+    assert all(torch.equal(row[:10], half) for row in rows)

@@ -217,3 +217,23 @@ def test_pretraining_text_is_a_set_of_its_own(tokenizer: Any, of: Any, write: Wr
 def test_too_little_text_to_hold_some_out_is_invalid_with_its_key(tokenizer: Any, of: Any, write: Write):
     with pytest.raises(DataError, match=r"data\.pretraining: data.eval_fraction 0.2 of 1 records holds out 0"):
         load_sft(of(pretraining=[plain(write, "one.jsonl", 1)], eval_fraction=0.2), tokenizer, 0)
+
+
+def test_the_last_turn_only_and_a_system_message_for_models_without(write: Write, tokenizer: Any):
+    chat = [
+        {"role": role, "content": f"{role} {i}"}
+        for i, role in enumerate(("system", "user", "assistant", "user", "assistant"))
+    ]
+    source = {"path": write("chat.jsonl", [{"messages": chat}]), "kind": "messages"}
+
+    def loaded(**changes: Any) -> tuple[str, str]:
+        train = load_sft(SFTData.model_validate({"train": [source]} | changes), tokenizer, 0).train
+        return texts(tokenizer, train)[0], tokenizer.decode(train.batch(torch.arange(1)).tokens[0])
+
+    assert loaded()[0] == "assistant 2</s>assistant 4"
+    targets, whole = loaded(train_on="last")
+    assert targets == "assistant 4"
+    assert "assistant 2" in whole
+    targets, whole = loaded(train_on="last", system="merge_into_user")
+    assert targets == "assistant 4"
+    assert "system 0\n\nuser 1" in whole

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_dist.config.data import DataSettings, DataSource
 from rlhf_dist.data.loading import load_pairs, load_prompts, load_sequences
+from rlhf_dist.data.records import arranged
 from rlhf_dist.run.run_summary import describe_data
 
 
@@ -42,7 +43,7 @@ def test_records_that_are_duplicates_are_counted_and_trained_on(source, tokenize
 def test_duplicates_across_files_and_of_prompts(source, write, tokenizer):
     first = source("prompt", [{"prompt": "a"}, {"prompt": "b"}])
     second = DataSource(path=write("second.jsonl", [{"prompt": "b"}]), kind="prompt")
-    data = load_prompts([first, second], tokenizer, 100)
+    data = load_prompts([first, second], tokenizer, 100, DataSettings())
     assert data.report.duplicates == (f"{second.path}:1 as {first.path}:2",)
     summary = describe_data(prompts=data)
     assert summary["prompts: duplicates"] == f"1 ({second.path}:1 as {first.path}:2, ...)"
@@ -82,3 +83,26 @@ def test_a_ranking_with_other_ranks_is_no_duplicate(source, tokenizer):
 def test_many_are_counted_and_the_first_are_listed(source, tokenizer):
     report = load_sequences([source("text", [{"text": "a"}] * 50)], DataSettings(), tokenizer).report
     assert (report.num_duplicates, len(report.duplicates)) == (49, 20)
+
+
+S, U, A = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
+
+
+def joined(*messages):
+    return {"role": messages[-1]["role"], "content": "\n\n".join(message["content"] for message in messages)}
+
+
+@pytest.mark.parametrize(
+    ("messages", "settings", "expected", "moved"),
+    [
+        ((S, U, A, U, A), ("keep", "keep"), (S, U, A, U, A), [0, 1, 2, 3, 4]),
+        ((S, U, A, U, A), ("merge_into_user", "keep"), (joined(S, U), A, U, A), [0, 0, 1, 2, 3]),
+        ((S, S, A, U, A), ("merge_into_user", "keep"), (A, joined(S, S, U), A), [0, 0, 0, 1, 2]),
+        ((U, S), ("merge_into_user", "keep"), (U, S), [0, 1]),
+        ((U, U, A, A, U), ("keep", "merge"), (joined(U, U), joined(A, A), U), [0, 0, 1, 1, 2]),
+        ((S, U, U), ("merge_into_user", "merge"), (joined(S, U, U),), [0, 0, 0]),
+        ((U, A | {"tool_calls": [1]}, A), ("keep", "merge"), (U, A | {"tool_calls": [1]}, A), [0, 1, 2]),
+    ],
+)
+def test_messages_as_a_template_is_to_get_them(messages, settings, expected, moved):
+    assert arranged(messages, *settings) == (expected, moved)

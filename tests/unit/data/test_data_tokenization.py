@@ -150,7 +150,9 @@ def test_fingerprints_follow_what_is_trained_on(source: Source, write, tokenizer
         if kind == "preference":
             return load_pairs(wanted, DataSettings(**settings), tokenizer, 0).fingerprint
         load: Any = load_prompts if kind == "prompt" else load_sequences
-        given = (tokenizer, 100) if kind == "prompt" else (DataSettings(**settings), tokenizer)
+        given = (
+            (tokenizer, 100, DataSettings(**settings)) if kind == "prompt" else (DataSettings(**settings), tokenizer)
+        )
         return load(wanted, *given).fingerprint
 
     rows = instructions(6)

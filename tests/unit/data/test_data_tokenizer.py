@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.encoding import stop_token_ids
+from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 
 TURNS = [
@@ -47,14 +47,17 @@ def test_bos_is_rendered_once_where_the_tokenizer_adds_one(tmp_path):
     assert ids.count(bos) == 1
 
 
-def test_own_template_stays(tmp_path, caplog):
+def test_own_template_stays_unless_another_is_given(tmp_path, caplog):
     made = train_tokenizer("<|im_start|>", "<|im_end|>")
     made.chat_template = CHATML
     made.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == CHATML
     other = tmp_path / "other.jinja"
     other.write_text("{{ 1 }}")
-    assert load_tokenizer(str(tmp_path), other).chat_template == CHATML
-    assert "is not used" in caplog.text
+    tokenizer = load_tokenizer(str(tmp_path), other)
+    assert "other.jinja" in caplog.text
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == "{{ 1 }}"
 
 
 def test_template_path_is_used_where_there_is_none(tokenizer_path, tmp_path):
@@ -128,3 +131,17 @@ def test_stop_tokens(tokenizer, chatml):
     assert stop_token_ids(chatml) == [chatml.eos_token_id, chatml.convert_tokens_to_ids("<|im_end|>")]
     chatml.chat_template = None
     assert stop_token_ids(chatml) == [chatml.eos_token_id]
+
+
+def test_a_reserved_token_pads_where_there_is_one(tmp_path):
+    train_tokenizer("<|reserved_special_token_0|>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|reserved_special_token_0|>"
+
+
+def test_a_template_that_prints_the_date_is_named(tmp_path, caplog):
+    made = train_tokenizer("<|im_start|>", "<|im_end|>")
+    made.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    made.save_pretrained(tmp_path)
+    for _ in range(2):
+        load_tokenizer(str(tmp_path))
+    assert [record.message.count("strftime_now") for record in caplog.records] == [1]

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from rlhf_dist.core.errors import PlacementError
-from rlhf_dist.distributed.ray.session import _start_private
+from rlhf_dist.distributed.ray.session import _short_folder, _start_private
 
 
 class SlowStart:
@@ -34,3 +34,10 @@ def test_twice_and_then_in_plain_words(failures: int, monkeypatch: pytest.Monkey
     else:
         _start_private()
     assert start.calls == ["local"] * min(failures + 1, 2)
+
+
+@pytest.mark.parametrize(("length", "moved"), [(10, False), (39, False), (40, True), (90, True)])
+def test_a_long_temporary_folder_is_not_used_for_sockets(length: int, moved: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/" + "t" * (length - 1))
+    assert bool(_short_folder()) == moved

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny import save_tiny_lm, save_tiny_rm
 from torch import nn
+from transformers import GenerationConfig
 
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.loading import (
@@ -72,3 +79,45 @@ def test_without_dropout_gives_the_same_output_in_training_mode(tmp_path: Path):
     without_dropout(model)
     assert torch.equal(model(tokens).logits, model(tokens).logits)
     assert without_dropout(nn.Sequential(nn.Dropout(0.5)))[0].p == 0
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, lambda path, dtype: load_scalar_model(path, dtype, None)])
+@pytest.mark.parametrize("kind", ["lm", "rm"])
+def test_weights_of_other_names_are_no_model(
+    kind: str, load: Callable[..., Any], tiny_lm: Path, tiny_rm: Path, tmp_path: Path
+):
+    """A wrapper's prefix on every name: transformers would leave all weights random and only log it."""
+    source = {"lm": tiny_lm, "rm": tiny_rm}[kind]
+    path = shutil.copytree(source, tmp_path / "wrapped")
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {f"module.{name}": tensor for name, tensor in weights.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=r"missing .*unexpected .*'module\.'"):
+        load(str(path), torch.float32)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_backbone_of_which_a_part_is_missing_or_left_over_is_no_model(change: str, tiny_lm: Path, tmp_path: Path):
+    path = shutil.copytree(tiny_lm, tmp_path / "changed")
+    weights = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del weights[name]
+    else:
+        name = name.replace("layers.1", "layers.7")
+        weights[name] = torch.zeros(2, 2)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    for load in (load_causal_lm, lambda path, dtype: load_scalar_model(path, dtype, None)):
+        with pytest.raises(ModelError, match=rf"1 {change} \({re.escape(name)}\)"):
+            load(str(path), torch.float32)
+
+
+def test_sampling_settings_without_do_sample_can_be_saved(tiny_lm: Path, tmp_path: Path):
+    """As many published models have them."""
+    path = shutil.copytree(tiny_lm, tmp_path / "published")
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 7]}
+    (path / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    load_causal_lm(str(path), torch.float32).save_pretrained(tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (saved.temperature, saved.top_p, saved.eos_token_id, saved.do_sample) == (0.6, 0.9, [1, 7], True)

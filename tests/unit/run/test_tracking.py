@@ -279,6 +279,10 @@ def test_a_failing_service_is_dropped_and_the_run_goes_on(
 def test_what_only_shows_or_records_never_ends_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    class Unreadable:
+        def __repr__(self) -> str:
+            raise ValueError("no words for it")
+
     def broken(*_: object) -> None:
         raise OSError("no space left")
 
@@ -286,7 +290,7 @@ def test_what_only_shows_or_records_never_ends_a_run(
     monkeypatch.setattr(trackers, "_TensorBoard", broken)
     monkeypatch.setattr(trackers, "_wandb_sink", broken)
     tracker = Tracker(folder, TrackingConfig(tensorboard=True, wandb="offline"))
-    tracker.log_samples(1, [{"prompt": object()}])
+    tracker.log_samples(1, [{"prompt": Unreadable()}])
     monkeypatch.setattr(trackers, "write_atomically", broken)
     tracker.log_samples(2, [{"prompt": "p"}])
     tracker.log(2, {"policy/loss": 1.0})

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.tiny import hosted, random_rows, save_tiny_lm, trained, worker_of
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from rlhf_dist.core.errors import ModelError
 from rlhf_dist.distributed.deepspeed import zero
 from rlhf_dist.distributed.deepspeed.saving import save_pretrained
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
@@ -92,3 +95,25 @@ def test_many_shards_have_an_index_that_names_every_weight(tiny_lm: Path, tmp_pa
             assert name in shard.keys()  # noqa: SIM118
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_could_not_be_saved_is_told_before_the_first_step(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(self: GenerationConfig, *_: Any, **__: Any) -> None:
+        raise ValueError("GenerationConfig is invalid: made up for 7")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", fails)
+    with pytest.raises(ModelError, match="made up for 7"), hosted(LM, config=trained(tiny_lm), num_steps=1):
+        pass
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["whole", "lora"])
+def test_a_source_whose_generation_config_transformers_would_not_save(
+    tiny_lm: Path, tmp_path: Path, stage: int, lora: Any
+):
+    path = shutil.copytree(tiny_lm, tmp_path / "published")
+    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}), encoding="utf-8")
+    with hosted(LM, config=trained(path, zero_stage=stage, lora=lora), num_steps=1) as group:
+        group.call("save", tmp_path).result()
+    saved = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (saved.temperature, saved.top_p, saved.do_sample) == (0.6, 0.9, True)

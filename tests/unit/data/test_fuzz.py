@@ -1,0 +1,139 @@
+"""No row, and no file, whatever is in it, gives anything but a data set or an error in plain words; under `skip`, too.
+
+The number of inputs is printed (`pytest -rP` shows it): 0 tracebacks is what the test asserts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_dist.config.data import DataSettings, DataSource
+from rlhf_dist.core.errors import RlhfDistError
+from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.kinds import KINDS
+from rlhf_dist.data.loading import load_pairs, load_prompts, load_sequences
+from rlhf_dist.data.reader import read_fields
+
+TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=12),
+    st.sampled_from(
+        ["", " ", "</s>", "nice \ud83d", "\x00", "\n\nHuman: a\n\nAssistant: b", "Human:", "1e400", "nan", "{{ x }}"]
+    ),
+)
+NUMBER = st.one_of(
+    st.integers(-3, 3),
+    st.floats(),
+    st.sampled_from([10**400, -(10**400), 1e308, float("nan"), float("inf"), True, False]),
+)
+ROLE = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function", "", None, 3])
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": ROLE,
+        "content": st.one_of(
+            TEXT, st.none(), NUMBER, st.lists(st.dictionaries(st.sampled_from(["type", "text"]), TEXT), max_size=2)
+        ),
+        "from": ROLE,
+        "value": TEXT,
+        "weight": st.one_of(NUMBER, st.none()),
+        "tool_calls": st.one_of(
+            TEXT, st.lists(st.dictionaries(st.sampled_from(["function", "name", "arguments"]), TEXT), max_size=2)
+        ),
+        "reasoning_content": st.one_of(TEXT, NUMBER),
+        "other": TEXT,
+    },
+)
+CHAT = st.lists(st.one_of(MESSAGE, TEXT, NUMBER, st.none()), max_size=4)
+VALUE = st.recursive(
+    st.one_of(TEXT, NUMBER, st.none(), CHAT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=2)),
+    max_leaves=4,
+)
+COLUMNS = sorted({field for kind in KINDS.values() for field in kind.fields})
+COLUMNS += ["conversations", "completion", "tools", "score_chosen", "score_rejected", "provenance"]
+ROW = st.dictionaries(st.one_of(st.sampled_from(COLUMNS), TEXT), VALUE, max_size=6)
+GOOD: dict[str, dict[str, Any]] = {
+    "instruction": {"instruction": "i", "output": "o"},
+    "messages": {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+    "text": {"text": "t"},
+    "preference": {"prompt": "p", "chosen": "c", "rejected": "r"},
+    "ratings": {"response": "r", "rating": 1},
+    "prompt": {"prompt": "p"},
+    "candidates": {"prompt": "p", "candidates": ["a", "b"]},
+}
+EXAMPLES = 40
+LOADS: dict[str, Callable[..., Any]] = {
+    "supervised training": lambda source, tokenizer: load_sequences(
+        [source], DataSettings(max_length_tokens=64), tokenizer
+    ),
+    "reward modeling": lambda source, tokenizer: load_pairs([source], DataSettings(max_length_tokens=64), tokenizer, 0),
+    "prompts": lambda source, tokenizer: load_prompts([source], tokenizer, 64, DataSettings()),
+}
+
+
+def check(work: Callable[[], Any]) -> None:
+    """Run it: a result, or an error that a user can read and a terminal can show."""
+    said = "-"
+    try:
+        work()
+    except RlhfDistError as error:
+        said = str(error)
+    assert said.strip()
+    said.encode("utf-8")
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_rows(kind: str, policy: str, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    number = 0
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    )
+    @given(st.lists(st.one_of(ROW, ROW.map(lambda row: GOOD[kind] | row), VALUE), max_size=3))
+    def run(rows: list[Any]) -> None:
+        nonlocal number
+        number += 1
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, GOOD[kind]]), encoding="utf-8")
+        source = DataSource(path=str(path), kind=kind, on_bad_row=policy)  # pyright: ignore[reportArgumentType]
+        bad = BadRows()
+        check(lambda: [KINDS[source.kind].subject(row) for row in read_fields(source, bad)])
+        for line in bad.lines():
+            json.loads(line.encode("utf-8"), parse_constant=lambda name: pytest.fail(name))
+        for use in KINDS[source.kind].uses:
+            check(lambda use=use: LOADS[use](source, tokenizer))
+
+    run()
+    with capsys.disabled():
+        print(f" [{kind}, {policy}: {number} files of rows, 0 tracebacks]", end="")
+
+
+@pytest.mark.parametrize(
+    "suffix", [".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".jsonl.gz", ".csv.bz2", ".txt.xz"]
+)
+def test_bytes(suffix: str, tmp_path: Path):
+    lines = st.sampled_from(
+        [b'{"text": "a"}', b"[", b'"', b"\xe9", b"\xff\xfe", b"a,b\n1", b"{" * 3000, b'{"text": 1' + b"0" * 5000 + b"}"]
+    )
+    content = st.one_of(st.binary(max_size=40), st.lists(lines, max_size=4).map(b"\n".join))
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(content, st.booleans(), st.sampled_from(["error", "skip"]))
+    def run(data: bytes, compressed: bool, policy: Any) -> None:
+        path = tmp_path / f"file{suffix}"
+        path.write_bytes(gzip.compress(data) if compressed and suffix.endswith(".gz") else data)
+        bad = BadRows()
+        check(lambda: list(read_fields(DataSource(path=str(path), kind="text", on_bad_row=policy), bad)))
+        for line in bad.lines():
+            json.loads(line.encode("utf-8"))
+
+    run()

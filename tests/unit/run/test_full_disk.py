@@ -1,0 +1,60 @@
+"""A disk that is full: named with its numbers, nothing half written is left, and the run can be resumed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_dist.core.errors import RunFolderError
+from rlhf_dist.distributed.futures import completed
+from rlhf_dist.run.checkpoint import Checkpoints
+from rlhf_dist.run.disk import full_disk_named
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Two MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("not allowed to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+class Writes:
+    """In place of a trained role: writes a checkpoint of so many bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+
+    def save_checkpoint(self, path: Path) -> Future[None]:
+        path.mkdir(parents=True)
+        torch.save(torch.zeros(self.num_bytes, dtype=torch.uint8), path / "shard.pt")
+        return completed(None)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk: Path):
+    checkpoints = Checkpoints(small_disk / "checkpoints")
+    first = checkpoints.save(1, {}, {"model": Writes(1_200_000)})
+    with pytest.raises(
+        RunFolderError, match=r"disk is full \(about 1,20\d,\d+ bytes are needed, [\d,]+ of 2,097,152 .*step_000001, is"
+    ):
+        checkpoints.save(2, {}, {"model": Writes(1_200_000)})
+    assert list((small_disk / "checkpoints").iterdir()) == [first]
+    assert checkpoints.latest() == first
+    assert checkpoints.save(2, {}, {"model": Writes(1000)}).name == "step_000002"
+
+
+def test_other_errors_are_as_they_were(tmp_path: Path):
+    with pytest.raises(KeyError), full_disk_named(tmp_path / "a", "Nothing."):
+        raise KeyError("other")
