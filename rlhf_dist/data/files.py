@@ -65,6 +65,11 @@ def read_rows(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[R
 
 def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
     path = Path(source.path).expanduser()
+    given = [name for name in ("subset", "data_dir", "revision") if getattr(source, name) is not None]
+    if given and (path.exists() or data_suffix(path) in DATA_SUFFIXES):
+        raise DataError(
+            f"{source.path} is a local path and has {', '.join(given)}, which only hub names take; remove them"
+        )
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED):
             return _dataset_rows(source, _load_directory(source, path))

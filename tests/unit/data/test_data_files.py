@@ -232,3 +232,9 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
     path = write("train.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     found = read_preferences(DataSource(path=str(path), kind="preference"), seed=0)
     assert [pair.responses[0][0]["content"] for pair in found] == ["It is 0.", "It is 1.", "It is 2."]
+
+
+@pytest.mark.parametrize("key", ["subset", "data_dir", "revision"])
+def test_what_only_hub_names_take_is_rejected_for_files(write, key):
+    with pytest.raises(DataError, match=rf"a\.jsonl is a local path and has {key},"):
+        read(write("a.jsonl", JSONL), **{key: "x"})
