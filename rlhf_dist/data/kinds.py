@@ -12,7 +12,7 @@ is what its class implements:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -53,7 +53,7 @@ class Kind:
         """A preference, or what `paired` makes them of. `use_margins` False: the field `margin` is not read."""
         raise NotImplementedError
 
-    def paired(self, found: list[Any], source: DataSource, seed: int) -> list[Preference]:
+    def paired(self, found: Iterable[Any], source: DataSource, seed: int) -> Iterable[Preference]:
         """The preferences of what `preference` gave for the rows of a source."""
         return found
 
@@ -181,7 +181,7 @@ class RatingsKind(Kind):
     def preference(self, row: Fields, use_margins: bool) -> Rated:
         return Rated(row.optional_text("prompt"), row.text("response"), row.number("rating"), row.location)
 
-    def paired(self, found: list[Rated], source: DataSource, seed: int) -> list[Preference]:
+    def paired(self, found: Iterable[Rated], source: DataSource, seed: int) -> list[Preference]:
         groups: dict[str, list[Rated]] = {}
         for rated in found:
             groups.setdefault(rated.prompt, []).append(rated)

@@ -11,9 +11,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import datasets.config
 import jinja2
 import tokenizers
 import transformers
@@ -38,8 +34,7 @@ from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, enc
 from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text
 from rlhf_dist.data.records import Conversation, Preference, Record, Text, arranged
 from rlhf_dist.data.rendering import Rendered, render_conversation
-
-log = logging.getLogger(__name__)
+from rlhf_dist.data.spool import cache_dir
 
 MIN_RECORDS_PER_PROCESS = 5_000
 """Fewer are tokenized faster than a process starts."""
@@ -168,7 +163,7 @@ def tokenize(
         contents = datasets.Dataset.from_generator(
             partial(_contents, records, settings),
             features=datasets.Features({"content": datasets.Value("string")}),
-            cache_dir=str(_cache_dir()),
+            cache_dir=str(cache_dir()),
             fingerprint=content_digest,
         )
         rows = cast(datasets.Dataset, contents).map(
@@ -373,30 +368,6 @@ def _code_digest() -> str:
     modules = (__file__, *(str(module.__file__) for module in (encoding, lengths, rendering)))
     code = [Path(module).read_text(encoding="utf-8") for module in modules]
     return _digest([*code, transformers.__version__, tokenizers.__version__, jinja2.__version__])
-
-
-@cache
-def _temporary_cache() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="rlhf_dist_tokens_")
-
-
-def _cache_dir() -> Path:
-    """Below `HF_DATASETS_CACHE`; where that cannot be written, a temporary folder that is removed at exit."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf_dist"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-        reason = "permission denied"
-    except OSError as err:
-        reason = str(err)
-    log.warning(
-        "the cache of tokenized data %s cannot be written (%s), so the next run tokenizes again; set HF_DATASETS_CACHE to a "
-        "folder that can be",
-        folder,
-        reason,
-    )
-    return Path(_temporary_cache().name)
 
 
 @contextmanager

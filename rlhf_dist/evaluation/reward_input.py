@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf_dist.core.batches import TRUNCATED, RolloutBatch, SequenceBatch, pad_rows
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.data.encoding import encode_rendered
-from rlhf_dist.data.records import Messages
 from rlhf_dist.data.rendering import render_conversation, stop_token_ids
 
 RewardInput = Callable[[RolloutBatch], SequenceBatch]
@@ -45,11 +46,12 @@ class Rendered:
             reward_tokenizer: of the reward model, with its template.
             limit: the reward model's context in tokens, where it has one.
         """
-        self._prompts: dict[tuple[int, ...], tuple[Messages, tuple[Any, ...]]] = {}
-        for dataset in datasets:
-            batch = dataset.batch(range(len(dataset)))
-            for row, length, record in zip(batch.tokens, batch.lengths.tolist(), dataset.records, strict=True):
-                self._prompts[tuple(row[:length].tolist())] = record.messages, record.tools
+        self._datasets = datasets
+        self._place_of: dict[bytes, tuple[int, int]] = {}
+        """Data set and item of each prompt, by its tokens."""
+        for number, dataset in enumerate(datasets):
+            for item in range(len(dataset)):
+                self._place_of[_key(dataset.batch([item]).tokens[0])] = number, item
         self._tokenizer = tokenizer
         self._stops = set(stop_tokens)
         self._reward_tokenizer = reward_tokenizer
@@ -83,7 +85,13 @@ class Rendered:
         response = tokens[n : n + m]
         if response[-1] in self._stops:
             response = response[:-1]
-        messages, tools = self._prompts[tuple(tokens[:n])]
+        number, item = self._place_of[_key(rollout.tokens[row, :n])]
+        record = self._datasets[number].records[item]
+        messages, tools = record.messages, record.tools
         said = {"role": "assistant", "content": str(self._tokenizer.decode(response, skip_special_tokens=True))}
         # The template may cut what a policy writes (its reasoning): it did so when the reward model was trained.
         return render_conversation(self._reward_tokenizer, [*messages, said], [len(messages)], tools, may_cut=True)
+
+
+def _key(tokens: Tensor) -> bytes:
+    return tokens.numpy().astype(np.int32).tobytes()

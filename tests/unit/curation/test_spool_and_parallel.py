@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_dist.core.errors import WorkerError
 from rlhf_dist.curation.parallel import ordered_map
-from rlhf_dist.curation.spool import Spool
+from rlhf_dist.data.spool import Spool
 
 
 @given(st.lists(st.binary(max_size=6), max_size=20), st.lists(st.integers(0, 19), max_size=30), st.integers(1, 7))

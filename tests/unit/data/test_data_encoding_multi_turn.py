@@ -117,4 +117,4 @@ def test_an_hh_set_trains_on_every_answer(tokenizer: Any, source: Callable[..., 
 
 def test_text_that_is_no_dialogue_is_invalid(source: Callable[..., DataSource]):
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'messages' is 'Assistant: hm', not a list of messages"):
-        read_sequences(source("messages", [{"messages": "Assistant: hm"}]))
+        list(read_sequences(source("messages", [{"messages": "Assistant: hm"}])))

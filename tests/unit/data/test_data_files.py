@@ -230,7 +230,7 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
         for n in range(3)
     ]
     path = write("train.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    found = read_preferences(DataSource(path=str(path), kind="preference"), seed=0)
+    found = list(read_preferences(DataSource(path=str(path), kind="preference"), seed=0))
     assert [pair.responses[0][0]["content"] for pair in found] == ["It is 0.", "It is 1.", "It is 2."]
 
 

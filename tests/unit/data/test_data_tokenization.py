@@ -122,7 +122,7 @@ def test_small_sets_are_tokenized_in_this_process(source: Source, tokenizer, bat
 
 
 def test_tokens_are_memory_mapped_and_typed(source: Source, tokenizer, cache):
-    tokens = tokenize(read_sequences(source("instruction", instructions(5))), tokenizer, DataSettings())
+    tokens = tokenize(list(read_sequences(source("instruction", instructions(5)))), tokenizer, DataSettings())
     assert all(Path(file["filename"]).is_relative_to(cache) for file in tokens.rows.cache_files)
     assert (tokens.ids[0].dtype, tokens.masks[0].dtype) == (torch.int32, torch.bool)
 
