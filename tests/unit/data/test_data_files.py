@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_dist.cli.main import main
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.files import read_rows
@@ -220,7 +221,7 @@ def test_what_a_hub_name_takes(monkeypatch):
     assert asked == [(("org/set", "en"), {"data_dir": "harmless-base", "revision": "abc", "split": "test"})]
 
 
-def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
+def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write, tiny_lm, capsys):
     """A gzipped file of whole dialogues."""
     rows = [
         {
@@ -232,6 +233,12 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
     path = write("train.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     found = list(read_preferences(DataSource(path=str(path), kind="preference"), seed=0))
     assert [pair.responses[0][0]["content"] for pair in found] == ["It is 0.", "It is 1.", "It is 2."]
+
+    config = tmp_path / "reward.yaml"
+    data = f"data: {{train: [{{path: {path}, kind: preference}}]}}"
+    config.write_text(f"run_dir: {tmp_path / 'run'}\nmodel: {{model_path: {tiny_lm}}}\n{data}\n")
+    assert main(["validate", "reward", str(config), "--reward.batch_size", "3"]) == 0
+    assert "3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["subset", "data_dir", "revision"])
