@@ -15,7 +15,7 @@ from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.evaluation.config import EvalConfig
 from rlhf_dist.evaluation.reward_report import evaluation, headline, show, write_report
 from rlhf_dist.evaluation.trainer import evaluate_all, score_pairs
-from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
+from rlhf_dist.models.loading import check_scalar_model
 from rlhf_dist.models.vocabulary import num_token_ids
 from rlhf_dist.run.checks import check_micro_batches, check_model, check_same_tokenizer
 from rlhf_dist.run.launch import check_run_folder, hosted
@@ -36,8 +36,9 @@ def prepare(config: EvalConfig) -> Prepared[dict[str, Any]]:
     first = next(iter(models))
     tokenizer = load_tokenizer(models[first].model_path, settings.template_path)
     for name, model in models.items():
-        model_config = check_model(model.model_path, settings.max_length_tokens, name)
-        (check_scalar_model if name == "reward" else check_causal_lm)(model_config, name)
+        model_config = check_model(model.model_path, settings.max_length_tokens, name, scalar=name == "reward")
+        if name == "reward":
+            check_scalar_model(model_config, name)
         check_same_tokenizer(tokenizer, model.model_path, model_config, name)
     limit = settings.max_length_tokens - config.rollout.max_response_tokens
     data: dict[str, Any] = {"instructions": None, "preferences": None, "prompts": None}

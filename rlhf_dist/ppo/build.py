@@ -18,7 +18,7 @@ from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.evaluation.reward_input import Rendered, as_generated
-from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
+from rlhf_dist.models.loading import check_scalar_model, context_length, load_model_config
 from rlhf_dist.models.score_moments import read_score_moments
 from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 from rlhf_dist.ppo.config import PPOConfig
@@ -100,16 +100,13 @@ def _check_models(config: PPOConfig) -> tuple[Any, Any | None]:
     for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
         check_micro_batches(model, limit, role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
-    policy_config = check_model(policy.model_path, limit, "policy")
-    check_causal_lm(policy_config, "policy")
+    policy_config = check_model(policy.model_path, limit, "policy", scalar=False)
     check_embeddings(
         policy_config, tokenizer, "policy", "fine-tune it first with `rlhf-dist sft --model.resize_embeddings true`"
     )
     reward_tokenizer = None
     for role, model in (("reference", reference), ("reward", reward), ("value", value)):
-        model_config = check_model(model.model_path, limit, role)
-        if role == "reference":
-            check_causal_lm(model_config, role)
+        model_config = check_model(model.model_path, limit, role, scalar=role != "reference")
         if role == "reward":
             check_scalar_model(model_config, role)
             own = load_tokenizer(model.model_path)

@@ -8,17 +8,20 @@ from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.hosting import ModelHost, TrainedModel
 from rlhf_dist.core.errors import ConfigError, ModelError
 from rlhf_dist.data.tokenizer import NEW_PAD_TOKEN, load_tokenizer
-from rlhf_dist.models.loading import context_length, load_model_config
+from rlhf_dist.models.loading import check_causal_lm, check_weights, context_length, load_model_config
 from rlhf_dist.models.vocabulary import check_embeddings
 
 
-def check_model(path: str, max_length_tokens: int, role: str) -> Any:
-    """The model's config, if it can hold the run's sequences.
+def check_model(path: str, max_length_tokens: int, role: str, *, scalar: bool) -> Any:
+    """The model's config, if it can hold the run's sequences and its weights are those of such a model.
 
     Raises:
-        ModelError: no model at `path`, or its context is shorter than `max_length_tokens`.
+        ModelError: no model at `path`, weights of other names or shapes, or its context is shorter than `max_length_tokens`.
     """
     config = load_model_config(path)
+    if not scalar:
+        check_causal_lm(config, role)
+    check_weights(path, scalar=scalar)
     limit = context_length(config)
     if limit is not None and max_length_tokens > limit:
         raise ModelError(
