@@ -38,7 +38,8 @@ from rlhf_dist.data.spool import cache_dir
 
 MIN_RECORDS_PER_PROCESS = 5_000
 """Fewer are tokenized faster than a process starts."""
-_BATCH_SIZE = 256
+_BATCH_SIZE, _BATCH_CHARS = 256, 2**21
+"""Records, and on average characters, that a process has in memory at a time, at most: a token takes some 50 bytes of it."""
 
 _FEATURES = datasets.Features(
     {
@@ -157,7 +158,16 @@ def tokenize(
     """
     if num_proc is None:
         num_proc = max(1, min(usable_cpus(), len(records) // MIN_RECORDS_PER_PROCESS))
-    content_digest = _digest(_content(record, settings) for record in records)
+    num_chars = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_chars
+        for record in records:
+            yield (content := _content(record, settings))
+            num_chars += len(content)
+
+    content_digest = _digest(counted())
+    batch_size = min(max(_BATCH_CHARS * len(records) // num_chars, 1), _BATCH_SIZE)
     limits = [str(settings.max_length_tokens), settings.on_too_long]
     with _progress_bars(shown=num_proc > 1):
         contents = datasets.Dataset.from_generator(
@@ -165,12 +175,13 @@ def tokenize(
             features=datasets.Features({"content": datasets.Value("string")}),
             cache_dir=str(cache_dir()),
             fingerprint=content_digest,
+            writer_batch_size=batch_size,
         )
         rows = cast(datasets.Dataset, contents).map(
             _tokenize_batch,
             fn_kwargs={"tokenizer": tokenizer, "settings": settings},
             batched=True,
-            batch_size=_BATCH_SIZE,
+            batch_size=batch_size,
             num_proc=num_proc if num_proc > 1 else None,
             remove_columns=["content"],
             features=_FEATURES,
