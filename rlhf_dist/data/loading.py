@@ -132,7 +132,7 @@ class _Named(Generic[R]):
     source: str
 
 
-_Sequence = _Named[Conversation] | _Named[Text]
+_Sequence = _Named[Conversation | Text]
 
 
 def _task(named: _Sequence) -> str:
@@ -306,7 +306,7 @@ def _load_pretraining(
 
 
 def _tokenized_sequences(
-    records: RecordStore[Conversation] | RecordStore[Text] | RecordStore[Conversation | Text],
+    records: RecordStore[Conversation | Text],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad_rows: BadRows,

@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.reader import read_fields
 from rlhf_dist.data.spool import RecordStore
+
+H = TypeVar("H", bound=Hashable)
 
 
 def hold_out(subjects: Sequence[Hashable], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -99,9 +101,9 @@ def divide(subjects: Iterable[Hashable], shares: Mapping[str, float], stream: st
     return {part: sorted(chosen) for part, chosen in parts.items()}
 
 
-def _grouped(subjects: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+def _grouped(subjects: Sequence[H]) -> dict[H, list[int]]:
     """Positions of the records of each subject; subjects in the order of their first records."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[H, list[int]] = {}
     for i, subject in enumerate(subjects):
         groups.setdefault(subject, []).append(i)
     return groups

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
 import datasets.config
 import numpy as np
@@ -146,7 +146,7 @@ class RecordStore(Sequence[R], Generic[R]):
 
     def each(self, function: Callable[[R], S]) -> RecordStore[S]:
         """What `function` makes of each record when it is read."""
-        made: RecordStore[Any] = copy.copy(self)
+        made = cast(RecordStore[Any], copy.copy(self))
         before = self._make
         made._make = lambda stored: function(before(stored))
         return made

@@ -51,9 +51,10 @@ def of_data(
     return arguments
 
 
-SFT = of_run("validate sft", model={"model_path": "MODEL"}, data={"train": "SOURCE", "max_length_tokens": 64})
-INSPECT = of_run("data inspect sft", model={"model_path": "MODEL"}, data={"train": "SOURCE", "max_length_tokens": 64})
-REWARD = of_run("validate reward", model={"model_path": "MODEL"}, data={"train": "SOURCE", "max_length_tokens": 64})
+MODEL, DATA = {"model_path": "MODEL"}, {"train": "SOURCE", "max_length_tokens": 64}
+SFT = of_run("validate sft", model=MODEL, data=DATA, sft={"batch_size": 1})
+INSPECT = of_run("data inspect sft", model=MODEL, data=DATA, sft={"batch_size": 1})
+REWARD = of_run("validate reward", model=MODEL, data=DATA, reward={"batch_size": 1})
 EVAL = of_run(
     "validate eval",
     policy={"model_path": "MODEL"},
@@ -82,14 +83,14 @@ COMMANDS = {
         of_data("data self-instruct", "seeds", generator=GENERATOR, num_records=3, max_requests=4, seed_examples=1),
     ),
     "label": ("candidates", of_data("label")),
-    "label export": ("candidates", of_data("label export")),
 }
 
 
 def check_json_lines(files: list[Path]) -> None:
     """Each line is JSON as everyone reads it: UTF-8, no bare NaN."""
     for file in files:
-        for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
+        text = file.read_text(encoding="utf-8")
+        for line in text.removesuffix("\n").split("\n") if text else ():
             json.loads(line, parse_constant=lambda name: pytest.fail(f"a line has a bare {name}"))
 
 
@@ -110,7 +111,8 @@ def test_commands(
         folder = tmp_path / str(len(ended))
         folder.mkdir()
         path = folder / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, GOOD[kind]]), encoding="utf-8")
+        good = [GOOD[kind], GOOD[kind] | {"rating": 5}] if kind == "ratings" else [GOOD[kind]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *good]), encoding="utf-8")
         source: dict[str, Any] = {"path": str(path), "kind": kind, "on_bad_row": "skip"}
         if command == "data templates":
             template = "templates:\n- {name: a, instruction: '{{ instruction }}', output: '{{ output }}'}\n"

@@ -235,7 +235,7 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write, tiny_lm, capsys
     assert [pair.responses[0][0]["content"] for pair in found] == ["It is 0.", "It is 1.", "It is 2."]
 
     config = tmp_path / "reward.yaml"
-    data = f"data: {{train: [{{path: {path}, kind: preference}}]}}"
+    data = f"data: {{train: [{{path: {path}, kind: preference}}], max_length_tokens: 64}}"
     config.write_text(f"run_dir: {tmp_path / 'run'}\nmodel: {{model_path: {tiny_lm}}}\n{data}\n")
     assert main(["validate", "reward", str(config), "--reward.batch_size", "3"]) == 0
     assert "3" in capsys.readouterr().out

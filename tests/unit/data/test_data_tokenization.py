@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_processes_give_what_one_process_gives(source: Source, tokenizer, tmp_pa
 
 
 def test_small_sets_are_tokenized_in_this_process(source: Source, tokenizer, batches, monkeypatch):
-    monkeypatch.setattr(tokenization.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     load_sequences([source("instruction", instructions(50))], DataSettings(), tokenizer)
     assert sum(batches) == 50
 
