@@ -6,6 +6,7 @@ The number of inputs is printed; 0 tracebacks is what the test asserts: what is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -102,7 +103,8 @@ def test_commands(
     ended = []
     for module in (responses, self_instruct):
         monkeypatch.setattr(module, "load_generator", lambda *_: ScriptedGenerator(made_up_tasks))
-    monkeypatch.setattr(judge, "load_generator", lambda *_: ScriptedGenerator(lambda _: "[[A]]"))
+    answers = itertools.cycle(["[[A]]", "[[B]]"])  # of a pair in both orders: the same response
+    monkeypatch.setattr(judge, "load_generator", lambda *_: ScriptedGenerator(lambda _: next(answers)))
     monkeypatch.setattr(server, "serve_page", lambda *_: None)  # as if it was served and ended
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -111,7 +113,7 @@ def test_commands(
         folder = tmp_path / str(len(ended))
         folder.mkdir()
         path = folder / "rows.jsonl"
-        good = [GOOD[kind], GOOD[kind] | {"rating": 5}] if kind == "ratings" else [GOOD[kind]]
+        good = [GOOD[kind], {"response": "better", "rating": 5}] if kind == "ratings" else [GOOD[kind]]
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *good]), encoding="utf-8")
         source: dict[str, Any] = {"path": str(path), "kind": kind, "on_bad_row": "skip"}
         if command == "data templates":
