@@ -211,7 +211,7 @@ def _content(record: Record, settings: DataSettings) -> str:
         content = {"messages": messages, "targets": targets, "tools": record.tools}
     elif isinstance(record, Preference):
         prompt, _ = arranged(record.prompt, settings.system, settings.same_role_turns)
-        content = {"prompt": prompt, "responses": record.responses}
+        content = {"prompt": prompt, "responses": record.responses, "tools": record.tools}
     else:
         prompt, _ = arranged(record.messages, settings.system, settings.same_role_turns)
         content = {"prompt": prompt, "tools": record.tools}

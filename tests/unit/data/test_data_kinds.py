@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.records import Prompt
 
@@ -440,7 +444,7 @@ def test_tools(source):
     chat = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
     chat += [{"role": "tool", "tool_call_id": "c", "content": "4"}, BOT | {"reasoning_content": "r", "logprobs": 1}]
     found, notes = noted(source, "messages", {"messages": chat, "tools": '[{"name": "add"}]'})
-    plain = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    plain = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}, "id": "c"}
     assert found.messages == (
         USER,
         {"role": "assistant", "content": "", "tool_calls": [plain]},
@@ -452,6 +456,96 @@ def test_tools(source):
     for calls in ("add", [{"function": {}}], [{"function": {"name": "add", "arguments": "{"}}]):
         with pytest.raises(DataError, match=r"tool_calls"):
             noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": calls}]})
+
+
+def test_sharegpt_turns_keep_their_other_keys(source):
+    turns = [
+        {"from": "human", "value": "u"},
+        {"from": "gpt", "value": "bad", "weight": 0, "logprobs": 1},
+        {"from": "human", "value": "v"},
+        {"from": "gpt", "value": "good", "reasoning_content": "r"},
+    ]
+    found, notes = noted(source, "messages", {"conversations": turns, "system": "s"})
+    assert found.messages == (
+        {"role": "system", "content": "s"},
+        user("u"),
+        bot("bad"),
+        user("v"),
+        bot("good") | {"reasoning_content": "r"},
+    )
+    assert found.targets == (4,)
+    assert notes["key 'logprobs' of messages, which is not used"] == 1
+    assert notes["column 'system' taken for the system message"] == 1
+    leading = {"mine": [{"from": "gpt", "value": "before"}, *turns[:2]]}
+    [mapped] = read_sequences(source("messages", [leading], fields={"messages": "mine"}))
+    assert mapped.messages == (user("u"), bot("bad"))
+
+
+@pytest.mark.parametrize("kind", ["messages", "instruction"])
+def test_weights_of_a_completion(source, kind):
+    completion = [bot("no") | {"weight": 0}, user("u"), bot("yes")]
+    found, _ = noted(source, kind, {"prompt": [user("p")], "completion": completion})
+    assert found.targets == (3,)
+    assert found.messages == (user("p"), bot("no"), user("u"), bot("yes"))
+
+
+def test_tools_and_weights_of_preferences(source):
+    rows = [{"prompt": [user("p") | {"weight": 0}], "chosen": "c", "rejected": "r", "tools": [{"name": "add"}]}]
+    rows += [{"prompt": "p", "responses": ["a", "b"], "tools": '[{"name": "add"}]'}]
+    bad_rows = BadRows()
+    found = list(read_preferences(source("preference", rows), 0, bad_rows=bad_rows))
+    assert [record.tools for record in found] == [({"name": "add"},)] * 2
+    assert dict(bad_rows.notes) == {"weight 0 of messages, which only supervised training uses": 1}
+
+
+def test_a_prompt_in_the_hh_format(source):
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    [prompt] = read_prompts(source("prompt", [{"prompt": text}]))
+    assert prompt.messages == (user("a"), bot("b"), user("c"))
+    found, _ = noted(source, "instruction", {"prompt": text, "completion": "d"})
+    assert found.messages == (user("a"), bot("b"), user("c"), bot("d"))
+
+
+DEEP: Any = "x"
+for _ in range(600):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("tools", [{"name": "half \ud83d"}]),
+        ("tools", '[{"name": "half \\ud83d"}]'),
+        ("tools", [{"name": DEEP}]),
+        ("tools", [{"name": float("nan")}]),
+        ("tools", [{"name": datetime.date(2026, 1, 1)}]),
+        ("tools", [{"name": b"x"}]),
+        ("tools", [{1: "x"}]),
+        ("calls", [{"name": "half \ud83d"}]),
+        ("calls", [{"name": "f", "arguments": {"half \ud83d": 1}}]),
+        ("calls", [{"name": "f", "arguments": {"a": DEEP}}]),
+        ("calls", [{"name": "f", "arguments": '{"a": NaN}'}]),
+        ("content", {"a": 1}),
+        ("content", 5),
+        ("content", "half \ud83d"),
+    ],
+)
+def test_what_no_file_and_no_template_can_hold_is_invalid(place, value):
+    """Rows as readers of Arrow give them: any object may be in them."""
+    message = bot("a") | {"tool_calls": [{"name": "f"}]}
+    message |= {"calls": {"tool_calls": value}, "content": {"content": value}, "tools": {}}[place]
+    row = {"messages": [user("u"), message], "tools": value if place == "tools" else None}
+    with pytest.raises(DataError, match=r"^x:1: field '(tools|messages\[1\])"):
+        KINDS["messages"].sequence(Fields("x:1", row, {}), "")
+
+
+def test_nan_in_messages_is_absent(source):
+    nan = float("nan")
+    found, notes = noted(
+        source, "messages", {"messages": [user("u"), bot("a") | {"weight": nan, "name": nan, "x": nan}]}
+    )
+    assert found.messages == (user("u"), bot("a"))
+    assert (found.targets, notes) == (None, {})
 
 
 def test_scores_of_a_pair_are_its_margin(source):
