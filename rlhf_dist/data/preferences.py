@@ -174,7 +174,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def prompt_messages(row: Fields) -> Messages:
-    """The messages of the field `prompt`: a user's text, a dialogue as text in the HH format, or a chat; () where there is none."""
+    """The field `prompt`: a user's text, a dialogue as text in the HH format, or a chat; () where the row has none."""
     value: Any = row.get("prompt")
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()

@@ -8,6 +8,7 @@ tokenizer, its chat template, the length limit, and the code. A second run with 
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import hashlib
 import json
@@ -31,7 +32,7 @@ from rlhf_dist.data import encoding, lengths, rendering
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
 from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
-from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text
+from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text, longest_response, prompt_room
 from rlhf_dist.data.records import Conversation, Preference, Record, Text, arranged
 from rlhf_dist.data.rendering import Rendered, render_conversation
 from rlhf_dist.data.spool import cache_dir
@@ -278,11 +279,52 @@ def _without_oldest_turns(
         content = content | {name: [*whole[:kept], *whole[start:]], "cut": True}
         if name == "messages":
             content["targets"] = [i - start + kept for i in wanted if i > start]
-        conversations = [
-            one if isinstance(one, DataError) else encode_rendered(tokenizer, [one])[0]
-            for one in _rendered(tokenizer, content)
-        ]
-    return content, conversations
+        conversations = _encoded(tokenizer, content)
+    if _fits(tokenizer, content, conversations, limit):
+        return content, conversations
+    return _without_beginning(tokenizer, content, conversations, limit)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> list[Encoded | DataError]:
+    return [
+        one if isinstance(one, DataError) else encode_rendered(tokenizer, [one])[0]
+        for one in _rendered(tokenizer, content)
+    ]
+
+
+def _without_beginning(
+    tokenizer: PreTrainedTokenizerBase,
+    content: dict[str, Any],
+    conversations: list[Encoded | DataError],
+    limit: int,
+) -> tuple[dict[str, Any], list[Encoded | DataError]]:
+    """The content without as much of the beginning of its first user message as makes the prompt fit: what the template renders
+    before it, a system message among it, stays. As it is where that does not suffice, or nothing of it can be cut."""
+    name = "messages" if "messages" in content else "prompt"
+    whole = content.get(name) or ()
+    first = next((i for i, message in enumerate(whole) if message["role"] == "user"), None)
+    if first is None:
+        return content, conversations
+    text = whole[first]["content"]
+
+    def cut(num_chars: int) -> dict[str, Any]:
+        shorter = whole[first] | {"content": text[num_chars:]}
+        return content | {name: [*whole[:first], shorter, *whole[first + 1 :]], "cut": True}
+
+    def fits(num_chars: int) -> bool:
+        shorter = cut(num_chars)
+        found = _encoded(tokenizer, shorter)
+        if not found:
+            return _fits(tokenizer, shorter, found, limit)
+        valid = [one for one in found if not isinstance(one, DataError)]
+        return all(mask.index(True) <= prompt_room(valid, limit) for _, mask in valid)
+
+    most = len(text.rstrip()) - 1  # something of it has to be left
+    num_chars = bisect.bisect_left(range(most + 1), True, key=fits)
+    if num_chars > most:
+        return content, conversations
+    content = cut(num_chars)
+    return content, _encoded(tokenizer, content)
 
 
 def _fits(
@@ -321,9 +363,7 @@ def _tokenized(
             found.add(ids, mask, cut or was_cut)
     elif "responses" in content:
         # One prompt for all responses: the longest says how much of it is cut.
-        longest = max(
-            (len(one[0]) - one[1].index(True) for one in conversations if not isinstance(one, DataError)), default=0
-        )
+        longest = longest_response([one for one in conversations if not isinstance(one, DataError)])
         for number, response in enumerate(content["responses"]):
             encoded = (
                 _valid(conversations[number])
