@@ -33,8 +33,8 @@ from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
 from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
 from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text, longest_response, prompt_room
-from rlhf_dist.data.records import Conversation, Preference, Record, Text, arranged
-from rlhf_dist.data.rendering import Rendered, render_conversation
+from rlhf_dist.data.records import Conversation, Preference, Prompt, Record, Text, arranged
+from rlhf_dist.data.rendering import Message, Rendered, render_conversation
 from rlhf_dist.data.spool import cache_dir
 
 MIN_RECORDS_PER_PROCESS = 5_000
@@ -191,6 +191,14 @@ def tokenize(
             desc="tokenizing",
         )
     return Tokens(Ragged.from_arrow(rows.data.column("ids")), Ragged.from_arrow(rows.data.column("masks"), bool), rows)
+
+
+def used_prompt(record: Prompt, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Sequence[Message]:
+    """The messages of a prompt as they are tokenized: arranged, and under `truncate_left` cut at `max_length_tokens`."""
+    content = json.loads(_content(record, settings))
+    if settings.on_too_long == "truncate_left":
+        content, _ = _without_oldest_turns(tokenizer, content, [], settings.max_length_tokens)
+    return content["prompt"]
 
 
 def _contents(records: Sequence[Record], settings: DataSettings) -> Iterator[dict[str, str]]:
