@@ -202,6 +202,30 @@ def test_shards_of_a_directory_of_which_one_has_a_field_more(tmp_path):
         read(tmp_path / "repository", split="validation")
 
 
+def test_splits_that_share_a_word(tmp_path):
+    """UltraChat's layout."""
+    folder = tmp_path / "chat" / "data"
+    folder.mkdir(parents=True)
+    for name in ("train_sft", "train_gen", "test_sft"):
+        pq.write_table(pa.table({"text": [name]}), folder / f"{name}-00000-of-00001-ab12.parquet")
+        pq.write_table(pa.table({"text": [name]}), folder / f"{name}-00000-of-00001.parquet")
+    assert set(texts(tmp_path / "chat", split="train_sft")) == {"train_sft"}
+    with pytest.raises(DataError, match="of the splits train_gen, train_sft"):
+        texts(tmp_path / "chat")
+
+
+def test_files_of_a_directory_that_are_not_read_are_named(tmp_path, write, caplog):
+    (tmp_path / "a").mkdir()
+    write("a/train.jsonl", JSONL)
+    write("a/extra.jsonl", JSONL)
+    write("a/LICENSE.txt", b"Do as you like.")
+    write("a/test.jsonl", JSONL)
+    assert len(texts(tmp_path / "a")) == len(ROWS)
+    assert "1 files are of no split and are not read (extra.jsonl)" in caplog.text
+    assert "(LICENSE.txt)" in caplog.text
+    assert "test.jsonl" not in caplog.text
+
+
 def test_a_directory_without_names_of_splits_is_read_whole(tmp_path, write):
     (tmp_path / "a").mkdir()
     write("a/2.jsonl", JSONL)
