@@ -74,7 +74,7 @@ def render_conversation(
     messages = messages[: wanted[-1] + 1]
     turns = [i for i in turns if i <= wanted[-1]]
     mark, messages, tools = _marked(tokenizer, messages, tools)
-    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
+    if _GENERATION_TAG.search(_template_for(tokenizer, tools)):
         text, spans = _tagged_spans(tokenizer, messages, len(turns), tools)
         spans = [span for turn, span in zip(turns, spans, strict=True) if turn in wanted]
     else:
@@ -207,6 +207,11 @@ def _without_marks(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequenc
     return Rendered(clean, tuple(moved), tuple(literals))
 
 
+def _template_for(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
+    """The chat template; a tokenizer may have another for conversations with tools."""
+    return tokenizer.get_chat_template(tools=list(tools) or None)
+
+
 def _tagged_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], num_turns: int, tools: Sequence[Any]
 ) -> tuple[str, list[Span]]:
@@ -216,7 +221,7 @@ def _tagged_spans(
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) or None,
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=_template_for(tokenizer, tools),
             return_assistant_tokens_mask=True,
             **cast(dict[str, Any], tokenizer.special_tokens_map),
         )

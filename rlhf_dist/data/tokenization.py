@@ -409,7 +409,7 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All that decides what a tokenizer makes of a conversation. `datasets` would hash the pickled object, which changes as
     it is used."""
     core = getattr(tokenizer, "backend_tokenizer", None)
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)  # a text, or several with names
     # A template that renders the date is tokenized anew each day.
     today = datetime.date.today().isoformat() if "strftime_now" in template else ""
     return [

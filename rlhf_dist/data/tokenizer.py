@@ -114,6 +114,11 @@ def _builtin_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, template_path: Path | None) -> None:
     if template_path is None:
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and "
+                "none named default; set data.template_path to one"
+            )
         if tokenizer.chat_template:
             return
         tokenizer.chat_template = _builtin_template(tokenizer)
