@@ -32,6 +32,7 @@ TIERS: list[tuple[str, str]] = [
     (r"invariants/test_ranks_decide_alike.py::test_(one_row|a_policy).*ray ranks=2 zero=2 micro=\d+\]", SLOW),
     (r"invariants/test_ranks_decide_alike.py", MATRIX),
     (r"invariants/test_iteration.py::test_scores_to_weights", MATRIX),
+    (r"invariants/test_rollout_tokens.py::test_fewer_prompts_than_ranks", SLOW),
     (r"invariants/test_rollout_tokens.py.*ranks=3", MATRIX),
     (r"invariants/test_rollout_tokens.py.*ray ranks=1", MATRIX),
     (r"invariants/test_sft_mix_layouts.py.*ranks=3", MATRIX),
@@ -60,6 +61,7 @@ TIERS: list[tuple[str, str]] = [
     (r"learning/test_ppo_reaches_the_optimum.py.*kl-in-reward", SLOW),
     (r"learning/test_ppo_reaches_the_optimum.py", MATRIX),
     (r"unit/distributed/deepspeed/test_hpz.py::test.*", MATRIX),
+    (r"unit/cli/test_fuzz_commands.py", SLOW),
     # -- further cases of what is also in the fast tier
     (r"unit/distributed/deepspeed/test_bf16.py::test_many_micro_batches_add_up_in_fp32\[[13]\]", MATRIX),
     (r"unit/planning/test_exact_bytes.py", MATRIX),

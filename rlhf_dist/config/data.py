@@ -117,8 +117,8 @@ class DataSettings(Schema):
     on_too_long: DataContent[Literal["error", "skip", "truncate", "truncate_left"]] = "truncate"
     """What happens to a record longer than `max_length_tokens`: `truncate` cuts the end of its response (a prompt is never
     cut), `truncate_left` first drops the oldest turns of its dialogue (a system message stays), then cuts the beginning of the
-    prompt that is left, `skip` leaves it out (of a ranking, that response), `error` stops before anything is started, whatever
-    `on_bad_row` says. What was cut or skipped is counted."""
+    user message that is left, `skip` leaves it out (of a ranking, that response), `error` stops before anything is started,
+    whatever `on_bad_row` says. What was cut or skipped is counted."""
     system: DataContent[Literal["keep", "merge_into_user"]] = "keep"
     """`merge_into_user` puts a system message before the next user message's text, for models without a system turn."""
     same_role_turns: DataContent[Literal["keep", "merge"]] = "keep"

@@ -168,6 +168,16 @@ class TrainedModel(ModelHost):
     adapters merged into its matrices; beside it, `adapter/` holds them alone, in peft's format."""
 
     @model_validator(mode="after")
+    def _new_rows_are_trained(self) -> TrainedModel:
+        if self.resize_embeddings and (self.lora is not None or self.freeze.embeddings):
+            other = "lora is set" if self.lora is not None else "freeze.embeddings is true"
+            raise ValueError(
+                f"resize_embeddings is true and {other}, which would leave the rows of the new tokens untrained, all of them "
+                "equal; train the whole model first (sft with resize_embeddings and without it), and go on from what it saves"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_freeze_already(self) -> TrainedModel:
         if self.lora is not None and self.freeze.any:
             raise ValueError(

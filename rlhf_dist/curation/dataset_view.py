@@ -96,8 +96,12 @@ class View:
 
     def first_items(self) -> list[int]:
         """Items without those that continue with the text of the one before."""
-        records = self.records
-        return [i for i in range(len(records)) if i == 0 or records[i] is not records[i - 1]]
+        found, before = [], None
+        for item, record in enumerate(self.records):
+            if record != before:  # places are part of records: others of the same text differ
+                found.append(item)
+            before = record
+        return found
 
     def shown(self, item: int) -> list[Shown]:
         """An item's sequences: the one, or a prompt's responses from best to worst."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf_dist.curation.config.dedup import Decontamination
 from rlhf_dist.curation.fingerprints import encoded, windows, word_hashes, words
-from rlhf_dist.curation.spool import Spool
+from rlhf_dist.data.spool import Spool
 
 _MATCHES_PER_TEXT = 8
 """Different evaluation records that a text is confirmed against; one is enough to remove it."""

@@ -31,7 +31,7 @@ from rlhf_dist.curation.decontamination import EvaluationIndex, Match, matches
 from rlhf_dist.curation.fingerprints import SEPARATOR, Signatures, encoded, normalized, signatures
 from rlhf_dist.curation.near_duplicates import BandFiles, NearVerdicts, find_near
 from rlhf_dist.curation.parallel import ordered_map
-from rlhf_dist.curation.spool import Spool
+from rlhf_dist.data.spool import Spool
 
 Reason = Literal["exact duplicate", "near-duplicate", "in an evaluation set"]
 

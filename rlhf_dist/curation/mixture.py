@@ -19,9 +19,9 @@ import numpy as np
 from rlhf_dist.curation.config.mix import MixSource
 from rlhf_dist.curation.fingerprints import encoded
 from rlhf_dist.curation.rows import read_records
-from rlhf_dist.curation.spool import Spool
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import Composition, MixtureSampler
+from rlhf_dist.data.spool import Spool
 
 STREAM = "data/mix"
 """Of the draws."""

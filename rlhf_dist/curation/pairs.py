@@ -21,7 +21,7 @@ def ranked_pairs(
     """Records of kind `preference`, one for every two responses of a ranking of which one is the better.
 
     Args:
-        preferences: pairs, rankings, and pairs made of ratings, as `data.records.read_preferences` gives them.
+        preferences: pairs, rankings, and pairs made of ratings, as `data.reader.read_preferences` gives them.
         min_margin: where there are ratings, the least difference that makes a pair, in their units.
         source: the name of the set; written as `source` where it is not "".
 

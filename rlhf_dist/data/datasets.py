@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_dist.core.batches import PreferenceBatch, PromptBatch, TokenBatch, pad_rows
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
+from rlhf_dist.data.spool import RecordStore
 
 T = TypeVar("T")
 Indices = Sequence[int] | Tensor
@@ -101,7 +102,7 @@ class SequenceDataset:
             groups: the group of each sequence, such as the name of its source; none: all in one group `""`.
             records: the record of each sequence, for inspection.
         """
-        self.records = tuple(records)
+        self.records = records
         self._ids, self._masks = ids, masks
         self.report = report
         self.groups: dict[str, Tensor] = _members(groups or [""] * len(ids))
@@ -143,7 +144,7 @@ class PreferenceDataset:
     def __init__(
         self,
         ids: Ragged,
-        preferences: Sequence[Preference],
+        preferences: RecordStore[Preference],
         report: DataReport,
         response_tokens: Ragged,
         cut: Ragged,
@@ -160,22 +161,23 @@ class PreferenceDataset:
             sources: the name of each preference's source.
             keep_records: keep `preferences`, for inspection.
         """
-        self._preferences = tuple(preferences) if keep_records else ()
+        self._preferences = preferences if keep_records else None
         self._ids, self._response_tokens, self._cut = ids, response_tokens, cut
         self._sources = tuple(sources) or ("",) * len(preferences)
-        sizes = [len(preference.responses) for preference in preferences]
+        ranks, ratings = [], []
+        for preference in preferences:
+            ranks.append(preference.ranks)
+            ratings.append(preference.ratings)
+        sizes = list(map(len, ranks))
         self._starts = np.concatenate(([0], np.cumsum(sizes)))
         self._rows = np.arange(len(sizes))
         """Items → records."""
-        self._ranks = Ragged([preference.ranks for preference in preferences])
-        self._ratings = Ragged(
-            [preference.ratings or [0.0] * size for preference, size in zip(preferences, sizes, strict=True)],
-            np.float32,
-        )
-        self._rated = np.array([preference.ratings is not None for preference in preferences])
+        self._ranks = Ragged(ranks)
+        self._ratings = Ragged([its or [0.0] * size for its, size in zip(ratings, sizes, strict=True)], np.float32)
+        self._rated = np.array([its is not None for its in ratings])
         self.most_responses = max(sizes, default=0)
         """Most responses to one prompt."""
-        self.num_with_margins = sum(p.ratings is not None and p.ratings[0] > p.ratings[-1] for p in preferences)
+        self.num_with_margins = sum(its is not None and its[0] > its[-1] for its in ratings)
         """Items with a margin above 0."""
         self.report = report
 
@@ -220,9 +222,9 @@ class PreferenceDataset:
         return PreferenceBatch.of([self._ids.pick(span) for span in spans], ranks, ratings, rated)
 
     @property
-    def records(self) -> list[Preference]:
-        """The record of each item, with the responses that are used; [] unless they were kept."""
-        return [self._preferences[row] for row in self._rows] if self._preferences else []
+    def records(self) -> Sequence[Preference]:
+        """The record of each item, with the responses that are used; none unless they were kept."""
+        return [] if self._preferences is None else self._preferences.select(self._rows)
 
     def response_tokens(self, indices: Indices) -> Tensor:
         """[len(indices), K] int64 tokens of each response of the items `indices`, its end included; 0 is padding."""
@@ -252,9 +254,9 @@ class PromptDataset:
             report: what became of the records.
             records: the record of each prompt, for inspection.
         """
-        self.records = tuple(records)
+        self.records = records
         self._ids = ids
-        self._texts = tuple(texts)
+        self._texts = texts
         self.report = report
 
     def __len__(self) -> int:

@@ -70,18 +70,39 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[
     """As `_tokenized`, where some of the text spells special tokens and is none."""
     ids: list[int] = []
     offsets: list[Span] = []
-    borders = [0, *(at for literal in rendered.literals for at in literal), len(rendered.text)]
+    # A literal is cut behind its first character: only special tokens can be told to be split, and not every turn mark is one.
+    borders = [0, *(at for start, end in rendered.literals for at in (start, start + 1, end)), len(rendered.text)]
     for number, (start, end) in enumerate(pairwise(borders)):
-        found: Any = tokenizer(
-            rendered.text[start:end],
-            add_special_tokens=False,
-            split_special_tokens=number % 2 == 1,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        ids += found["input_ids"]
-        offsets += [(start + first, start + last) for first, last in found["offset_mapping"]]
+        found = _piece(tokenizer, rendered.text, start, end, is_literal=number % 3 > 0)
+        ids += [one for one, _ in found]
+        offsets += [span for _, span in found]
     return ids, offsets
+
+
+def _piece(
+    tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int, *, is_literal: bool
+) -> list[tuple[int, Span]]:
+    """(id, characters) of each token of `text[start:end]`, as they are inside of a text.
+
+    Some tokenizers begin a text as if a space stood before it (SentencePiece's dummy prefix), so a piece is tokenized behind
+    some character, whose token is taken away again; one that no token of the piece has a part of.
+    """
+    if start == end:
+        return []
+    for before in (text[start - 1], "\n", "a", "0", "?") if start else ():
+        found = _ids_and_offsets(tokenizer, before + text[start:end], is_literal)
+        kept = [(one, (first, last)) for one, (first, last) in found if last > 1]
+        if all(first >= 1 for _, (first, _) in kept):
+            return [(one, (start + first - 1, start + last - 1)) for one, (first, last) in kept]
+    found = _ids_and_offsets(tokenizer, text[start:end], is_literal)
+    return [(one, (start + first, start + last)) for one, (first, last) in found]
+
+
+def _ids_and_offsets(tokenizer: PreTrainedTokenizerBase, text: str, is_literal: bool) -> list[tuple[int, Span]]:
+    found: Any = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=is_literal, return_offsets_mapping=True, verbose=False
+    )
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
 
 def _masked(

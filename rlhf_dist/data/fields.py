@@ -25,6 +25,9 @@ MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name", "reasoning_content"}
 )
 
+MAX_DEPTH = 50
+"""Of tools and of the arguments of their calls: deeper ones end in the limit of Python's own reader and writer of JSON."""
+
 _MISSING = object()
 
 
@@ -81,7 +84,7 @@ class Fields:
     def get(self, field: str) -> Any:
         """The field's value; None where it is missing, or NaN, as tables write what is missing."""
         value = _lookup(self._values, self._mapping.get(field, field))
-        return None if value is _MISSING or (isinstance(value, float) and math.isnan(value)) else value
+        return None if value is _MISSING or _is_missing(value) else value
 
     def required(self, field: str) -> Any:
         """The field's value.
@@ -116,6 +119,8 @@ class Fields:
     def tools(self) -> tuple[Any, ...]:
         """Descriptions of tools that the field `tools` has, as a list or as JSON; () where there are none."""
         value = self.get("tools")
+        if isinstance(value, str):
+            self.optional_text("tools")
         if isinstance(value, str) and value.strip():
             try:
                 value = json.loads(value)
@@ -125,6 +130,7 @@ class Fields:
             return ()
         if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
             raise self.error("tools", f"is {_short(value)}, not a list of descriptions", "write it as a list")
+        self._check_json("tools", list(value))
         return tuple(value)
 
     def items(self, field: str) -> Sequence[Any]:
@@ -152,7 +158,8 @@ class Fields:
             )
         found = tuple(self._message(f"{field}[{i}]", item) for i, item in enumerate(value))
         for message in found if not keep_weights else ():
-            message.pop("weight", None)
+            if message.pop("weight", 1) == 0:
+                self.note("weight 0 of messages, which only supervised training uses")
         return found
 
     def checked_text(self, field: str, value: Any) -> str:
@@ -182,7 +189,8 @@ class Fields:
         `weight`."""
         if isinstance(item, Mapping) and "from" in item and "value" in item:
             self.note("ShareGPT turns (from, value)")
-            item = {"role": item["from"], "content": item["value"]}
+            others = {key: value for key, value in item.items() if key not in ("from", "value")}
+            item = others | {"role": item["from"], "content": item["value"]}
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
             raise self.error(field, f'is {_short(item)}, without "role" and "content"', "give it both")
         role = ROLE_NAMES.get(str(item["role"]), item["role"])
@@ -193,23 +201,23 @@ class Fields:
         if calls:
             message["tool_calls"] = self._tool_calls(f"{field}.tool_calls", role, calls)
         for key in ("reasoning_content", "name", "tool_call_id"):
-            if item.get(key):
+            if not _is_missing(item.get(key)) and item[key] != "":
                 message[key] = self.checked_text(f"{field}.{key}", item[key])
         # An empty system message is a common way to write that there is none, and a call of tools needs no text.
-        if not (calls or (role == "system" and message["content"] == "")):
+        if message["content"] != "" or not (calls or role == "system"):
             self.checked_text(f"{field}.content", message["content"])
-        if (weight := item.get("weight")) is not None:
+        if not _is_missing(weight := item.get("weight")):
             if weight not in (0, 1):
                 raise self.error(f"{field}.weight", f"is {_short(weight)}", "use 1 to learn from the message, or 0")
             message["weight"] = int(weight)
         for key in sorted(item.keys() - MESSAGE_KEYS):
-            if item[key] is not None:
+            if not _is_missing(item[key]):
                 self.note(f"key {key!r} of messages, which is not used")
         return message
 
     def _content(self, field: str, content: Any) -> Any:
         """The text of a content, which may be a list of parts; "" where there is none."""
-        if content is None:
+        if _is_missing(content):
             return ""
         if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
             return content
@@ -235,14 +243,46 @@ class Fields:
             function = call.get("function", call) if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise self.error(f"{field}[{i}]", f"is {_short(call)}, without the name of a function", "give it one")
+            self.checked_text(f"{field}[{i}].name", function["name"])
             arguments = function.get("arguments", {})
             if isinstance(arguments, str):
                 try:
                     arguments = json.loads(arguments)
                 except (ValueError, RecursionError) as error:
                     raise self.error(f"{field}[{i}].arguments", "is no JSON", "fix the row") from error
+            self._check_json(f"{field}[{i}].arguments", arguments)
             found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+            if not _is_missing(name := call.get("id")):  # templates that name calls need it (Mistral's)
+                found[-1]["id"] = self.checked_text(f"{field}[{i}].id", name)
         return found
+
+    def _check_json(self, field: str, value: Any, depth: int = 0) -> None:
+        """Raise DataError unless a template can write `value` as JSON, and a file can hold that."""
+        if depth > MAX_DEPTH:
+            raise self.error(field, f"is nested more than {MAX_DEPTH} deep", "make it flatter")
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise self.error(field, f"has the key {_short(key)}, which is no string", "write it as a string")
+                self._check_json(field, key, depth + 1)
+                self._check_json(f"{field}.{key[:20]}", item, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                self._check_json(f"{field}[{i}]", item, depth + 1)
+        elif isinstance(value, str):
+            if value.strip():
+                self.checked_text(field, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise self.error(field, f"is {value}, which is no JSON", "write null or a number")
+        elif value is not None and not isinstance(value, (bool, int, float)):
+            raise self.error(
+                field, f"is {_short(value)}, a {type(value).__name__}, which is no JSON", "write it as text or a number"
+            )
+
+
+def _is_missing(value: Any) -> bool:
+    """Null, or NaN, as tables write what is missing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _lookup(values: Mapping[str, Any], column: str) -> Any:
@@ -268,5 +308,8 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        return "nested too deeply to be shown"
     return shown if len(shown) <= 40 else shown[:37] + "..."

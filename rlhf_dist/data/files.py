@@ -16,6 +16,7 @@ import csv
 import glob
 import gzip
 import json
+import logging
 import lzma
 import re
 import sys
@@ -30,11 +31,15 @@ from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.kinds import KINDS
 
+log = logging.getLogger(__name__)
+
 Row = tuple[str, Mapping[str, Any]]
 """Where a row is, as "file.jsonl:17" where the file has lines, and its columns."""
 
 _SAVED = ("state.json", "dataset_dict.json")
 """What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write beside the data."""
+_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
+_WORD = re.compile(r"[^a-z0-9]+")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BOM = b"\xef\xbb\xbf"
@@ -108,21 +113,54 @@ def _rows_of_files(source: DataSource, files: Sequence[Path], bad_rows: BadRows)
 
 
 def _files_of_split(source: DataSource, folder: Path) -> list[Path]:
-    """The data files below a folder that are of `source.split`: those with its name in their path where any file there has the
-    name of a split, as in hub repositories (`train-00000-of-00002.parquet`, `data/test.jsonl`), else all."""
+    """The data files below a folder that are of `source.split`, where any file there has the name of a split, else all.
+
+    A file's split is its name without the number of a shard, or a folder that it is in (`train-00000-of-00002.parquet`,
+    `train/0.parquet`, as hub repositories have them); or a word of these (`data/my_train.jsonl`), if no other split has it.
+    """
     found = sorted(file for file in folder.rglob("*") if file.is_file() and data_suffix(file) in DATA_SUFFIXES)
     if not found:
         raise DataError(
             f"{source.path} has no data files ({', '.join(DATA_SUFFIXES)}) and was not written by Dataset.save_to_disk; give a "
             "directory that holds one of these"
         )
-    words = {file: set(re.split(r"[^a-z0-9]+", str(file.relative_to(folder)).lower())) for file in found}
-    splits = {word for of_file in words.values() for word in of_file} & {*_SPLITS, source.split}
-    if splits and source.split not in splits:
+    if any(data_suffix(file) != ".txt" for file in found):  # LICENSE.txt, requirements.txt
+        _warn_unread(source, [file for file in found if data_suffix(file) == ".txt"], "text beside other data files")
+        found = [file for file in found if data_suffix(file) != ".txt"]
+    names = {file: _split_names(file.relative_to(folder)) for file in found}
+    exact = [file for file in found if source.split in names[file]]
+    words = {file: {word for name in names[file] for word in _WORD.split(name)} for file in found}
+    like = [file for file in found if source.split in words[file]]
+    if (
+        not exact
+        and len(other := {name for file in like for name in names[file] if source.split in _WORD.split(name)}) > 1
+    ):
         raise DataError(
-            f"{source.path} has no files of split {source.split!r}; set split to one of {', '.join(sorted(splits))}"
+            f"{source.path} has files of the splits {', '.join(sorted(other))}, so split {source.split!r} is none of them; set "
+            "split to one of these, or path to a pattern"
         )
-    return [file for file in found if source.split in words[file]] if splits else found
+    splits = {word for of_file in words.values() for word in of_file} & {*_SPLITS, source.split}
+    if not splits:
+        return found
+    chosen = exact or like
+    if not chosen:
+        known = sorted({name for file in found for name in names[file] if splits & set(_WORD.split(name))})
+        raise DataError(f"{source.path} has no files of split {source.split!r}; set split to one of {', '.join(known)}")
+    _warn_unread(source, [file for file in found if file not in chosen and not splits & words[file]], "of no split")
+    return chosen
+
+
+def _warn_unread(source: DataSource, files: Sequence[Path], why: str) -> None:
+    if files:
+        named = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+        log.warning(
+            "%s: %d files are %s and are not read (%s); name them by a pattern", source.path, len(files), why, named
+        )
+
+
+def _split_names(path: Path) -> list[str]:
+    """What may be the split's name of a file: its own name without number and endings, and those of the folders it is in."""
+    return [_SHARD.sub("", path.name.partition(".")[0]).lower(), *(part.lower() for part in path.parts[:-1])]
 
 
 def _files_of_pattern(source: DataSource) -> list[Path]:

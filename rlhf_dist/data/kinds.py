@@ -12,14 +12,20 @@ is what its class implements:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rlhf_dist.config.data import DataSource, RecordKind
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.preferences import chat_messages, pair_by_rating, preference_messages, preference_of
+from rlhf_dist.data.preferences import (
+    chat_messages,
+    pair_by_rating,
+    preference_messages,
+    preference_of,
+    prompt_messages,
+)
 from rlhf_dist.data.records import (
     Conversation,
     Messages,
@@ -53,7 +59,7 @@ class Kind:
         """A preference, or what `paired` makes them of. `use_margins` False: the field `margin` is not read."""
         raise NotImplementedError
 
-    def paired(self, found: list[Any], source: DataSource, seed: int) -> list[Preference]:
+    def paired(self, found: Iterable[Any], source: DataSource, seed: int) -> Iterable[Preference]:
         """The preferences of what `preference` gave for the rows of a source."""
         return found
 
@@ -105,10 +111,8 @@ class MessagesKind(Kind):
             return _completed(row, prompt, task)
         messages = self._chat(row, keep_weights=True)
         weighted = any("weight" in message for message in messages)
-        turns = (i for i, message in enumerate(messages) if message["role"] == "assistant")
-        targets = tuple(i for i in turns if messages[i].get("weight", 1)) if weighted else None
-        plain = tuple({key: value for key, value in message.items() if key != "weight"} for message in messages)
-        return Conversation(plain, row.location, task, targets, row.tools())
+        targets = tuple(_targets(messages)) if weighted else None
+        return Conversation(_plain(messages), row.location, task, targets, row.tools())
 
     def prompt(self, row: Fields) -> Messages:
         return _ends_with_user(row, "messages", self._before_response(row))
@@ -118,15 +122,27 @@ class MessagesKind(Kind):
         return before_last_response(self._chat(row)) if prompt is None else prompt
 
     def _chat(self, row: Fields, keep_weights: bool = False) -> Messages:
-        if row.get("messages") is not None or row.get("conversations") is None:
-            return chat_messages(row, "messages", keep_weights)
-        row.note("column 'conversations' taken for messages")
-        messages = row.messages("conversations", keep_weights)
+        field = "messages"
+        if row.get("messages") is None and row.get("conversations") is not None:
+            field = "conversations"
+            row.note("column 'conversations' taken for messages")
+        messages = chat_messages(row, field, keep_weights)
+        first = row.get(field)[0]
+        if field == "messages" and not (isinstance(first, Mapping) and "from" in first):
+            return messages
         leading = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
         dropped = [i for i in range(leading) if messages[i]["role"] == "assistant"]
         if dropped:
             row.note("assistant turns before the first user turn, which are dropped")
-        return tuple(message for i, message in enumerate(messages) if i not in dropped)
+        messages = tuple(message for i, message in enumerate(messages) if i not in dropped)
+        system = row.optional_text("system")
+        if not system:
+            return messages
+        if messages[0]["role"] == "system":
+            row.note("column 'system' beside a system turn, which is not used")
+            return messages
+        row.note("column 'system' taken for the system message")
+        return ({"role": "system", "content": system}, *messages)
 
 
 class TextKind(Kind):
@@ -148,7 +164,7 @@ class PreferenceKind(Kind):
     differences are the margins). Responses of equal rating are tied; one that equals a better one is dropped. The formats,
     and rows that could be both: `preferences.py`."""
 
-    fields = ("prompt", "chosen", "rejected", "margin", "responses", "ratings")
+    fields = ("prompt", "chosen", "rejected", "margin", "responses", "ratings", "tools")
     uses = ("reward modeling", "prompts")
 
     def preference(self, row: Fields, use_margins: bool) -> Preference:
@@ -181,7 +197,7 @@ class RatingsKind(Kind):
     def preference(self, row: Fields, use_margins: bool) -> Rated:
         return Rated(row.optional_text("prompt"), row.text("response"), row.number("rating"), row.location)
 
-    def paired(self, found: list[Rated], source: DataSource, seed: int) -> list[Preference]:
+    def paired(self, found: Iterable[Rated], source: DataSource, seed: int) -> list[Preference]:
         groups: dict[str, list[Rated]] = {}
         for rated in found:
             groups.setdefault(rated.prompt, []).append(rated)
@@ -208,7 +224,7 @@ class RatingsKind(Kind):
 class PromptKind(Kind):
     """One user message, or a chat that ends with one."""
 
-    fields = ("prompt",)
+    fields = ("prompt", "tools")
     uses = ("prompts",)
     line_field = "prompt"
 
@@ -266,10 +282,20 @@ def _completed(row: Fields, prompt: Messages, task: str) -> Conversation:
     if isinstance(row.required("completion"), str):
         completion: Messages = ({"role": "assistant", "content": row.text("completion")},)
     else:
-        completion = row.messages("completion")
+        completion = row.messages("completion", keep_weights=True)
     messages = (*prompt, *completion)
-    targets = tuple(i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant")
-    return Conversation(messages, row.location, task, targets, row.tools())
+    targets = tuple(i for i in _targets(messages) if i >= len(prompt))
+    return Conversation(_plain(messages), row.location, task, targets, row.tools())
+
+
+def _targets(messages: Messages) -> Iterator[int]:
+    """Positions of the assistant messages whose weight is not 0."""
+    return (i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1))
+
+
+def _plain(messages: Messages) -> Messages:
+    """Without weights."""
+    return tuple({key: value for key, value in message.items() if key != "weight"} for message in messages)
 
 
 def _user(text: str) -> dict[str, str]:
@@ -278,8 +304,8 @@ def _user(text: str) -> dict[str, str]:
 
 def _string_or_chat(row: Fields) -> Messages:
     if isinstance(row.required("prompt"), str):
-        return (_user(row.text("prompt")),)
-    return row.messages("prompt")
+        row.text("prompt")  # one that is blank is not absent
+    return prompt_messages(row)
 
 
 def _ends_with_user(row: Fields, field: str, messages: Sequence[dict[str, str]]) -> Messages:

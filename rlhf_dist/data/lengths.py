@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlhf_dist.config.data import DataSettings
 from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data.encoding import Encoded
@@ -60,7 +62,7 @@ def fit(
     prompt_tokens = mask.index(True)
     if settings.on_too_long == "truncate_left":
         room = len(ids) - prompt_tokens if response_tokens is None else response_tokens
-        first = max(0, prompt_tokens - max(limit - room, limit // 2, 1))
+        first = max(0, prompt_tokens - _room(limit, room))
         ids, mask = ids[first:], mask[first:]
         if len(ids) <= limit:
             return [(ids, mask, True)]
@@ -73,6 +75,21 @@ def fit(
     # What is left of a later prompt after the last target would only be computed, never learnt from.
     end = limit - mask[:limit][::-1].index(True)
     return [(ids[:end], mask[:end], True)]
+
+
+def longest_response(encoded: Sequence[Encoded]) -> int:
+    """Tokens from the first target on, of the conversation that has most of them."""
+    return max((len(ids) - mask.index(True) for ids, mask in encoded), default=0)
+
+
+def prompt_room(encoded: Sequence[Encoded], limit: int) -> int:
+    """Tokens that `truncate_left` leaves to the prompt of these responses: what the longest does not take of `limit`, or half
+    of it if that is more."""
+    return _room(limit, longest_response(encoded))
+
+
+def _room(limit: int, response_tokens: int) -> int:
+    return max(limit - response_tokens, limit // 2, 1)
 
 
 def fit_prompt(ids: list[int], settings: DataSettings) -> list[list[int]]:

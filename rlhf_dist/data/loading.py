@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.records import Conversation, Messages, Preference, Text, contradictions, duplicates
 from rlhf_dist.data.sampler import TRAINING_ORDER
 from rlhf_dist.data.splits import hold_out
+from rlhf_dist.data.spool import RecordStore
 from rlhf_dist.data.tokenization import tokenize
 
 R = TypeVar("R")
@@ -41,7 +43,7 @@ def load_sequences(
         DataError: an invalid file or record (with its place), or none left.
     """
     bad_rows = BadRows()
-    records = [record for source in sources for record in read_sequences(source, bad_rows)]
+    records = RecordStore(record for source in sources for record in read_sequences(source, bad_rows))
     return _tokenized_sequences(records, settings, tokenizer, bad_rows, keep_records=keep_records)
 
 
@@ -59,9 +61,9 @@ def load_preferences(
     whether those of `eval` are, which the held-out loss does not use. `keep_records` and errors as in `load_sequences`.
     """
     bad_rows, bad_held_out = BadRows(), BadRows()
-    train = _named_preferences(data.train, seed, use_margins, bad_rows)
-    held_out = _named_preferences(data.eval, seed, held_out_margins, bad_held_out)
-    train, held_out = _split(data, train, held_out, seed, lambda named: named[0].subject)
+    train = RecordStore(_named_preferences(data.train, seed, use_margins, bad_rows))
+    given = RecordStore(_named_preferences(data.eval, seed, held_out_margins, bad_held_out))
+    train, held_out = _split(data, train, given, seed, lambda named: named.record.subject)
     return Split(
         _tokenized_preferences(train, data, tokenizer, bad_rows, keep_records),
         None if held_out is None else _tokenized_preferences(held_out, data, tokenizer, bad_held_out, keep_records),
@@ -77,9 +79,8 @@ def load_pairs(
 ) -> PreferenceDataset:
     """All pairs and rankings of kinds for reward modeling; the arguments as in `load_preferences`."""
     bad_rows = BadRows()
-    return _tokenized_preferences(
-        _named_preferences(sources, seed, use_margins, bad_rows), settings, tokenizer, bad_rows
-    )
+    pairs = RecordStore(_named_preferences(sources, seed, use_margins, bad_rows))
+    return _tokenized_preferences(pairs, settings, tokenizer, bad_rows)
 
 
 def load_prompts(
@@ -92,19 +93,22 @@ def load_prompts(
     """Prompts to generate from. One longer than `max_prompt_tokens` is skipped under `settings.on_too_long: skip`, else an
     error: prompts are never truncated. `keep_records` and errors as in `load_sequences`."""
     tally = Tally(BadRows())
-    prompts = [prompt for source in sources for prompt in read_prompts(source, tally.bad_rows)]
+    prompts = RecordStore(prompt for source in sources for prompt in read_prompts(source, tally.bad_rows))
     settings = settings.model_copy(update={"max_length_tokens": max_prompt_tokens})
     tokens = tokenize(prompts, tokenizer, settings)
-    used, rows = [], []
+    used: list[int] = []
+    rows: list[int] = []
     for found in tokens.usable(prompts, tally):
         tally.num_tokens += found.num_tokens
         tally.num_truncated += any(found.cut)
         rows += found.sequences
-        used.append(prompts[found.number])
+        used.append(found.number)
     tally.check_not_empty(len(rows), f"max_prompt_tokens {max_prompt_tokens}")
-    texts = [_readable(prompt.messages) for prompt in used]
-    report = tally.report(duplicates(used))
-    return PromptDataset(tokens.ids.select(rows), texts, report, used if keep_records else ())
+    prompts = prompts.select(used)
+    texts = prompts.each(lambda prompt: _readable(prompt.messages))
+    return PromptDataset(
+        tokens.ids.select(rows), texts, tally.report(duplicates(prompts)), prompts if keep_records else ()
+    )
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,18 @@ class SFTSets(Split[SequenceDataset]):
 
 
 @dataclass(frozen=True)
-class _Named:
+class _Named(Generic[R]):
     """A record, and the name of its source."""
 
-    record: Conversation | Text
+    record: R
     source: str
 
-    @property
-    def task(self) -> str:
-        return self.record.task or self.source
+
+_Sequence = _Named[Conversation | Text]
+
+
+def _task(named: _Sequence) -> str:
+    return named.record.task or named.source
 
 
 def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_records: bool = False) -> SFTSets:
@@ -146,20 +153,22 @@ def load_sft(data: SFTData, tokenizer: PreTrainedTokenizerBase, seed: int, keep_
     bad_rows, bad_held_out = BadRows(), BadRows()
     with_tasks = bool(data.hold_out_tasks)
     reads_tasks = True if with_tasks else None if keep_records else False
-    everything = list(_named_sequences(data.train, bad_rows, reads_tasks))
-    given = list(_named_sequences(data.eval, bad_held_out, reads_tasks))
+    everything = RecordStore(_named_sequences(data.train, bad_rows, reads_tasks))
+    given = RecordStore(_named_sequences(data.eval, bad_held_out, reads_tasks))
     train, of_tasks = _without_tasks(everything, given, data.hold_out_tasks)
     train, held_out = _split(data, train, given, seed, lambda named: named.record.subject)
-    held_out = None if held_out is None and not of_tasks else [*(held_out or []), *of_tasks]
+    if of_tasks:
+        held_out = RecordStore(chain(held_out or (), of_tasks))
     unseen = set(data.hold_out_tasks)
     eval_groups = [
-        f"{TASK}/{named.task}" if with_tasks and named.task in unseen else f"{SOURCE}/{named.source}"
-        for named in held_out or []
+        f"{TASK}/{_task(named)}" if with_tasks and _task(named) in unseen else f"{SOURCE}/{named.source}"
+        for named in held_out or ()
     ]
     pretraining = _load_pretraining(data, tokenizer, seed, keep_records)
 
-    def tokenized(those: Sequence[_Named], bad: BadRows, groups: Sequence[str]) -> SequenceDataset:
-        return _tokenized_sequences([named.record for named in those], data, tokenizer, bad, groups, keep_records)
+    def tokenized(those: RecordStore[_Sequence], bad: BadRows, groups: Sequence[str]) -> SequenceDataset:
+        records = those.each(lambda named: named.record)
+        return _tokenized_sequences(records, data, tokenizer, bad, groups, keep_records)
 
     return SFTSets(
         tokenized(train, bad_rows, [named.source for named in train]),
@@ -212,7 +221,7 @@ def shares_of(train: SequenceDataset, order: MixtureSampler | None) -> tuple[dic
     )
 
 
-def _named_sequences(sources: Sequence[DataSource], bad_rows: BadRows, with_tasks: bool | None) -> Iterator[_Named]:
+def _named_sequences(sources: Sequence[DataSource], bad_rows: BadRows, with_tasks: bool | None) -> Iterator[_Sequence]:
     """Records, those of one name together."""
     names = source_names(sources)
     for name in dict.fromkeys(names):
@@ -224,33 +233,39 @@ def _named_sequences(sources: Sequence[DataSource], bad_rows: BadRows, with_task
 
 def _named_preferences(
     sources: Sequence[DataSource], seed: int, use_margins: bool, bad_rows: BadRows
-) -> list[tuple[Preference, str]]:
+) -> Iterator[_Named[Preference]]:
     """Pairs and rankings, each with the name of its source."""
-    return [
-        (record, name)
-        for source, name in zip(sources, source_names(sources), strict=True)
-        for record in read_preferences(source, seed, use_margins, bad_rows)
-    ]
+    for source, name in zip(sources, source_names(sources), strict=True):
+        for record in read_preferences(source, seed, use_margins, bad_rows):
+            yield _Named(record, name)
 
 
 def _split(
-    settings: TrainingData, train: list[R], held_out: list[R], seed: int, subject: Callable[[R], Hashable]
-) -> tuple[list[R], list[R] | None]:
+    settings: TrainingData,
+    train: RecordStore[R],
+    held_out: RecordStore[R],
+    seed: int,
+    subject: Callable[[R], Hashable],
+) -> tuple[RecordStore[R], RecordStore[R] | None]:
     """Records to train on and held-out records: `held_out` if there are any, else `eval_fraction` of `train`, or None.
     Records are split, not chunks: no text is on both sides."""
     if held_out:
         return train, held_out
     if settings.eval_fraction == 0:
         return train, None
-    kept, drawn = hold_out([subject(record) for record in train], settings.eval_fraction, seed)
-    return [train[i] for i in kept], [train[i] for i in drawn]
+    # By their hashes, as in `duplicates`: the prompts themselves would fill the memory.
+    kept, drawn = hold_out([hash(subject(record)) for record in train], settings.eval_fraction, seed)
+    return train.select(kept), train.select(drawn)
 
 
-def _without_tasks(train: list[_Named], given: list[_Named], tasks: Sequence[str]) -> tuple[list[_Named], list[_Named]]:
+def _without_tasks(
+    train: RecordStore[_Sequence], given: RecordStore[_Sequence], tasks: Sequence[str]
+) -> tuple[RecordStore[_Sequence], RecordStore[_Sequence]]:
     """The records of `train` of other tasks than `tasks`, and those of `tasks`."""
     if not tasks:
-        return train, []
-    known = Counter(named.task for named in (*train, *given))
+        return train, RecordStore()
+    task_of = [_task(named) for named in train]
+    known = Counter(chain(task_of, map(_task, given)))
     for task in tasks:
         if task not in known:
             near = get_close_matches(task, known, 1)
@@ -261,13 +276,13 @@ def _without_tasks(train: list[_Named], given: list[_Named], tasks: Sequence[str
                 f"data.hold_out_tasks names {task!r}, a task that no record of data.train or data.eval has; {hint}The records' "
                 f"tasks are {listed}{more}. A record's task is its field `task`, or else the name of its source."
             )
-    kept = [named for named in train if named.task not in tasks]
+    kept = [i for i, task in enumerate(task_of) if task not in tasks]
     if not kept:
         raise DataError(
             f"data.hold_out_tasks {', '.join(map(repr, tasks))} holds out all {len(train)} records of data.train and leaves "
             "none to train on; remove a task from it, or add records of other tasks"
         )
-    return kept, [named for named in train if named.task in tasks]
+    return train.select(kept), train.select([i for i, task in enumerate(task_of) if task in tasks])
 
 
 def _load_pretraining(
@@ -276,10 +291,10 @@ def _load_pretraining(
     if not data.pretraining:
         return None
     bad_rows, bad_held_out = BadRows(), BadRows()
-    train = [record for source in data.pretraining for record in read_sequences(source, bad_rows)]
-    held_out = [record for source in data.eval_pretraining for record in read_sequences(source, bad_held_out)]
+    everything = RecordStore(record for source in data.pretraining for record in read_sequences(source, bad_rows))
+    given = RecordStore(record for source in data.eval_pretraining for record in read_sequences(source, bad_held_out))
     try:
-        train, held_out = _split(data, train, held_out, seed, lambda record: record.subject)
+        train, held_out = _split(data, everything, given, seed, lambda record: record.subject)
     except DataError as error:
         raise DataError(f"data.pretraining: {error} (data.eval_pretraining names held-out text)") from error
     return Split(
@@ -291,7 +306,7 @@ def _load_pretraining(
 
 
 def _tokenized_sequences(
-    records: Sequence[Conversation | Text],
+    records: RecordStore[Conversation | Text],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad_rows: BadRows,
@@ -303,51 +318,58 @@ def _tokenized_sequences(
     tokens = tokenize(records, tokenizer, settings)
     rows: list[int] = []
     group_of_row: list[str] = []
-    used: list[Conversation | Text] = []
-    record_of_row: list[Conversation | Text] = []
+    used: list[int] = []
+    record_of_row: list[int] = []
     for found in tokens.usable(records, tally):
-        record = records[found.number]
         tally.num_tokens += found.num_tokens
         tally.num_truncated += any(found.cut)
         rows += found.sequences
         group_of_row += [groups[found.number] if groups else ""] * len(found.sequences)
-        used.append(record)
-        record_of_row += [record] * len(found.sequences) if keep_records else []
+        used.append(found.number)
+        record_of_row += [found.number] * len(found.sequences)
     tally.check_not_empty(len(rows), f"max_length_tokens {settings.max_length_tokens}")
-    report = tally.report(duplicates(used))
-    return SequenceDataset(tokens.ids.select(rows), tokens.masks.select(rows), report, group_of_row, record_of_row)
+    return SequenceDataset(
+        tokens.ids.select(rows),
+        tokens.masks.select(rows),
+        tally.report(duplicates(records.select(used))),
+        group_of_row,
+        records.select(record_of_row) if keep_records else (),
+    )
 
 
 def _tokenized_preferences(
-    preferences: Sequence[tuple[Preference, str]],
+    preferences: RecordStore[_Named[Preference]],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad_rows: BadRows,
     keep_records: bool = False,
 ) -> PreferenceDataset:
-    """`preferences`: each with the name of its source."""
     tally = Tally(bad_rows)
-    records = [preference for preference, _ in preferences]
+    records = preferences.each(lambda named: named.record)
     tokens = tokenize(records, tokenizer, settings)
     rows: list[int] = []
-    used: list[Preference] = []
     sources: list[str] = []
     response_tokens: list[list[int]] = []
     cut: list[list[bool]] = []
-    for found in tokens.usable(records, tally):
-        preference = records[found.number]
-        left = preference.of(found.kept)
-        if not any(left.ranks):  # one response, or a tie, is left: nothing to compare
-            tally.skip(preference.location)
-            continue
-        tally.drop(preference.num_repeated + len(preference.responses) - len(found.kept), preference.location)
-        tally.num_truncated += any(found.cut)
-        tally.num_tokens += found.num_tokens
-        rows += found.sequences
-        used.append(left)
-        sources.append(preferences[found.number][1])
-        response_tokens.append(found.response_tokens)
-        cut.append(found.cut)
+
+    def usable() -> Iterator[Preference]:
+        for found in tokens.usable(records, tally):
+            named = preferences[found.number]
+            preference = named.record
+            left = preference.of(found.kept)
+            if not any(left.ranks):  # one response, or a tie, is left: nothing to compare
+                tally.skip(preference.location)
+                continue
+            tally.drop(preference.num_repeated + len(preference.responses) - len(found.kept), preference.location)
+            tally.num_truncated += any(found.cut)
+            tally.num_tokens += found.num_tokens
+            rows.extend(found.sequences)
+            sources.append(named.source)
+            response_tokens.append(found.response_tokens)
+            cut.append(found.cut)
+            yield left
+
+    used = RecordStore(usable())
     tally.check_not_empty(len(rows), f"max_length_tokens {settings.max_length_tokens}")
     return PreferenceDataset(
         tokens.ids.select(rows),

@@ -62,7 +62,7 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
         raise row.error(dialogue, f"is a whole dialogue and {other!r} is only a response", "write all in one format")
     if all(whole):
         return _split(row, names, turns)
-    prompt = _prompt(row)
+    prompt = prompt_messages(row)
     if not prompt:
         raise row.error(
             "prompt",
@@ -158,7 +158,7 @@ def _split(row: Fields, names: Sequence[str], turns: Sequence[Messages]) -> tupl
             f"and its {_listed(names[1:])} part after {common} messages, not at an assistant's turn",
             "make the prompts equal",
         )
-    stated = _prompt(row)
+    stated = prompt_messages(row)
     contents = [message["content"] for message in prompt]
     if any(message["content"].strip() not in map(str.strip, contents) for message in stated):
         raise row.error(
@@ -173,7 +173,8 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
 
 
-def _prompt(row: Fields) -> Messages:
+def prompt_messages(row: Fields) -> Messages:
+    """The field `prompt`: a user's text, a dialogue as text in the HH format, or a chat; () where the row has none."""
     value: Any = row.get("prompt")
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
@@ -181,6 +182,7 @@ def _prompt(row: Fields) -> Messages:
         text = row.checked_text("prompt", value)
         if not re.match(r"\s*Human:", text):
             return ({"role": "user", "content": text},)
+        row.note("prompts in the HH format")
         return _dialogue(row, "prompt", _GENERATION_CUE.sub("", text))
     return row.messages("prompt")
 
@@ -194,14 +196,14 @@ def preference_of(row: Fields, use_margins: bool) -> Preference:
     prompt, responses = preference_messages(row)
     if is_ranking(row):
         return _ranking(row, prompt, responses)
-    return Preference(prompt, responses, row.location, _margin(row) if use_margins else None)
+    return Preference(prompt, responses, row.location, _margin(row) if use_margins else None, tools=row.tools())
 
 
 def _ranking(row: Fields, prompt: Messages, responses: tuple[Messages, ...]) -> Preference:
     """Without responses that equal a better one: nothing can be learnt from equal texts."""
     ratings = _ratings(row, len(responses))
     ranks = tuple(ratings.index(rating) for rating in ratings) if ratings else ()  # how many ratings are higher
-    whole = Preference(prompt, responses, row.location, ratings, ranks)
+    whole = Preference(prompt, responses, row.location, ratings, ranks, tools=row.tools())
     kept = whole.of([i for i, response in enumerate(responses) if response not in responses[:i]])
     if kept.ratings and kept.ratings[0] == kept.ratings[-1]:
         raise row.error(

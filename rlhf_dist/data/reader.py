@@ -54,8 +54,8 @@ def read_fields(source: DataSource, bad_rows: BadRows | None = None) -> Iterator
 
 def read_sequences(
     source: DataSource, bad_rows: BadRows | None = None, with_tasks: bool | None = False
-) -> list[Conversation | Text]:
-    """Records to train a language model on.
+) -> Iterator[Conversation | Text]:
+    """Records to train a language model on, one by one as they are read.
 
     Args:
         source: of a kind for supervised training.
@@ -73,46 +73,49 @@ def read_sequences(
         task = row.optional_text("task").strip() if with_tasks else ""
         if with_tasks is None and isinstance(found := row.get("task"), str):
             task = found.strip()
-        return kind.sequence(row, task)
+        return replace(kind.sequence(row, task), on_bad_row=source.on_bad_row)
 
-    return [replace(found, on_bad_row=source.on_bad_row) for found in _read(source, bad_rows, record)]
+    return _read(source, bad_rows, record)
 
 
 def read_preferences(
     source: DataSource, seed: int, use_margins: bool = True, bad_rows: BadRows | None = None
-) -> list[Preference]:
-    """Pairs and rankings; `seed` draws the pairs of kind `ratings`.
+) -> Iterator[Preference]:
+    """Pairs and rankings, one by one as they are read; `seed` draws the pairs of kind `ratings`, whose rows are read first.
 
     `use_margins` False: the field `margin` of pairs is not read, so that an unrelated column of that name is ignored.
     `bad_rows` and errors as in `read_sequences`.
     """
     kind = kind_of(source, "reward modeling")
     found = _read(source, bad_rows, lambda row: kind.preference(row, use_margins))
-    return [replace(pair, on_bad_row=source.on_bad_row) for pair in kind.paired(found, source, seed)]
+    return (replace(pair, on_bad_row=source.on_bad_row) for pair in kind.paired(found, source, seed))
 
 
-def read_prompts(source: DataSource, bad_rows: BadRows | None = None) -> list[Prompt]:
+def read_prompts(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[Prompt]:
     """Prompts, or the prompts of records of other kinds. `bad_rows` and errors as in `read_sequences`."""
     kind = kind_of(source, "prompts")
     return _read(source, bad_rows, lambda row: Prompt(kind.prompt(row), row.location, source.on_bad_row, row.tools()))
 
 
-def _read(source: DataSource, bad_rows: BadRows | None, record: Callable[[Fields], R]) -> list[R]:
+def _read(source: DataSource, bad_rows: BadRows | None, record: Callable[[Fields], R]) -> Iterator[R]:
     """What `record` makes of the valid rows.
 
     Raises:
         DataError: an invalid row under `error`; under `skip`, that no valid row is left.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
-    records: list[R] = []
+    empty = True
     known = len(bad_rows)
     rows = read_fields(source, bad_rows)
     for row in rows if source.templates is None else templated_rows(source, rows, bad_rows):
+        found = None
         with bad_rows.guard(source.on_bad_row, row.values):
-            records.append(record(row))
-    if not records:
+            found = record(row)
+        if found is not None:
+            empty = False
+            yield found
+    if empty:
         bad = bad_rows.rows[known:]
         if not bad:
             raise DataError(f"{source.path}: all templates filter out every row; give others, or fix their `when`")
         raise DataError(f"{source.path}: no row is valid ({len(bad)} are bad, the first: {bad[0].reason})")
-    return records

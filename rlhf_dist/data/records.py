@@ -83,7 +83,7 @@ class Conversation:
     @property
     def content(self) -> Hashable:
         """What makes two records duplicates."""
-        return _exactly(self.messages), self.targets, json.dumps(self.tools, default=str)
+        return _exactly(self.messages), self.targets, _tools(self.tools)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class Preference:
     """Responses of the row that were dropped because they equal a better one."""
     on_bad_row: BadRowPolicy = "error"
     """As in `Conversation`."""
+    tools: tuple[Any, ...] = ()
+    """As in `Conversation`."""
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -147,8 +149,8 @@ class Preference:
 
     @property
     def content(self) -> Hashable:
-        """As in `Conversation`: prompt, responses and ranks."""
-        return _exactly(self.prompt), tuple(map(_exactly, self.responses)), self.ranks
+        """As in `Conversation`: prompt, responses, ranks and tools."""
+        return _exactly(self.prompt), tuple(map(_exactly, self.responses)), self.ranks, _tools(self.tools)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Prompt:
     @property
     def content(self) -> Hashable:
         """As in `Conversation`."""
-        return _exactly(self.messages)
+        return _exactly(self.messages), _tools(self.tools)
 
 
 Record = Conversation | Text | Preference | Prompt
@@ -205,6 +207,10 @@ def contradictions(preferences: Iterable[Preference]) -> list[str]:
         for better, worse in pairs:
             first.setdefault(hash((prompt, texts[better], texts[worse])), record.location)
     return found
+
+
+def _tools(tools: Sequence[Any]) -> str:
+    return json.dumps(tools, default=str)
 
 
 def _exactly(messages: Sequence[Message]) -> Hashable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -31,8 +31,6 @@ Span = tuple[int, int]
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SENTINEL = "SENTINELRESPONSE"
-_RENDERED_KEYS = ("tool_calls", "reasoning_content")
-"""Keys of messages that a template has to render: what they say would be lost otherwise."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,19 @@ def render_conversation(
         raise DataError("the conversation begins with an assistant turn; put a user or system message before it")
     messages = messages[: wanted[-1] + 1]
     turns = [i for i in turns if i <= wanted[-1]]
-    mark, messages = _marked(tokenizer, messages)
-    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
+    mark, messages, tools = _marked(tokenizer, messages, tools)
+    if _GENERATION_TAG.search(_template_for(tokenizer, tools)):
         text, spans = _tagged_spans(tokenizer, messages, len(turns), tools)
         spans = [span for turn, span in zip(turns, spans, strict=True) if turn in wanted]
     else:
         text = _render(tokenizer, messages, tools=tools)
         spans = [_turn_span(tokenizer, messages, text, i, tools) for i in wanted]
     _check_all_is_rendered(tokenizer, messages, text, tools)
+    before = 0
     for turn, (start, end) in zip(wanted, spans, strict=True) if not may_cut else ():
         _check_content(messages[turn], text[start:end], mark)
+        _check_reasoning(messages[turn], text[before:end], mark)
+        before = end
     text, spans = _close_turns(tokenizer, text, spans, str(messages[-1]["content"] or ""))
     return _without_marks(tokenizer, text, spans, mark)
 
@@ -97,7 +98,7 @@ def render_prompt(
     Raises:
         DataError: messages that the template does not support, or of which it drops something.
     """
-    mark, messages = _marked(tokenizer, messages)
+    mark, messages, tools = _marked(tokenizer, messages, tools)
     text = _render(tokenizer, messages, generation_prompt=True, tools=tools)
     _check_all_is_rendered(tokenizer, messages, text, tools, generation_prompt=True)
     return _without_marks(tokenizer, text, [], mark)
@@ -121,14 +122,32 @@ def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, eo
     except DataError:
         return (eos,)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return (eos, ids[0]) if ids and ids[0] != eos and ids[0] in special else (eos,)
+    # Published fine-tunes add turn marks as tokens that are not "special".
+    return (eos, ids[0]) if ids and ids[0] != eos and ids[0] in tokenizer.added_tokens_decoder else (eos,)
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches what spells a special token, the longest first."""
-    names = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)
-    return _alternatives(tuple(names[::-1]))
+    """Matches what spells a special token or a turn mark of the template, the longest first."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return _alternatives(tuple(sorted(names | _turn_marks(tokenizer, template), key=lambda name: (-len(name), name))))
+
+
+@lru_cache(maxsize=8)
+def _turn_marks(tokenizer: PreTrainedTokenizerBase, template: str | None) -> frozenset[str]:
+    """Added tokens that the template renders around a user's turn, and the one that ends an assistant's; whether they are
+    "special" or not. Others of the template (`<think>`, `<tool_call>`) may be written out in data."""
+    if template is None:
+        return frozenset()
+    try:
+        around = _render(tokenizer, [{"role": "user", "content": _SENTINEL}])
+    except DataError:
+        around = ""
+    ends = [tokenizer.added_tokens_decoder.get(i) for i in stop_token_ids(tokenizer)]
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return frozenset(
+        {token.content for token in ends if token is not None} | {name for name in added if name in around}
+    )
 
 
 @lru_cache(maxsize=8)
@@ -136,33 +155,39 @@ def _alternatives(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, list[Message]]:
-    """(mark, messages in which the mark comes after the first character of all that spells a special token), so that it can be
-    found after rendering; ("", messages) where nothing does."""
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any]
+) -> tuple[str, list[Message], list[Any]]:
+    """(mark, messages and tools in which the mark comes after the first character of all that spells a special token), so that
+    it can be found after rendering; ("", messages, tools) where nothing does."""
     pattern = special_pattern(tokenizer)
-    texts = "".join(text for message in messages for text in _texts(message))
+    texts = "".join(_texts([messages, tools]))
     if not pattern.search(texts):
-        return "", list(messages)
+        return "", list(messages), list(tools)
     mark = next(chr(point) for point in range(0xE000, 0xF8FF) if chr(point) not in texts)  # private use
-    return mark, [
-        _changed(message, lambda text: pattern.sub(lambda m: m[0][0] + mark + m[0][1:], text)) for message in messages
-    ]
+
+    def change(text: str) -> str:
+        return pattern.sub(lambda m: m[0][0] + mark + m[0][1:], text)
+
+    # Roles are checked, and templates compare them.
+    marked = [{**_changed(message, change), "role": message["role"]} for message in messages]
+    return mark, marked, _changed(list(tools), change)
 
 
 def _texts(value: Any) -> list[str]:
-    """All texts in a message but its role."""
+    """All texts in messages or tools, keys too."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [text for key, item in value.items() if key != "role" for text in _texts(item)]
+        return [text for key, item in value.items() for text in (key, *_texts(item))]
     return [text for item in value for text in _texts(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _changed(value: Any, change: Any) -> Any:
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: item if key == "role" else _changed(item, change) for key, item in value.items()}
+        return {change(key): _changed(item, change) for key, item in value.items()}
     return [_changed(item, change) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -182,6 +207,11 @@ def _without_marks(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequenc
     return Rendered(clean, tuple(moved), tuple(literals))
 
 
+def _template_for(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
+    """The chat template; a tokenizer may have another for conversations with tools."""
+    return tokenizer.get_chat_template(tools=list(tools) or None)
+
+
 def _tagged_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], num_turns: int, tools: Sequence[Any]
 ) -> tuple[str, list[Span]]:
@@ -191,7 +221,7 @@ def _tagged_spans(
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) or None,
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=_template_for(tokenizer, tools),
             return_assistant_tokens_mask=True,
             **cast(dict[str, Any], tokenizer.special_tokens_map),
         )
@@ -266,11 +296,17 @@ def _check_all_is_rendered(
     generation_prompt: bool = False,
 ) -> None:
     """Raise DataError where the template does not look at tools, calls of tools or reasoning that the conversation has."""
-    for key in _RENDERED_KEYS:
-        if any(message.get(key) for message in messages):
-            rest = [{name: value for name, value in message.items() if name != key} for message in messages]
-            if _render(tokenizer, rest, generation_prompt, tools) == text:
-                raise _dropped(key)
+    if any(message.get("tool_calls") for message in messages):
+        rest = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+        if _render(tokenizer, rest, generation_prompt, tools) == text:
+            raise _dropped("tool_calls")
+    thought = [i for i, message in enumerate(messages) if message.get("reasoning_content")]
+    if thought:
+        # Of the last turn: many templates render that of earlier ones no more.
+        until = list(messages[: thought[-1] + 1])
+        without = [*until[:-1], {name: value for name, value in until[-1].items() if name != "reasoning_content"}]
+        if _render(tokenizer, until, tools=tools) == _render(tokenizer, without, tools=tools):
+            raise _dropped("reasoning_content")
     if tools and _render(tokenizer, messages, generation_prompt) == text:
         raise _dropped("tools")
 
@@ -290,6 +326,18 @@ def _check_content(message: Message, rendered: str, mark: str) -> None:
         raise DataError(
             f"the chat template cuts the assistant's message {said[:60]!r} to {shown.strip()[:60]!r}; put reasoning into "
             "reasoning_content, or set data.template_path to a template that renders the whole message"
+        )
+
+
+def _check_reasoning(message: Message, rendered: str, mark: str) -> None:
+    """Raise DataError where the template drops the reasoning of a turn that is to be learnt; it may render it before the turn's
+    own characters."""
+    reasoning = str(message.get("reasoning_content") or "").strip()
+    if reasoning not in rendered:
+        said = reasoning.replace(mark, "") if mark else reasoning
+        raise DataError(
+            f"the chat template drops the reasoning_content {said[:60]!r} of a turn that others follow; set data.train_on to "
+            "last to train on the last turn of each conversation only, or data.template_path to a template that renders it"
         )
 
 

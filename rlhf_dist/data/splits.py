@@ -17,10 +17,11 @@ A source has a file of its own, so that its mapping of fields is true of the fil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.reader import read_fields
+from rlhf_dist.data.spool import RecordStore
+
+H = TypeVar("H", bound=Hashable)
 
 
 def hold_out(subjects: Sequence[Hashable], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -66,7 +70,7 @@ def hold_out(subjects: Sequence[Hashable], fraction: float, seed: int) -> tuple[
     return [i for i in range(num_records) if i not in held], sorted(held)
 
 
-def divide(subjects: Sequence[Hashable], shares: Mapping[str, float], stream: str) -> dict[str, list[int]]:
+def divide(subjects: Iterable[Hashable], shares: Mapping[str, float], stream: str) -> dict[str, list[int]]:
     """Positions of the records of each part, increasing; those of one subject are in one part.
 
     Subjects are put in an order that depends on themselves and on `stream` only, and the parts are cut from it one after
@@ -78,15 +82,17 @@ def divide(subjects: Sequence[Hashable], shares: Mapping[str, float], stream: st
         shares: part → its share of the records; they add up to 1 at most.
         stream: names the draw.
     """
-    groups = _grouped(subjects)
-    drawn = sorted(groups, key=lambda subject: hashlib.sha256(f"{stream}/{subject!r}".encode()).digest())
+    # By their digests, which are in the order of the draw and do not fill the memory as the subjects would.
+    digests = [hashlib.sha256(f"{stream}/{subject!r}".encode()).digest() for subject in subjects]
+    groups = _grouped(digests)
+    drawn = sorted(groups)
     borders: list[tuple[str, float]] = []
     for part, share in shares.items():
         borders.append((part, (borders[-1][1] if borders else 0.0) + share))
     parts: dict[str, list[int]] = {part: [] for part in shares}
     before = 0
     for subject in drawn:
-        middle = (before + len(groups[subject]) / 2) / len(subjects)
+        middle = (before + len(groups[subject]) / 2) / len(digests)
         before += len(groups[subject])
         # A last share that rounding leaves a hair below 1 loses no record: a middle is never that near to 1.
         part = next((part for part, border in borders if middle < border), None)
@@ -95,9 +101,9 @@ def divide(subjects: Sequence[Hashable], shares: Mapping[str, float], stream: st
     return {part: sorted(chosen) for part, chosen in parts.items()}
 
 
-def _grouped(subjects: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+def _grouped(subjects: Sequence[H]) -> dict[H, list[int]]:
     """Positions of the records of each subject; subjects in the order of their first records."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[H, list[int]] = {}
     for i, subject in enumerate(subjects):
         groups.setdefault(subject, []).append(i)
     return groups
@@ -159,43 +165,48 @@ def write_set(wanted: DataSet, seed: int, folder: Path) -> WrittenSet:
     Raises:
         DataError: an invalid source or record (with its place), or a part that would be empty.
     """
-    rows: list[tuple[int, str]] = []
-    """Source and line of each record."""
-    subjects: list[Hashable] = []
     bad = BadRows()
-    for number, source in enumerate(wanted.sources):
-        for row in read_fields(source, bad):
-            with bad.guard(source.on_bad_row, row.values):
-                subject, line = KINDS[source.kind].subject(row), _line(row)
-                subjects.append(subject)
-                rows.append((number, line))
+
+    def valid() -> Iterator[tuple[int, str, Hashable]]:
+        for number, source in enumerate(wanted.sources):
+            for row in read_fields(source, bad):
+                found = None
+                with bad.guard(source.on_bad_row, row.values):
+                    found = number, _line(row), KINDS[source.kind].subject(row)
+                if found is not None:
+                    yield found
+
+    rows = RecordStore(valid())
+    """Source, line and subject of each record."""
     if not rows:
         raise DataError(f"set {wanted.name!r}: none of its {len(bad)} rows is valid, the first: {bad.rows[0].reason}")
     if not wanted.parts:
         return WrittenSet(len(rows), 0, {"": _write(wanted, "", rows, folder)}, bad)
-    parts = divide(subjects, wanted.parts, f"{seed}/{wanted.name}")
+    parts = divide((subject for *_, subject in rows), wanted.parts, f"{seed}/{wanted.name}")
     files = {}
     for part, chosen in parts.items():
         if not chosen:
+            num_subjects = len({hash(subject) for *_, subject in rows})
             raise DataError(
                 f"part {part!r} of set {wanted.name!r} would be empty: its share {wanted.parts[part]:g} of {len(rows)} "
-                f"records, which are of {len(set(subjects))} prompts or texts that stay together, rounds to none; raise the "
+                f"records, which are of {num_subjects} prompts or texts that stay together, rounds to none; raise the "
                 "share, or give more records"
             )
-        files[part] = _write(wanted, part, [rows[i] for i in chosen], folder)
+        files[part] = _write(wanted, part, rows.select(chosen), folder)
     return WrittenSet(len(rows), len(rows) - sum(map(len, parts.values())), files, bad)
 
 
-def _write(wanted: DataSet, part: str, rows: Sequence[tuple[int, str]], folder: Path) -> dict[str, int]:
+def _write(wanted: DataSet, part: str, rows: RecordStore[tuple[int, str, Hashable]], folder: Path) -> dict[str, int]:
     """A file for each source, also where none of its records is in the part: file → number of records."""
-    files = {}
-    for number in range(len(wanted.sources)):
-        lines = [line for source, line in rows if source == number]
-        name = set_path(wanted.name, part, number)
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8")
-        files[name] = len(lines)
+    names = [set_path(wanted.name, part, number) for number in range(len(wanted.sources))]
+    files = dict.fromkeys(names, 0)
+    with ExitStack() as opened:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        written = [opened.enter_context((folder / name).open("w", encoding="utf-8")) for name in names]
+        for number, line, _ in rows:
+            written[number].write(line)
+            files[names[number]] += 1
     return files
 
 

@@ -8,12 +8,10 @@ tokenizer, its chat template, the length limit, and the code. A second run with 
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import hashlib
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import datasets.config
 import jinja2
 import tokenizers
 import transformers
@@ -35,15 +32,15 @@ from rlhf_dist.data import encoding, lengths, rendering
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
 from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
-from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text
-from rlhf_dist.data.records import Conversation, Preference, Record, Text, arranged
-from rlhf_dist.data.rendering import Rendered, render_conversation
-
-log = logging.getLogger(__name__)
+from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text, longest_response, prompt_room
+from rlhf_dist.data.records import Conversation, Preference, Prompt, Record, Text, arranged
+from rlhf_dist.data.rendering import Message, Rendered, render_conversation
+from rlhf_dist.data.spool import cache_dir
 
 MIN_RECORDS_PER_PROCESS = 5_000
 """Fewer are tokenized faster than a process starts."""
-_BATCH_SIZE = 256
+_BATCH_SIZE, _BATCH_CHARS = 256, 2**21
+"""Records, and on average characters, that a process has in memory at a time, at most: a token takes some 50 bytes of it."""
 
 _FEATURES = datasets.Features(
     {
@@ -162,20 +159,30 @@ def tokenize(
     """
     if num_proc is None:
         num_proc = max(1, min(usable_cpus(), len(records) // MIN_RECORDS_PER_PROCESS))
-    content_digest = _digest(_content(record, settings) for record in records)
+    num_chars = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_chars
+        for record in records:
+            yield (content := _content(record, settings))
+            num_chars += len(content)
+
+    content_digest = _digest(counted())
+    batch_size = min(max(_BATCH_CHARS * len(records) // num_chars, 1), _BATCH_SIZE)
     limits = [str(settings.max_length_tokens), settings.on_too_long]
     with _progress_bars(shown=num_proc > 1):
         contents = datasets.Dataset.from_generator(
             partial(_contents, records, settings),
             features=datasets.Features({"content": datasets.Value("string")}),
-            cache_dir=str(_cache_dir()),
+            cache_dir=str(cache_dir()),
             fingerprint=content_digest,
+            writer_batch_size=batch_size,
         )
         rows = cast(datasets.Dataset, contents).map(
             _tokenize_batch,
             fn_kwargs={"tokenizer": tokenizer, "settings": settings},
             batched=True,
-            batch_size=_BATCH_SIZE,
+            batch_size=batch_size,
             num_proc=num_proc if num_proc > 1 else None,
             remove_columns=["content"],
             features=_FEATURES,
@@ -184,6 +191,14 @@ def tokenize(
             desc="tokenizing",
         )
     return Tokens(Ragged.from_arrow(rows.data.column("ids")), Ragged.from_arrow(rows.data.column("masks"), bool), rows)
+
+
+def used_prompt(record: Prompt, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Sequence[Message]:
+    """The messages of a prompt as they are tokenized: arranged, and under `truncate_left` cut at `max_length_tokens`."""
+    content = json.loads(_content(record, settings))
+    if settings.on_too_long == "truncate_left":
+        content, _ = _without_oldest_turns(tokenizer, content, [], settings.max_length_tokens)
+    return content["prompt"]
 
 
 def _contents(records: Sequence[Record], settings: DataSettings) -> Iterator[dict[str, str]]:
@@ -205,7 +220,7 @@ def _content(record: Record, settings: DataSettings) -> str:
         content = {"messages": messages, "targets": targets, "tools": record.tools}
     elif isinstance(record, Preference):
         prompt, _ = arranged(record.prompt, settings.system, settings.same_role_turns)
-        content = {"prompt": prompt, "responses": record.responses}
+        content = {"prompt": prompt, "responses": record.responses, "tools": record.tools}
     else:
         prompt, _ = arranged(record.messages, settings.system, settings.same_role_turns)
         content = {"prompt": prompt, "tools": record.tools}
@@ -272,11 +287,52 @@ def _without_oldest_turns(
         content = content | {name: [*whole[:kept], *whole[start:]], "cut": True}
         if name == "messages":
             content["targets"] = [i - start + kept for i in wanted if i > start]
-        conversations = [
-            one if isinstance(one, DataError) else encode_rendered(tokenizer, [one])[0]
-            for one in _rendered(tokenizer, content)
-        ]
-    return content, conversations
+        conversations = _encoded(tokenizer, content)
+    if _fits(tokenizer, content, conversations, limit):
+        return content, conversations
+    return _without_beginning(tokenizer, content, conversations, limit)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> list[Encoded | DataError]:
+    return [
+        one if isinstance(one, DataError) else encode_rendered(tokenizer, [one])[0]
+        for one in _rendered(tokenizer, content)
+    ]
+
+
+def _without_beginning(
+    tokenizer: PreTrainedTokenizerBase,
+    content: dict[str, Any],
+    conversations: list[Encoded | DataError],
+    limit: int,
+) -> tuple[dict[str, Any], list[Encoded | DataError]]:
+    """The content without as much of the beginning of its first user message as makes the prompt fit: what the template renders
+    before it, a system message among it, stays. As it is where that does not suffice, or nothing of it can be cut."""
+    name = "messages" if "messages" in content else "prompt"
+    whole = content.get(name) or ()
+    first = next((i for i, message in enumerate(whole) if message["role"] == "user"), None)
+    if first is None:
+        return content, conversations
+    text = whole[first]["content"]
+
+    def cut(num_chars: int) -> dict[str, Any]:
+        shorter = whole[first] | {"content": text[num_chars:]}
+        return content | {name: [*whole[:first], shorter, *whole[first + 1 :]], "cut": True}
+
+    def fits(num_chars: int) -> bool:
+        shorter = cut(num_chars)
+        found = _encoded(tokenizer, shorter)
+        if not found:
+            return _fits(tokenizer, shorter, found, limit)
+        valid = [one for one in found if not isinstance(one, DataError)]
+        return all(mask.index(True) <= prompt_room(valid, limit) for _, mask in valid)
+
+    most = len(text.rstrip()) - 1  # something of it has to be left
+    num_chars = bisect.bisect_left(range(most + 1), True, key=fits)
+    if num_chars > most:
+        return content, conversations
+    content = cut(num_chars)
+    return content, _encoded(tokenizer, content)
 
 
 def _fits(
@@ -315,9 +371,7 @@ def _tokenized(
             found.add(ids, mask, cut or was_cut)
     elif "responses" in content:
         # One prompt for all responses: the longest says how much of it is cut.
-        longest = max(
-            (len(one[0]) - one[1].index(True) for one in conversations if not isinstance(one, DataError)), default=0
-        )
+        longest = longest_response([one for one in conversations if not isinstance(one, DataError)])
         for number, response in enumerate(content["responses"]):
             encoded = (
                 _valid(conversations[number])
@@ -355,7 +409,7 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All that decides what a tokenizer makes of a conversation. `datasets` would hash the pickled object, which changes as
     it is used."""
     core = getattr(tokenizer, "backend_tokenizer", None)
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)  # a text, or several with names
     # A template that renders the date is tokenized anew each day.
     today = datetime.date.today().isoformat() if "strftime_now" in template else ""
     return [
@@ -373,30 +427,6 @@ def _code_digest() -> str:
     modules = (__file__, *(str(module.__file__) for module in (encoding, lengths, rendering)))
     code = [Path(module).read_text(encoding="utf-8") for module in modules]
     return _digest([*code, transformers.__version__, tokenizers.__version__, jinja2.__version__])
-
-
-@cache
-def _temporary_cache() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="rlhf_dist_tokens_")
-
-
-def _cache_dir() -> Path:
-    """Below `HF_DATASETS_CACHE`; where that cannot be written, a temporary folder that is removed at exit."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf_dist"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-        reason = "permission denied"
-    except OSError as err:
-        reason = str(err)
-    log.warning(
-        "the cache of tokenized data %s cannot be written (%s), so the next run tokenizes again; set HF_DATASETS_CACHE to a "
-        "folder that can be",
-        folder,
-        reason,
-    )
-    return Path(_temporary_cache().name)
 
 
 @contextmanager

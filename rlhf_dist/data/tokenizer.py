@@ -102,12 +102,26 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.eos_token)
 
 
+def has_builtin_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template is the built-in one, for want of one of its own."""
+    return tokenizer.chat_template == _builtin_template(tokenizer)
+
+
+def _builtin_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = resources.files("rlhf_dist.data").joinpath("instruction_template.jinja").read_text(encoding="utf-8")
+    return _bos_prefix(tokenizer) + template
+
+
 def _set_template(tokenizer: PreTrainedTokenizerBase, template_path: Path | None) -> None:
     if template_path is None:
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and "
+                "none named default; set data.template_path to one"
+            )
         if tokenizer.chat_template:
             return
-        template = resources.files("rlhf_dist.data").joinpath("instruction_template.jinja").read_text(encoding="utf-8")
-        tokenizer.chat_template = _bos_prefix(tokenizer) + template
+        tokenizer.chat_template = _builtin_template(tokenizer)
         return
     if tokenizer.chat_template:
         log.warning(

@@ -13,11 +13,12 @@ from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.evaluation.config import EvalConfig
+from rlhf_dist.evaluation.reward_input import Rendered, as_generated
 from rlhf_dist.evaluation.reward_report import evaluation, headline, show, write_report
 from rlhf_dist.evaluation.trainer import evaluate_all, score_pairs
-from rlhf_dist.models.loading import check_causal_lm, check_scalar_model
+from rlhf_dist.models.loading import check_scalar_model, context_length, load_model_config
 from rlhf_dist.models.vocabulary import num_token_ids
-from rlhf_dist.run.checks import check_micro_batches, check_model, check_same_tokenizer
+from rlhf_dist.run.checks import check_micro_batches, check_model, check_same_tokenizer, own_tokenizer
 from rlhf_dist.run.launch import check_run_folder, hosted
 from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
 from rlhf_dist.run.run_summary import describe_data
@@ -35,20 +36,34 @@ def prepare(config: EvalConfig) -> Prepared[dict[str, Any]]:
         check_micro_batches(model, settings.max_length_tokens, name)
     first = next(iter(models))
     tokenizer = load_tokenizer(models[first].model_path, settings.template_path)
+    reward_tokenizer = None
     for name, model in models.items():
-        model_config = check_model(model.model_path, settings.max_length_tokens, name)
-        (check_scalar_model if name == "reward" else check_causal_lm)(model_config, name)
-        check_same_tokenizer(tokenizer, model.model_path, model_config, name)
+        model_config = check_model(model.model_path, settings.max_length_tokens, name, scalar=name == "reward")
+        if name == "reward":
+            check_scalar_model(model_config, name)
+            reward_tokenizer = own_tokenizer(model.model_path, model_config, tokenizer) if name != first else None
+        if name != "reward" or reward_tokenizer is None:
+            check_same_tokenizer(tokenizer, model.model_path, model_config, name)
     limit = settings.max_length_tokens - config.rollout.max_response_tokens
     data: dict[str, Any] = {"instructions": None, "preferences": None, "prompts": None}
     if settings.instructions:
         data["instructions"] = load_sequences(settings.instructions, settings, tokenizer)
     if settings.preferences:
-        data["preferences"] = load_pairs(settings.preferences, settings, tokenizer, config.seed, use_margins=False)
+        read_by = reward_tokenizer or tokenizer
+        data["preferences"] = load_pairs(settings.preferences, settings, read_by, config.seed, use_margins=False)
+    data["reward_input"], read_as = as_generated, "the policy's tokens"
     if settings.prompts:
-        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings)
-    summary = describe_data(**{name: dataset for name, dataset in data.items() if dataset})
-    dropped = bad_rows(*data.values())
+        data["prompts"] = load_prompts(settings.prompts, tokenizer, limit, settings, keep_records=True)
+    if reward_tokenizer is not None:
+        read_as = "text in its own chat template"
+        prompts = [data["prompts"]] if settings.prompts else []
+        context = context_length(load_model_config(models["reward"].model_path))
+        cut = settings.model_copy(update={"max_length_tokens": limit})
+        data["reward_input"] = Rendered(prompts, tokenizer, cut, reward_tokenizer, context)
+        data["reward_input"].check(config.rollout.max_response_tokens)
+    summary = {"the reward model reads": read_as} if config.reward and config.policy else {}
+    summary |= describe_data(**{name: data[name] for name in ("instructions", "preferences", "prompts") if data[name]})
+    dropped = bad_rows(*(data[name] for name in ("instructions", "preferences", "prompts")))
     data["decode"] = decoder(tokenizer)
     return Prepared(_worker_specs(config, tokenizer), data, summary, bad_rows=dropped)
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from rlhf_dist.core.batches import TRUNCATED, RolloutBatch, SequenceBatch, pad_rows
-from rlhf_dist.core.errors import ModelError
+from rlhf_dist.config.data import DataSettings
+from rlhf_dist.core.batches import FINISHED, TRUNCATED, RolloutBatch, SequenceBatch, pad_rows
+from rlhf_dist.core.errors import DataError, ModelError
+from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.encoding import encode_rendered
-from rlhf_dist.data.records import Messages
-from rlhf_dist.data.rendering import render_conversation, stop_token_ids
+from rlhf_dist.data.records import Prompt
+from rlhf_dist.data.rendering import Message, render_conversation, stop_token_ids
+from rlhf_dist.data.rendering import Rendered as Rendering
+from rlhf_dist.data.tokenization import used_prompt
 
 RewardInput = Callable[[RolloutBatch], SequenceBatch]
 """What a reward model scores of a rollout."""
@@ -26,14 +32,14 @@ class Rendered:
     """Renders prompts and responses again, for a reward model of another template or tokenizer.
 
     A response's text is what its tokens decode to without the token that ended it; a truncated response is not ended in the
-    reward model's template either.
+    reward model's template either. Prompts are arranged and cut as they were for the policy.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Any],
+        datasets: Sequence[PromptDataset],
         tokenizer: Any,
-        stop_tokens: Sequence[int],
+        settings: DataSettings,
         reward_tokenizer: Any,
         limit: int | None,
     ) -> None:
@@ -41,20 +47,39 @@ class Rendered:
         Args:
             datasets: prompts that responses are to, with their records.
             tokenizer: of the policy.
-            stop_tokens: of the policy.
+            settings: how the prompts were tokenized, with their limit as `max_length_tokens`.
             reward_tokenizer: of the reward model, with its template.
             limit: the reward model's context in tokens, where it has one.
         """
-        self._prompts: dict[tuple[int, ...], tuple[Messages, tuple[Any, ...]]] = {}
-        for dataset in datasets:
-            batch = dataset.batch(range(len(dataset)))
-            for row, length, record in zip(batch.tokens, batch.lengths.tolist(), dataset.records, strict=True):
-                self._prompts[tuple(row[:length].tolist())] = record.messages, record.tools
+        self._datasets = datasets
+        self._place_of: dict[bytes, tuple[int, int]] = {}
+        """Data set and item of each prompt, by its tokens."""
+        for number, dataset in enumerate(datasets):
+            for item in range(len(dataset)):
+                self._place_of[_key(dataset.batch([item]).tokens[0])] = number, item
         self._tokenizer = tokenizer
-        self._stops = set(stop_tokens)
+        self._settings = settings
         self._reward_tokenizer = reward_tokenizer
         self._reward_stops = set(stop_token_ids(reward_tokenizer))
         self._limit = limit
+
+    def check(self, max_response_tokens: int) -> None:
+        """Try every prompt, before anything is started.
+
+        Raises:
+            ModelError: one that the reward model's template does not support, or that leaves no room for a response.
+        """
+        for number, item in self._place_of.values():
+            record = self._datasets[number].records[item]
+            said = {"role": "assistant", "content": "x"}
+            [found] = encode_rendered(self._reward_tokenizer, [self._in_template(record, said)])
+            num_tokens = 0 if isinstance(found, DataError) else found[1].index(True) + max_response_tokens
+            if self._limit is not None and num_tokens > self._limit:
+                raise ModelError(
+                    f"{record.location}: the prompt and a response of {max_response_tokens} tokens have {num_tokens} in the "
+                    f"reward model's template, more than its context of {self._limit}; lower data.max_length_tokens or "
+                    "rollout.max_response_tokens"
+                )
 
     def __call__(self, rollout: RolloutBatch) -> SequenceBatch:
         """
@@ -77,13 +102,27 @@ class Rendered:
             rows.append(torch.tensor(ids))
         return SequenceBatch(pad_rows(rows), torch.tensor([len(row) for row in rows]))
 
-    def _rendered(self, rollout: RolloutBatch, row: int) -> Any:
+    def _rendered(self, rollout: RolloutBatch, row: int) -> Rendering:
         n, m = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
-        tokens = rollout.tokens[row].tolist()
-        response = tokens[n : n + m]
-        if response[-1] in self._stops:
+        number, item = self._place_of[_key(rollout.tokens[row, :n])]
+        response = rollout.tokens[row, n : n + m].tolist()
+        if rollout.finish_reasons[row] == FINISHED:
             response = response[:-1]
-        messages, tools = self._prompts[tuple(tokens[:n])]
-        said = {"role": "assistant", "content": str(self._tokenizer.decode(response, skip_special_tokens=True))}
-        # The template may cut what a policy writes (its reasoning): it did so when the reward model was trained.
-        return render_conversation(self._reward_tokenizer, [*messages, said], [len(messages)], tools, may_cut=True)
+        text = str(self._tokenizer.decode(response, skip_special_tokens=True))
+        return self._in_template(self._datasets[number].records[item], {"role": "assistant", "content": text})
+
+    def _in_template(self, record: Prompt, said: Message) -> Rendering:
+        messages = used_prompt(record, self._tokenizer, self._settings)
+        try:
+            # The template may cut what a policy writes (its reasoning): it did so when the reward model was trained.
+            return render_conversation(
+                self._reward_tokenizer, [*messages, said], [len(messages)], record.tools, may_cut=True
+            )
+        except DataError as error:
+            raise ModelError(
+                f"{record.location}: the prompt cannot be rendered in the reward model's template: {error}"
+            ) from error
+
+
+def _key(tokens: Tensor) -> bytes:
+    return tokens.numpy().astype(np.int32).tobytes()

@@ -23,7 +23,12 @@ def evaluate_all(run: Run, roles: Mapping[str, Any], data: Mapping[str, Any]) ->
         summary["policy"] = {"eval_loss": loss, "perplexity": math.exp(loss)}
     if data["prompts"] and "rollout" in roles:
         rows, summary["generation"] = score_responses(
-            data["prompts"], data["decode"], roles["rollout"], roles.get("reward"), roles.get("reference")
+            data["prompts"],
+            data["decode"],
+            roles["rollout"],
+            roles.get("reward"),
+            roles.get("reference"),
+            data["reward_input"],
         )
         run.log_eval(0, rows)
     return summary

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,7 +17,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as hf_logging
 
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.generation_config import make_savable
@@ -68,15 +76,63 @@ def check_scalar_model(config: PretrainedConfig, role: str) -> None:
         )
 
 
+def check_weights(path: str, *, scalar: bool) -> None:
+    """Reject, by the headers of a folder's safetensors files, weights of other names or shapes than the model's: the loader
+    would reject them when the GPUs are taken. Hub names and other formats are left to it.
+
+    Args:
+        path: of the model.
+        scalar: whether it is to be loaded by `load_scalar_model`, not by `load_causal_lm`.
+
+    Raises:
+        ModelError: the weights are not those of the model, or a file is damaged.
+    """
+    weights = _headers(Path(path))
+    if weights is None:
+        return
+    config = load_model_config(path)
+    if scalar:
+        is_new = not _is_classifier(config)
+        config.num_labels = 1
+        mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    else:
+        is_new = False
+        mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = mapping.get(type(config), None)
+    if model_class is None:  # the loader says what there is
+        return
+    with _quiet_transformers():
+        _, info = _from_pretrained(model_class, path, weights, config=config, device_map="meta")
+    _check_info(path, info, scalar=scalar, head_is_new=is_new)
+
+
+def _headers(folder: Path) -> dict[str, torch.Tensor] | None:
+    """Empty tensors of the names and shapes in a folder's safetensors files; None where it has none."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = [SAFE_WEIGHTS_NAME]
+        files = [folder / name for name in names]
+        if not index.is_file() and not files[0].is_file():
+            return None
+        found = {}
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (no mapping)
+                    found[name] = torch.empty(weights.get_slice(name).get_shape(), device="meta")
+        return found
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights at {str(folder)!r} cannot be read ({type(error).__name__}: {error}); fetch or save the model again"
+        ) from error
+
+
 def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
     """A causal LM. Under ZeRO-3 (see `engine.zero.sharded_init`) it is built and loaded sharded."""
     model, info = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
-    if any(key.startswith("score.") for key in info["unexpected_keys"]):
-        raise ModelError(
-            f"{path!r} has a scalar head in place of a language-model head, so it is no causal language model; give a policy, "
-            "not a reward model"
-        )
-    _check_names(path, info["missing_keys"], info["unexpected_keys"])
+    _check_info(path, info, scalar=False)
     make_savable(model.generation_config)
     return model
 
@@ -106,12 +162,8 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
             f"{path!r} ({type(model).__name__}) has no linear head named `score`; reward and value models need a "
             "decoder-only architecture such as Llama, Qwen, Mistral or Gemma"
         )
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     head_is_new = not is_classifier
-    if head_is_new:
-        missing -= {name for name in missing if name.startswith("score.")}
-        unexpected -= {name for name in unexpected if name.split(".")[0] in LANGUAGE_MODEL_HEADS}
-    _check_names(path, missing, unexpected)
+    _check_info(path, info, scalar=True, head_is_new=head_is_new)
     if pad_token_id is not None:
         model.config.pad_token_id = pad_token_id
     return model, head_is_new
@@ -142,14 +194,47 @@ def _is_classifier(config: PretrainedConfig) -> bool:
     return _architecture(config).endswith("ForSequenceClassification")
 
 
-def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(
+    model_class: Any, path: str, weights: dict[str, torch.Tensor] | None = None, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """(model, what transformers says of the names); `weights`: in place of those in the files."""
+    source = {"pretrained_model_name_or_path": path if weights is None else None, "state_dict": weights}
     try:
-        return auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        return model_class.from_pretrained(**source, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."
         ) from error
+
+
+def _check_info(path: str, info: dict[str, Any], *, scalar: bool, head_is_new: bool = False) -> None:
+    """Raise ModelError where transformers found other weights than the model's; a new scalar head may be missing, and the
+    language-model head that it replaces be left over."""
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if not scalar and any(key.startswith("score.") for key in unexpected):
+        raise ModelError(
+            f"{path!r} has a scalar head in place of a language-model head, so it is no causal language model; give a policy, "
+            "not a reward model"
+        )
+    if head_is_new:
+        missing -= {name for name in missing if name.startswith("score.")}
+        unexpected -= {name for name in unexpected if name.split(".")[0] in LANGUAGE_MODEL_HEADS}
+    _check_names(path, missing, unexpected)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bar and report of what is missing: a check speaks through its error."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def _check_names(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 from rlhf_dist.config.interpolation import Interpolation
 from rlhf_dist.core.errors import RlhfDistError
 from rlhf_dist.data.splits import write_set
-from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.data.tokenizer import add_pad_token, load_tokenizer
 from rlhf_dist.distributed.group import Session
 from rlhf_dist.models import score_moments
 from rlhf_dist.models.loading import as_scalar_config, check_causal_lm, load_model_config
 from rlhf_dist.models.score_moments import ScoreMoments
+from rlhf_dist.models.vocabulary import num_token_ids
 from rlhf_dist.pipeline.commands import COMMANDS
 from rlhf_dist.pipeline.config import PipelineConfig
 from rlhf_dist.pipeline.stage_config import stage_config
@@ -135,10 +136,17 @@ class Preflight:
             as_scalar_config(model)
         else:
             check_causal_lm(model, name)
+        tokenizer = load_tokenizer(start, config.data.template_path)
+        num_ids = num_token_ids(tokenizer)
+        if name == "reward":
+            add_pad_token(tokenizer)
+        text = model.get_text_config()
+        if (name != "ppo" and config.model.resize_embeddings) or num_token_ids(tokenizer) > num_ids:
+            text.vocab_size = max(text.vocab_size, num_token_ids(tokenizer))
         model.save_pretrained(folder)
         if name == "reward":
             (folder / score_moments.FILE).write_text(ScoreMoments(0.0, 1.0, 1, "held-out").to_json(), encoding="utf-8")
-        load_tokenizer(start, config.data.template_path).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return folder
 
 

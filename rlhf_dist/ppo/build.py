@@ -10,7 +10,6 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.loading import load_prompts, load_sequences
-from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
 from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
@@ -18,7 +17,7 @@ from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.evaluation.reward_input import Rendered, as_generated
-from rlhf_dist.models.loading import check_causal_lm, check_scalar_model, context_length, load_model_config
+from rlhf_dist.models.loading import check_scalar_model, context_length, load_model_config
 from rlhf_dist.models.score_moments import read_score_moments
 from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 from rlhf_dist.ppo.config import PPOConfig
@@ -33,7 +32,7 @@ from rlhf_dist.run.checks import (
     check_model,
     check_ranks,
     check_same_tokenizer,
-    differs,
+    own_tokenizer,
 )
 from rlhf_dist.run.launch import check_run_folder, checkpoints, hosted
 from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
@@ -68,8 +67,10 @@ def prepare(config: PPOConfig) -> Prepared[PPOData]:
     reward_input, read_as = as_generated, "the policy's tokens"
     if reward_tokenizer is not None:
         prompts = [found for found in (loaded["prompts"], loaded["eval_prompts"]) if found is not None]
+        settings = config.data.model_copy(update={"max_length_tokens": config.max_prompt_tokens})
         limit = context_length(load_model_config(config.reward.model_path))
-        reward_input = Rendered(prompts, tokenizer, stop_token_ids(tokenizer), reward_tokenizer, limit)
+        reward_input = Rendered(prompts, tokenizer, settings, reward_tokenizer, limit)
+        reward_input.check(config.rollout.max_response_tokens)
         read_as = "text in its own chat template"
     data = PPOData(**loaded, decode=decoder(tokenizer), reward_input=reward_input, score_moments=_saved_moments(config))
     settings = config.ppo
@@ -100,22 +101,18 @@ def _check_models(config: PPOConfig) -> tuple[Any, Any | None]:
     for role, model in (("policy", policy), ("value", value), ("reference", reference), ("reward", reward)):
         check_micro_batches(model, limit, role)
     tokenizer = load_tokenizer(policy.model_path, config.data.template_path)
-    policy_config = check_model(policy.model_path, limit, "policy")
-    check_causal_lm(policy_config, "policy")
+    policy_config = check_model(policy.model_path, limit, "policy", scalar=False)
     check_embeddings(
         policy_config, tokenizer, "policy", "fine-tune it first with `rlhf-dist sft --model.resize_embeddings true`"
     )
     reward_tokenizer = None
     for role, model in (("reference", reference), ("reward", reward), ("value", value)):
-        model_config = check_model(model.model_path, limit, role)
-        if role == "reference":
-            check_causal_lm(model_config, role)
+        model_config = check_model(model.model_path, limit, role, scalar=role != "reference")
         if role == "reward":
             check_scalar_model(model_config, role)
-            own = load_tokenizer(model.model_path)
-            if config.ppo.reward_template == "own" and differs(own, tokenizer):
-                check_embeddings(model_config, own, role, "use the tokenizer that it was trained with")
-                reward_tokenizer = own
+            if config.ppo.reward_template == "own":
+                reward_tokenizer = own_tokenizer(model.model_path, model_config, tokenizer)
+            if reward_tokenizer is not None:
                 continue
         check_same_tokenizer(tokenizer, model.model_path, model_config, role)
     for role, model in (("policy", policy), ("value", value)):

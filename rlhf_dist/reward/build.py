@@ -55,7 +55,7 @@ def prepare(config: RewardConfig) -> PreparedReward:
     """
     limit, settings = config.data.max_length_tokens, config.reward
     check_micro_batches(config.model, limit, "model", num_sequences=2)  # a pair is the smallest
-    model_config = check_model(config.model.model_path, limit, "trained")
+    model_config = check_model(config.model.model_path, limit, "trained", scalar=True)
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     check_vocabulary(config.model, model_config, tokenizer)
     add_pad_token(tokenizer)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.hosting import ModelHost, TrainedModel
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.tokenizer import NEW_PAD_TOKEN, load_tokenizer
-from rlhf_dist.models.loading import context_length, load_model_config
+from rlhf_dist.data.tokenizer import NEW_PAD_TOKEN, has_builtin_template, load_tokenizer
+from rlhf_dist.models.loading import check_causal_lm, check_weights, context_length, load_model_config
 from rlhf_dist.models.vocabulary import check_embeddings
 
 
-def check_model(path: str, max_length_tokens: int, role: str) -> Any:
-    """The model's config, if it can hold the run's sequences.
+def check_model(path: str, max_length_tokens: int, role: str, *, scalar: bool) -> Any:
+    """The model's config, if it can hold the run's sequences and its weights are those of such a model.
 
     Raises:
-        ModelError: no model at `path`, or its context is shorter than `max_length_tokens`.
+        ModelError: no model at `path`, weights of other names or shapes, or its context is shorter than `max_length_tokens`.
     """
     config = load_model_config(path)
+    if not scalar:
+        check_causal_lm(config, role)
+    check_weights(path, scalar=scalar)
     limit = context_length(config)
     if limit is not None and max_length_tokens > limit:
         raise ModelError(
@@ -69,9 +74,29 @@ def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -
     )
 
 
-def differs(tokenizer: Any, other: Any) -> bool:
-    """Whether two tokenizers make other tokens of a conversation: by vocabulary or chat template."""
-    return (_vocabulary(tokenizer), tokenizer.chat_template) != (_vocabulary(other), other.chat_template)
+def own_tokenizer(path: str, model_config: Any, policy: Any) -> Any | None:
+    """The tokenizer of a reward model that makes other tokens of a conversation than the policy's: by vocabulary or by chat
+    template. None where both make the same.
+
+    Raises:
+        ModelError: it has no chat template, or tokens without an embedding.
+    """
+    own = load_tokenizer(path)
+    if (_vocabulary(policy), policy.chat_template) == (_vocabulary(own), own.chat_template):
+        return None
+    if has_builtin_template(own) and not _saves_template(path):
+        raise ModelError(
+            f"the reward model at {path!r} has no chat template, and the policy has one, so how the reward model is to read a "
+            "dialogue is not known; save the template that it was trained with beside it (chat_template.jinja), or, where it "
+            "reads the policy's, set ppo.reward_template: policy"
+        )
+    check_embeddings(model_config, own, "reward", "use the tokenizer that it was trained with")
+    return own
+
+
+def _saves_template(path: str) -> bool:
+    """Whether a chat template is saved there, be it a copy of the built-in one, as runs save it."""
+    return bool(AutoTokenizer.from_pretrained(path).chat_template)
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:

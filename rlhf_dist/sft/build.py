@@ -12,7 +12,6 @@ from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
-from rlhf_dist.models.loading import check_causal_lm
 from rlhf_dist.run.checks import check_micro_batches, check_model, check_vocabulary
 from rlhf_dist.run.launch import check_run_folder, checkpoints, hosted
 from rlhf_dist.run.prepared import Prepared, bad_rows, decoder
@@ -39,8 +38,7 @@ def prepare(config: SFTConfig) -> PreparedSFT:
     """
     limit = config.data.max_length_tokens
     check_micro_batches(config.model, limit, "model")
-    model_config = check_model(config.model.model_path, limit, "trained")
-    check_causal_lm(model_config, "trained")
+    model_config = check_model(config.model.model_path, limit, "trained", scalar=False)
     tokenizer = load_tokenizer(config.model.model_path, config.data.template_path)
     check_vocabulary(config.model, model_config, tokenizer)
     data = load_sft(config.data, tokenizer, config.seed)

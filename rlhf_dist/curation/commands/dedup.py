@@ -18,8 +18,8 @@ from rlhf_dist.curation.fingerprints import banding, encoded
 from rlhf_dist.curation.output import OutputFolder, written
 from rlhf_dist.curation.parallel import default_processes
 from rlhf_dist.curation.rows import read_records
-from rlhf_dist.curation.spool import Spool
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.spool import Spool
 from rlhf_dist.run.console import print_table
 
 REMOVED = "removed.jsonl"

@@ -79,8 +79,8 @@ def build_causal_lm(config: TrainedModel, context: RankContext, tokenizer: Any) 
         # In the compute precision: DeepSpeed casts to it before its optimizer copies the fp32 master weights.
         model = load_causal_lm(config.model_path, DTYPES[config.precision])
     restore_buffers(model)
-    save_stop_tokens(model, stop_token_ids(tokenizer))
     _choose_trained(model, config, context, tokenizer)
+    save_stop_tokens(model, stop_token_ids(tokenizer))  # of the grown vocabulary
     return TargetLogprobs(model, config.packed)
 
 

@@ -173,7 +173,7 @@ def test_exported_records_are_read_back_as_they_were(tmp_path: Path):
     several = Item("k", turns, item().candidates, ("", ""), "f:2")
     said = votes("a") + votes("a", name="j") + votes("b", name="k")
     found = list(preference_records({"i": item(), "j": dialogue, "k": several}, said, "majority"))
-    read = read_preferences(source(write(tmp_path / "p.jsonl", found), "preference"), seed=0)
+    read = list(read_preferences(source(write(tmp_path / "p.jsonl", found), "preference"), seed=0))
     assert read[0].prompt == item().prompt
     assert read[0].responses == item().candidates
     assert (read[1].prompt, read[1].responses) == (dialogue.prompt, dialogue.candidates)

@@ -109,7 +109,7 @@ def test_a_run(scripted: ScriptedGenerator, tmp_path: Path) -> None:
     assert records[0]["source"] == "judged"
     assert records[0]["provenance"]["models"] == ["m1", "m0"]
     # What it is for: a trainer reads it.
-    assert len(read_preferences(DataSource(path=str(out / "records.jsonl"), kind="preference"), seed=0)) == 4
+    assert len(list(read_preferences(DataSource(path=str(out / "records.jsonl"), kind="preference"), seed=0))) == 4
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_the_command_keeps_the_shares_and_says_them_first(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "| few    | 10        | 50.0000% | 50    | 50.0000% | 5.000" in shown
     # It is directly usable.
-    assert len(read_sequences(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="instruction"))) == 100
+    assert (
+        len(list(read_sequences(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="instruction")))) == 100
+    )
 
 
 def test_the_same_seed_makes_the_same_bytes(tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_instructions_beside_dialogues_become_the_messages_a_trainer_would_make(
         lines = list(mixed_lines(spooled, composition, seed=0))
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_bytes(b"".join(lines))
-    made = read_sequences(DataSource(path=str(mixed), kind="messages"))
+    made = list(read_sequences(DataSource(path=str(mixed), kind="messages")))
     expected = [record for source in sources for record in read_sequences(source)]
 
     def conversations(records: list[Any]) -> list[tuple[tuple[str, str], ...]]:

@@ -52,7 +52,7 @@ def test_a_ranking_gives_every_pair_but_ties_with_the_margins_of_its_scale(tmp_p
     ]
     assert read(tmp_path)[0]["source"] == "pilot"
     assert read(tmp_path)[0]["provenance"] == {"location": f"{tmp_path / 'rows.jsonl'}:1"}
-    again = read_preferences(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="preference"), seed=0)
+    again = list(read_preferences(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="preference"), seed=0))
     assert again[8].prompt == ({"role": "user", "content": "Human: r"},)
     assert again[8].responses[1] == ({"role": "assistant", "content": "Human: b"},)
     assert again[8].ratings == (0.5, 0)

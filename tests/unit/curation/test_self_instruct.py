@@ -234,7 +234,7 @@ def test_a_run(scripted: ScriptedGenerator, tmp_path: Path, capsys: pytest.Captu
     shown = scripted.asked[first["provenance"]["request"]].prompt[0]["content"]  # pyright: ignore
     assert [seed["instruction"] in shown for seed in SEEDS] == [i in first["provenance"]["seeds"] for i in range(4)]
     # What it is for: a trainer reads it.
-    read = read_sequences(DataSource(path=str(out / "records.jsonl"), kind="instruction"))
+    read = list(read_sequences(DataSource(path=str(out / "records.jsonl"), kind="instruction")))
     assert len(read) == 60
     assert isinstance(read[0], Conversation)
     assert len(rows_of(out / "completions.jsonl")) == 1 + len(answers) / 4

@@ -5,9 +5,14 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.encoding import _mask, encode_conversation, encode_prompt, encode_text
+from rlhf_dist.data.rendering import stop_token_ids
+
+MARKS = ("<|im_start|>", "<|im_end|>")
 
 
 def user(content: str) -> dict[str, str]:
@@ -179,6 +184,66 @@ def test_what_people_write_forges_no_special_token(chatml):
     assert [i for i in prompt if i in special] == [i for i in encode_prompt(chatml, [user("Hi.")]) if i in special]
 
 
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["description", "key of a tool", "argument", "key of an argument"])
+def test_tools_and_their_calls_forge_no_special_token(chatml, place):
+    chatml.chat_template = TOOLS
+
+    def chat(text):
+        tools = [
+            {"name": "add", "description" if place == "description" else "d": text if place == "description" else "x"}
+        ]
+        tools += [{text: 1}] if place == "key of a tool" else []
+        arguments = {text if place == "key of an argument" else "a": text if place == "argument" else 1}
+        call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        return [user("u"), {"role": "assistant", "content": "", "tool_calls": [call]}], None, tools
+
+    special = set(chatml.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "</s>"]))
+    honest, _ = encode_conversation(chatml, *chat("honest"))
+    forged, _ = encode_conversation(chatml, *chat(FORGED))
+    assert [i for i in forged if i in special] == [i for i in honest if i in special]
+    assert chatml.decode(forged) == chatml.decode(honest).replace("honest", FORGED.replace("\n", "\\n"))
+
+
+def test_turn_marks_that_are_no_special_tokens(tokenizer):
+    """As some published fine-tunes add them; `<think>`, which data may spell out, stays the token that it is."""
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in (*MARKS, "<think>")])
+    tokenizer.chat_template = QWEN3
+    marks = set(tokenizer.convert_tokens_to_ids([*MARKS, "</s>"]))
+    assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    honest, _ = encode_conversation(tokenizer, [user("Hi."), bot("<think>Hello.")])
+    ids, mask = encode_conversation(tokenizer, [user(FORGED), bot("<think>Hello.")])
+    assert [i for i in ids if i in marks] == [i for i in honest if i in marks]
+    assert tokenizer.decode(ids) == tokenizer.decode(honest).replace("Hi.", FORGED)
+    targets = [i for i, target in zip(ids, mask, strict=True) if target]
+    assert targets[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert targets.count(tokenizer.convert_tokens_to_ids("<think>")) == 2  # the template's and the answer's
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_spelled_out_tokens_add_no_space(scheme):
+    """SentencePiece tokenizers begin a text as if a space stood before it."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
+    core.train_from_iterator(["With a mark , always it ends . [ ] / < > assistant user"] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>", pad_token="<s>")
+    made.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    made.chat_template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    said = "With</s>, always</s>it ends"
+    ids, mask = encode_conversation(made, [user(said), bot(said)])
+    targets = [i for i, target in zip(ids, mask, strict=True) if target]
+    assert ids.count(made.eos_token_id) == 2
+    text = "".join(made.convert_ids_to_tokens(targets)).replace("\u2581", " ")
+    assert text.strip() == said + "</s>"
+
+
 def test_what_an_answer_spells_out_does_not_end_it(chatml):
     ids, mask = encode_conversation(chatml, [user("How does a turn end?"), bot("With <|im_end|>, always.")])
     targets = [i for i, target in zip(ids, mask, strict=True) if target]
@@ -213,6 +278,21 @@ def test_a_template_that_renders_reasoning_in_the_last_turn_only(chatml):
     assert trained(chatml, chat, targets=[1]) == "<think>\n\n</think>\n\na1<|im_end|>"
 
 
+def test_reasoning_of_earlier_turns(chatml):
+    """Where it is to be learnt and the template drops it, the record is invalid; where it is only read, the template may."""
+    chatml.chat_template = QWEN3
+    first = bot("a1") | {"reasoning_content": "First."}
+    chat = [user("u1"), first, user("u2"), bot("a2") | {"reasoning_content": "Then."}]
+    with pytest.raises(DataError, match=r"reasoning_content 'First\.'"):
+        encode_conversation(chatml, chat)
+    assert trained(chatml, chat, targets=[3]) == "<think>\nThen.\n</think>\n\na2<|im_end|>"
+    assert trained(chatml, [user("u1"), first, user("u2"), bot("a2")], targets=[3]).endswith("a2<|im_end|>")
+    assert "First" not in chatml.decode(encode_prompt(chatml, [user("u1"), first, user("u2")]))
+    chatml.chat_template = QWEN3.replace("{{ m.reasoning_content or '' }}", "")
+    with pytest.raises(DataError, match="has reasoning_content, which"):
+        encode_prompt(chatml, [user("u1"), first, user("u2")])
+
+
 def test_a_template_whose_prompt_opens_the_reasoning(chatml, caplog):
     chatml.chat_template = DEEPSEEK_R1
     assert trained(chatml, [user("u1"), bot("a1"), user("u2"), bot("a2")]) == "a1<|im_end|>a2<|im_end|>"
@@ -238,11 +318,7 @@ def test_calls_of_tools_are_rendered_or_the_record_is_invalid(chatml):
         encode_conversation(chatml, chat)
     with pytest.raises(DataError, match="has tools, which the chat template does not render"):
         encode_prompt(chatml, [user("2+2?")], [{"name": "add"}])
-    chatml.chat_template = (
-        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    chatml.chat_template = TOOLS
     assert trained(chatml, chat) == 'CALL add {"a": 2}<|im_end|>'
     answered = [*chat, {"role": "tool", "content": "4"}, bot("Four.")]
     assert trained(chatml, answered) == 'CALL add {"a": 2}<|im_end|>Four.<|im_end|>'

@@ -102,7 +102,7 @@ def test_a_dialogue_as_text_is_the_chat_that_it_writes_out(source: Callable[...,
     """HH-like sets hold whole dialogues as text; the better one is a chat to learn from."""
     rows = [{"chosen": HH, "rejected": HH + " No."}, {"chosen": HH + "\n\nHuman: more", "rejected": "x"}]
     as_text = source("messages", rows, fields={"messages": "chosen"})
-    records: list[Any] = read_sequences(as_text)
+    records: list[Any] = list(read_sequences(as_text))
     assert list(records[0].messages) == chat(CHAT)
     assert [m["role"] for m in records[1].messages] == ["user", "assistant"] * 3 + ["user"]
     [prompt, _] = read_prompts(as_text)
@@ -117,4 +117,4 @@ def test_an_hh_set_trains_on_every_answer(tokenizer: Any, source: Callable[..., 
 
 def test_text_that_is_no_dialogue_is_invalid(source: Callable[..., DataSource]):
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'messages' is 'Assistant: hm', not a list of messages"):
-        read_sequences(source("messages", [{"messages": "Assistant: hm"}]))
+        list(read_sequences(source("messages", [{"messages": "Assistant: hm"}])))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_dist.cli.main import main
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.files import read_rows
@@ -201,6 +202,30 @@ def test_shards_of_a_directory_of_which_one_has_a_field_more(tmp_path):
         read(tmp_path / "repository", split="validation")
 
 
+def test_splits_that_share_a_word(tmp_path):
+    """UltraChat's layout."""
+    folder = tmp_path / "chat" / "data"
+    folder.mkdir(parents=True)
+    for name in ("train_sft", "train_gen", "test_sft"):
+        pq.write_table(pa.table({"text": [name]}), folder / f"{name}-00000-of-00001-ab12.parquet")
+        pq.write_table(pa.table({"text": [name]}), folder / f"{name}-00000-of-00001.parquet")
+    assert set(texts(tmp_path / "chat", split="train_sft")) == {"train_sft"}
+    with pytest.raises(DataError, match="of the splits train_gen, train_sft"):
+        texts(tmp_path / "chat")
+
+
+def test_files_of_a_directory_that_are_not_read_are_named(tmp_path, write, caplog):
+    (tmp_path / "a").mkdir()
+    write("a/train.jsonl", JSONL)
+    write("a/extra.jsonl", JSONL)
+    write("a/LICENSE.txt", b"Do as you like.")
+    write("a/test.jsonl", JSONL)
+    assert len(texts(tmp_path / "a")) == len(ROWS)
+    assert "1 files are of no split and are not read (extra.jsonl)" in caplog.text
+    assert "(LICENSE.txt)" in caplog.text
+    assert "test.jsonl" not in caplog.text
+
+
 def test_a_directory_without_names_of_splits_is_read_whole(tmp_path, write):
     (tmp_path / "a").mkdir()
     write("a/2.jsonl", JSONL)
@@ -220,7 +245,7 @@ def test_what_a_hub_name_takes(monkeypatch):
     assert asked == [(("org/set", "en"), {"data_dir": "harmless-base", "revision": "abc", "split": "test"})]
 
 
-def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
+def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write, tiny_lm, capsys):
     """A gzipped file of whole dialogues."""
     rows = [
         {
@@ -230,8 +255,14 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write):
         for n in range(3)
     ]
     path = write("train.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    found = read_preferences(DataSource(path=str(path), kind="preference"), seed=0)
+    found = list(read_preferences(DataSource(path=str(path), kind="preference"), seed=0))
     assert [pair.responses[0][0]["content"] for pair in found] == ["It is 0.", "It is 1.", "It is 2."]
+
+    config = tmp_path / "reward.yaml"
+    data = f"data: {{train: [{{path: {path}, kind: preference}}], max_length_tokens: 64}}"
+    config.write_text(f"run_dir: {tmp_path / 'run'}\nmodel: {{model_path: {tiny_lm}}}\n{data}\n")
+    assert main(["validate", "reward", str(config), "--reward.batch_size", "3"]) == 0
+    assert "3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["subset", "data_dir", "revision"])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.records import Prompt
 
@@ -21,7 +25,7 @@ def bot(content: str) -> dict[str, str]:
 
 
 def one(source, records, kind="preference", **settings):
-    read = {"preference": lambda s: read_preferences(s, 0)}.get(kind, read_sequences)
+    read = {"preference": lambda s: list(read_preferences(s, 0))}.get(kind, read_sequences)
     [record] = read(source(kind, records, **settings))
     return record
 
@@ -104,7 +108,7 @@ def test_a_pair_may_have_unrelated_columns(source):
         record = PAIR | {"responses": responses, "ratings": [1, 5]}
         pair = one(source, [record])
         assert (pair.responses, pair.ratings, pair.ranks) == (((bot("a"),), (bot("b"),)), None, (0, 1))
-        assert read_prompts(source("preference", [record]))[0].messages == (user("p"),)
+        assert next(iter(read_prompts(source("preference", [record])))).messages == (user("p"),)
 
 
 def test_a_ranking_may_have_unrelated_columns_when_it_is_mapped(source):
@@ -287,7 +291,7 @@ def test_errors_name_place_and_remedy(source, kind, record, words):
 def test_lone_surrogate(write):
     path = write("data.jsonl", '{"text": "a\\ud800"}')
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'text' has a lone surrogate .*at position 1"):
-        read_sequences(DataSource(path=path, kind="text"))
+        list(read_sequences(DataSource(path=path, kind="text")))
 
 
 def test_prompts_of_each_kind(source):
@@ -313,16 +317,16 @@ def test_prompt_type(source):
 
 def test_kinds_and_fields_that_are_not_supported(source):
     with pytest.raises(ConfigError, match=r"kind 'text' .* reward modeling; use one of preference, ratings"):
-        read_preferences(source("text", [{"text": "a"}]), 0)
+        list(read_preferences(source("text", [{"text": "a"}]), 0))
     with pytest.raises(ConfigError, match=r"fields maps 'instrction', .*nearest: 'instruction'"):
-        read_sequences(source("instruction", [{}], fields={"instrction": "q"}))
+        list(read_sequences(source("instruction", [{}], fields={"instrction": "q"})))
     with pytest.raises(DataError, match=r"no row has the column 'inputs' that fields names"):
-        read_sequences(source("instruction", [{"instruction": "i", "output": "o"}], fields={"input": "inputs"}))
+        list(read_sequences(source("instruction", [{"instruction": "i", "output": "o"}], fields={"input": "inputs"})))
 
 
 def test_ratings_become_pairs_within_a_prompt(source):
     rows = [{"prompt": p, "response": f"{p}{r}", "rating": r} for p in "ab" for r in (1, 2, 3, "4.0")]
-    pairs = read_preferences(source("ratings", rows, min_margin=1), 0)
+    pairs = list(read_preferences(source("ratings", rows, min_margin=1), 0))
     assert len(pairs) == 4
     for pair in pairs:
         [prompt], ([chosen], [rejected]) = pair.prompt, pair.responses
@@ -331,7 +335,7 @@ def test_ratings_become_pairs_within_a_prompt(source):
         assert pair.ratings == (high, low)
         assert high - low >= 1
         assert " over " in pair.location
-    assert pairs == read_preferences(source("ratings", rows, min_margin=1), 0)
+    assert pairs == list(read_preferences(source("ratings", rows, min_margin=1), 0))
 
 
 def test_ratings_without_prompt_and_without_pairs(source):
@@ -339,9 +343,9 @@ def test_ratings_without_prompt_and_without_pairs(source):
     [pair] = read_preferences(source("ratings", rows), 0)
     assert (pair.prompt, pair.responses) == ((), ((bot("good"),), (bot("bad"),)))
     with pytest.raises(DataError, match=r"differ in rating by min_margin 9\.0 or more; lower"):
-        read_preferences(source("ratings", rows, min_margin=9), 0)
+        list(read_preferences(source("ratings", rows, min_margin=9), 0))
     with pytest.raises(DataError, match=r":1: field 'rating' is 'x', which is not a finite number"):
-        read_preferences(source("ratings", [{"response": "a", "rating": "x"}]), 0)
+        list(read_preferences(source("ratings", [{"response": "a", "rating": "x"}]), 0))
 
 
 def test_bad_rows_are_skipped_with_place_and_reason_and_the_others_used(tmp_path: Path) -> None:
@@ -351,14 +355,14 @@ def test_bad_rows_are_skipped_with_place_and_reason_and_the_others_used(tmp_path
     path.write_bytes(b"".join(good + line for line in bad))
     bad_rows = BadRows()
     source = DataSource(path=str(path), kind="instruction", on_bad_row="skip")
-    assert len(read_sequences(source, bad_rows)) == len(bad)
+    assert len(list(read_sequences(source, bad_rows))) == len(bad)
     places = [f"{path}:{2 * n}" for n in range(1, 1 + len(bad))]
     assert [row.reason.startswith(f"{place}: ") for row, place in zip(bad_rows.rows, places, strict=True)] == [True] * 5
     assert bad_rows.rows[0].row == "{broken"
     assert bad_rows.rows[4].row == {"instruction": "i", "output": 3}
     assert [json.loads(line)["row"] for line in bad_rows.lines()][3] == {"instruction": "i"}
     with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
-        read_sequences(source.model_copy(update={"on_bad_row": "error"}))
+        list(read_sequences(source.model_copy(update={"on_bad_row": "error"})))
 
 
 def test_bad_rows_of_tables_keep_the_line_numbers_of_the_others(tmp_path: Path) -> None:
@@ -366,7 +370,7 @@ def test_bad_rows_of_tables_keep_the_line_numbers_of_the_others(tmp_path: Path) 
     path.write_bytes(b"prompt,chosen,rejected\np,a,b\np,\xff,b\np,a\np,a,a\np,c,d\n")
     bad_rows = BadRows()
     source = DataSource(path=str(path), kind="preference", on_bad_row="skip")
-    found = read_preferences(source, 0, bad_rows=bad_rows)
+    found = list(read_preferences(source, 0, bad_rows=bad_rows))
     assert [pair.location for pair in found] == [f"{path}:2", f"{path}:6"]
     assert [row.reason.split(": ")[0] for row in bad_rows.rows] == [f"{path}:{n}" for n in (3, 4, 5)]
 
@@ -376,7 +380,7 @@ def test_a_source_of_bad_rows_only_is_invalid_with_the_first_reason(tmp_path: Pa
     for content, problem in (("{\n", "not JSON"), ('{"text": ""}\n', "is blank")):
         path.write_text(content)
         with pytest.raises(DataError, match=problem):
-            read_sequences(DataSource(path=str(path), kind="text", on_bad_row="skip"))
+            list(read_sequences(DataSource(path=str(path), kind="text", on_bad_row="skip")))
 
 
 USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
@@ -440,7 +444,7 @@ def test_tools(source):
     chat = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
     chat += [{"role": "tool", "tool_call_id": "c", "content": "4"}, BOT | {"reasoning_content": "r", "logprobs": 1}]
     found, notes = noted(source, "messages", {"messages": chat, "tools": '[{"name": "add"}]'})
-    plain = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    plain = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}, "id": "c"}
     assert found.messages == (
         USER,
         {"role": "assistant", "content": "", "tool_calls": [plain]},
@@ -454,6 +458,96 @@ def test_tools(source):
             noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": calls}]})
 
 
+def test_sharegpt_turns_keep_their_other_keys(source):
+    turns = [
+        {"from": "human", "value": "u"},
+        {"from": "gpt", "value": "bad", "weight": 0, "logprobs": 1},
+        {"from": "human", "value": "v"},
+        {"from": "gpt", "value": "good", "reasoning_content": "r"},
+    ]
+    found, notes = noted(source, "messages", {"conversations": turns, "system": "s"})
+    assert found.messages == (
+        {"role": "system", "content": "s"},
+        user("u"),
+        bot("bad"),
+        user("v"),
+        bot("good") | {"reasoning_content": "r"},
+    )
+    assert found.targets == (4,)
+    assert notes["key 'logprobs' of messages, which is not used"] == 1
+    assert notes["column 'system' taken for the system message"] == 1
+    leading = {"mine": [{"from": "gpt", "value": "before"}, *turns[:2]]}
+    [mapped] = read_sequences(source("messages", [leading], fields={"messages": "mine"}))
+    assert mapped.messages == (user("u"), bot("bad"))
+
+
+@pytest.mark.parametrize("kind", ["messages", "instruction"])
+def test_weights_of_a_completion(source, kind):
+    completion = [bot("no") | {"weight": 0}, user("u"), bot("yes")]
+    found, _ = noted(source, kind, {"prompt": [user("p")], "completion": completion})
+    assert found.targets == (3,)
+    assert found.messages == (user("p"), bot("no"), user("u"), bot("yes"))
+
+
+def test_tools_and_weights_of_preferences(source):
+    rows = [{"prompt": [user("p") | {"weight": 0}], "chosen": "c", "rejected": "r", "tools": [{"name": "add"}]}]
+    rows += [{"prompt": "p", "responses": ["a", "b"], "tools": '[{"name": "add"}]'}]
+    bad_rows = BadRows()
+    found = list(read_preferences(source("preference", rows), 0, bad_rows=bad_rows))
+    assert [record.tools for record in found] == [({"name": "add"},)] * 2
+    assert dict(bad_rows.notes) == {"weight 0 of messages, which only supervised training uses": 1}
+
+
+def test_a_prompt_in_the_hh_format(source):
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    [prompt] = read_prompts(source("prompt", [{"prompt": text}]))
+    assert prompt.messages == (user("a"), bot("b"), user("c"))
+    found, _ = noted(source, "instruction", {"prompt": text, "completion": "d"})
+    assert found.messages == (user("a"), bot("b"), user("c"), bot("d"))
+
+
+DEEP: Any = "x"
+for _ in range(600):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("tools", [{"name": "half \ud83d"}]),
+        ("tools", '[{"name": "half \\ud83d"}]'),
+        ("tools", [{"name": DEEP}]),
+        ("tools", [{"name": float("nan")}]),
+        ("tools", [{"name": datetime.date(2026, 1, 1)}]),
+        ("tools", [{"name": b"x"}]),
+        ("tools", [{1: "x"}]),
+        ("calls", [{"name": "half \ud83d"}]),
+        ("calls", [{"name": "f", "arguments": {"half \ud83d": 1}}]),
+        ("calls", [{"name": "f", "arguments": {"a": DEEP}}]),
+        ("calls", [{"name": "f", "arguments": '{"a": NaN}'}]),
+        ("content", {"a": 1}),
+        ("content", 5),
+        ("content", "half \ud83d"),
+    ],
+)
+def test_what_no_file_and_no_template_can_hold_is_invalid(place, value):
+    """Rows as readers of Arrow give them: any object may be in them."""
+    message = bot("a") | {"tool_calls": [{"name": "f"}]}
+    message |= {"calls": {"tool_calls": value}, "content": {"content": value}, "tools": {}}[place]
+    row = {"messages": [user("u"), message], "tools": value if place == "tools" else None}
+    with pytest.raises(DataError, match=r"^x:1: field '(tools|messages\[1\])"):
+        KINDS["messages"].sequence(Fields("x:1", row, {}), "")
+
+
+def test_nan_in_messages_is_absent(source):
+    nan = float("nan")
+    found, notes = noted(
+        source, "messages", {"messages": [user("u"), bot("a") | {"weight": nan, "name": nan, "x": nan}]}
+    )
+    assert found.messages == (user("u"), bot("a"))
+    assert (found.targets, notes) == (None, {})
+
+
 def test_scores_of_a_pair_are_its_margin(source):
     record = {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 8.5, "score_rejected": 7}
     bad_rows = BadRows()
@@ -463,7 +557,7 @@ def test_scores_of_a_pair_are_its_margin(source):
     [pair] = read_preferences(source("preference", [record | {"margin": 3}]), seed=0)
     assert pair.ratings == (3.0, 0.0)
     with pytest.raises(DataError, match="'score_chosen' is 6, less than score_rejected 7"):
-        read_preferences(source("preference", [record | {"score_chosen": 6}]), seed=0)
+        list(read_preferences(source("preference", [record | {"score_chosen": 6}]), seed=0))
 
 
 def test_a_number_that_is_missing_in_a_table_is_absent(source):

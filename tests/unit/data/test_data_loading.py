@@ -350,7 +350,7 @@ def dialogue(turns: int, words: int = 1) -> list[dict[str, str]]:
     return said
 
 
-@pytest.mark.parametrize("limit", [30, 60, 90])
+@pytest.mark.parametrize("limit", [45, 60, 90])
 def test_the_oldest_turns_are_dropped_first_and_then_the_beginning_is_cut(source, tokenizer, limit):
     settings = DataSettings(max_length_tokens=limit, on_too_long="truncate_left")
     prompts = load_prompts([source("prompt", [{"prompt": dialogue(6)[:-1]}])], tokenizer, limit, settings)
@@ -360,7 +360,7 @@ def test_the_oldest_turns_are_dropped_first_and_then_the_beginning_is_cut(source
     assert "question5" in text
     assert "question0" not in text
     assert prompts.report.num_truncated == 1
-    if limit > 30:  # more than the last exchange fits: whole turns, with the system message
+    if limit > 45:  # more than the last exchange fits: whole turns, with the system message
         assert text.startswith(
             tokenizer.decode(
                 load_prompts([source("prompt", [{"prompt": dialogue(1)[:-1]}])], tokenizer, 90, settings)
@@ -390,13 +390,30 @@ def test_the_oldest_turns_are_dropped_first_and_then_the_beginning_is_cut(source
 
 
 def test_a_prompt_of_one_long_turn_keeps_its_end_and_a_long_response_its_beginning(source, tokenizer):
-    settings = DataSettings(max_length_tokens=20, on_too_long="truncate_left")
-    asked = {"prompt": "a b c d e f g h i j k l m n o p q r s t u v w x y z"}
-    [prompt] = load_prompts([source("prompt", [asked])], tokenizer, 20, settings).batch([0]).tokens
-    whole = load_prompts([source("prompt", [asked])], tokenizer, 500, settings).batch([0]).tokens[0]
-    assert torch.equal(prompt, whole[-20:])
-    pair = asked | {"chosen": "1 2 3 4 5 6 7 8 9 10 11 12 13 14", "rejected": "no"}
+    """Its header and the system message stay."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    limit = 60
+    settings = DataSettings(max_length_tokens=limit, on_too_long="truncate_left")
+    said = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4
+    asked = {"prompt": [{"role": "system", "content": "S!"}, {"role": "user", "content": said}]}
+    prompts = load_prompts([source("prompt", [asked])], tokenizer, limit, settings)
+    [prompt] = prompts.batch([0]).tokens
+    text = tokenizer.decode(prompt)
+    assert text.startswith("<system>S!<user>")
+    assert text.endswith(said[-10:] + "<assistant>")
+    assert limit - 2 <= len(prompt) <= limit
+    assert prompts.report.num_truncated == 1
+    pair = asked | {"chosen": "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22", "rejected": "no"}
     pairs = load_pairs([source("preference", [pair])], settings, tokenizer, 0).batch(torch.tensor([0]))
-    rows = pairs.tokens.reshape(-1, pairs.tokens.shape[-1])
-    half = whole[-10:]
-    assert all(torch.equal(row[:10], half) for row in rows)
+    rows = [tokenizer.decode(row) for row in pairs.tokens.reshape(-1, pairs.tokens.shape[-1])]
+    heads = {row.partition("<assistant>")[0] for row in rows}
+    assert len(heads) == 1
+    assert heads.pop().startswith("<system>S!<user>")
+    assert rows[0].partition("<assistant>")[2].startswith("1 2 3 4")
+    chat = [*asked["prompt"], {"role": "assistant", "content": "yes"}]
+    batch = load_sequences([source("messages", [{"messages": chat}])], settings, tokenizer).batch(torch.tensor([0]))
+    assert tokenizer.decode(batch.tokens[0]).startswith("<system>S!<user>")
+    assert tokenizer.decode(batch.tokens[0][batch.loss_mask[0]]) == "yes</s>"

@@ -100,8 +100,8 @@ def test_columns_survive_and_can_be_read_as_other_kinds(tmp_path: Path):
     assert (written.num_records, written.num_unassigned) == (10, 0)
     assert rows_of(tmp_path, "reviews")[3] == {"id": "3", "rating": "-2", "text": "Review 3."}
     path = str(tmp_path / set_path("reviews", "", 0))
-    assert len(read_sequences(DataSource(path=path, kind="text"))) == 10
-    assert len(read_prompts(DataSource(path=path, kind="prompt", fields={"prompt": "text"}))) == 10
+    assert len(list(read_sequences(DataSource(path=path, kind="text")))) == 10
+    assert len(list(read_prompts(DataSource(path=path, kind="prompt", fields={"prompt": "text"})))) == 10
     again = DataSource(path=path, kind="ratings", fields={"response": "text"})
     pairs = [[pair.responses for pair in read_preferences(source, seed=0)] for source in (source, again)]
     assert pairs[0] == pairs[1], "the pairs made of the set are those of the file"

@@ -275,12 +275,12 @@ def test_a_trainer_reads_templated_rows_like_any_instructions(tmp_path: Path) ->
         kind="instruction",
         templates=TemplateSettings(builtin="classification", names=("open",), labels=NAMES),
     )
-    first = read_sequences(source)[0]
+    first = next(iter(read_sequences(source)))
     assert isinstance(first, Conversation)
     question = "What is the category of the following text?\n\ntext 0"
     assert first.messages == ({"role": "user", "content": question}, {"role": "assistant", "content": "negative"})
     assert first.location == f"{path}:1 (template 'open')"
-    assert read_prompts(source)[0].messages == first.messages[:1]
+    assert next(iter(read_prompts(source))).messages == first.messages[:1]
     with pytest.raises(ValueError, match="templates make instruction records"):
         DataSource(path="a.jsonl", kind="text", templates=TemplateSettings(builtin="generation"))
 
@@ -314,9 +314,9 @@ sources:
     assert len(records) == 200 - len(bad)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["rows"], report["records"], report["bad"]) == (200, len(records), len(bad))
-    assert len(read_sequences(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="instruction"))) == len(
-        records
-    )
+    assert len(
+        list(read_sequences(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="instruction")))
+    ) == len(records)
     assert main(["data", "templates", str(config)]) == 5
     assert main(["data", "template", str(config)]) == 2
     assert "did you mean templates?" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,13 +117,13 @@ def test_processes_give_what_one_process_gives(source: Source, tokenizer, tmp_pa
 
 
 def test_small_sets_are_tokenized_in_this_process(source: Source, tokenizer, batches, monkeypatch):
-    monkeypatch.setattr(tokenization.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     load_sequences([source("instruction", instructions(50))], DataSettings(), tokenizer)
     assert sum(batches) == 50
 
 
 def test_tokens_are_memory_mapped_and_typed(source: Source, tokenizer, cache):
-    tokens = tokenize(read_sequences(source("instruction", instructions(5))), tokenizer, DataSettings())
+    tokens = tokenize(list(read_sequences(source("instruction", instructions(5)))), tokenizer, DataSettings())
     assert all(Path(file["filename"]).is_relative_to(cache) for file in tokens.rows.cache_files)
     assert (tokens.ids[0].dtype, tokens.masks[0].dtype) == (torch.int32, torch.bool)
 

@@ -8,7 +8,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.rendering import stop_token_ids
+from rlhf_dist.data.rendering import render_conversation, stop_token_ids
+from rlhf_dist.data.tokenization import _tokenizer_identity
 from rlhf_dist.data.tokenizer import load_tokenizer
 
 TURNS = [
@@ -136,6 +137,24 @@ def test_stop_tokens(tokenizer, chatml):
 def test_a_reserved_token_pads_where_there_is_one(tmp_path):
     train_tokenizer("<|reserved_special_token_0|>").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token == "<|reserved_special_token_0|>"
+
+
+def test_several_templates(tokenizer_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    plain = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = {"tool_use": "{{ tools | tojson }}" + plain, "default": plain}
+    tokenizer.save_pretrained(tmp_path / "both")
+    loaded = load_tokenizer(str(tmp_path / "both"))
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    assert render_conversation(loaded, chat).text == "u</s>a</s>"
+    assert render_conversation(loaded, chat, tools=[{"n": 1}]).text == '[{"n": 1}]u</s>a</s>'
+    before = _tokenizer_identity(loaded)
+    loaded.chat_template = loaded.chat_template | {"tool_use": "{{ tools }}" + plain}
+    assert _tokenizer_identity(loaded) != before
+    tokenizer.chat_template = {"tool_use": plain}
+    tokenizer.save_pretrained(tmp_path / "one")
+    with pytest.raises(ModelError, match="tool_use and none named default"):
+        load_tokenizer(str(tmp_path / "one"))
 
 
 def test_a_template_that_prints_the_date_is_named(tmp_path, caplog):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.rows import GOOD, rows_of
 
 from rlhf_dist.config.data import DataSettings, DataSource
 from rlhf_dist.core.errors import RlhfDistError
@@ -22,53 +23,6 @@ from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.loading import load_pairs, load_prompts, load_sequences
 from rlhf_dist.data.reader import read_fields
 
-TEXT = st.one_of(
-    st.text(st.characters(exclude_categories=()), max_size=12),
-    st.sampled_from(
-        ["", " ", "</s>", "nice \ud83d", "\x00", "\n\nHuman: a\n\nAssistant: b", "Human:", "1e400", "nan", "{{ x }}"]
-    ),
-)
-NUMBER = st.one_of(
-    st.integers(-3, 3),
-    st.floats(),
-    st.sampled_from([10**400, -(10**400), 1e308, float("nan"), float("inf"), True, False]),
-)
-ROLE = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function", "", None, 3])
-MESSAGE = st.fixed_dictionaries(
-    {},
-    optional={
-        "role": ROLE,
-        "content": st.one_of(
-            TEXT, st.none(), NUMBER, st.lists(st.dictionaries(st.sampled_from(["type", "text"]), TEXT), max_size=2)
-        ),
-        "from": ROLE,
-        "value": TEXT,
-        "weight": st.one_of(NUMBER, st.none()),
-        "tool_calls": st.one_of(
-            TEXT, st.lists(st.dictionaries(st.sampled_from(["function", "name", "arguments"]), TEXT), max_size=2)
-        ),
-        "reasoning_content": st.one_of(TEXT, NUMBER),
-        "other": TEXT,
-    },
-)
-CHAT = st.lists(st.one_of(MESSAGE, TEXT, NUMBER, st.none()), max_size=4)
-VALUE = st.recursive(
-    st.one_of(TEXT, NUMBER, st.none(), CHAT),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=2)),
-    max_leaves=4,
-)
-COLUMNS = sorted({field for kind in KINDS.values() for field in kind.fields})
-COLUMNS += ["conversations", "completion", "tools", "score_chosen", "score_rejected", "provenance"]
-ROW = st.dictionaries(st.one_of(st.sampled_from(COLUMNS), TEXT), VALUE, max_size=6)
-GOOD: dict[str, dict[str, Any]] = {
-    "instruction": {"instruction": "i", "output": "o"},
-    "messages": {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
-    "text": {"text": "t"},
-    "preference": {"prompt": "p", "chosen": "c", "rejected": "r"},
-    "ratings": {"response": "r", "rating": 1},
-    "prompt": {"prompt": "p"},
-    "candidates": {"prompt": "p", "candidates": ["a", "b"]},
-}
 EXAMPLES = 40
 LOADS: dict[str, Callable[..., Any]] = {
     "supervised training": lambda source, tokenizer: load_sequences(
@@ -98,7 +52,7 @@ def test_rows(kind: str, policy: str, tokenizer: Any, tmp_path: Path, capsys: py
     @settings(
         max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
     )
-    @given(st.lists(st.one_of(ROW, ROW.map(lambda row: GOOD[kind] | row), VALUE), max_size=3))
+    @given(rows_of(kind))
     def run(rows: list[Any]) -> None:
         nonlocal number
         number += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from support.tiny import (
     trained,
     whole_weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from rlhf_dist.config.hosting import FrozenModel
 from rlhf_dist.core.errors import ModelError
@@ -106,10 +113,36 @@ def test_missing_rows_are_the_mean_of_the_others_and_are_trained(stage: int, tie
     assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("setting", [{"lora": {"rank": 4}}, {"freeze": {"embeddings": True}}])
+def test_new_rows_have_to_be_trained(setting: dict[str, Any], tmp_path: Path):
+    """They are all equal: a frozen one could not be told from another."""
+    with pytest.raises(ValueError, match="resize_embeddings is true and"):
+        trained(tmp_path, resize_embeddings=True, **setting)
+
+
+@pytest.mark.parametrize("eos_is_new", [False, True])
+def test_new_stop_tokens_are_saved(eos_is_new: bool, tmp_path: Path):
+    """ChatML on a base model: plain `generate` has to stop at its end of turn."""
+    path = save_tiny_lm(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = AutoConfig.from_pretrained(path).vocab_size
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    if eos_is_new:
+        tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.save_pretrained(path)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end >= rows
+    with hosted(LanguageModelWorker, config=trained(path, resize_embeddings=True), num_steps=1) as group:
+        LanguageModelRole(group, 2).save(tmp_path).result()
+    saved = GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id
+    assert end in (saved if isinstance(saved, list) else [saved])
+
+
 @pytest.mark.parametrize("stage", [0, 3])
-def test_with_adapters_and_a_scalar_head(stage: int, tmp_path: Path):
+def test_a_scalar_head(stage: int, tmp_path: Path):
     path = save_tiny_rm(tmp_path / "small", vocab_size=NUM_TOKENS - 7)
-    config = trained(path, zero_stage=stage, resize_embeddings=True, lora={"rank": 4})
+    config = trained(path, zero_stage=stage, resize_embeddings=True)
     with hosted(PreferenceModelWorker, config=config, num_steps=1) as group:
         group.call("save", tmp_path).result()
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")

@@ -13,6 +13,7 @@ from support.trainers import decode, open_run, prompts
 
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, PreferenceBatch, RolloutBatch
 from rlhf_dist.evaluation.generation import generation_metrics, sample_rows, score_responses
+from rlhf_dist.evaluation.reward_input import as_generated
 from rlhf_dist.evaluation.trainer import evaluate_all, score_pairs
 
 ROLLOUT = RolloutBatch(
@@ -82,7 +83,13 @@ def test_a_frozen_reward_model_scores_all_responses():
 
 def test_evaluate_all_measures_what_it_is_given(tmp_path: Path):
     rollout, reward, reference = roles()
-    data = {"instructions": None, "preferences": None, "prompts": prompts(4), "decode": decode}
+    data = {
+        "instructions": None,
+        "preferences": None,
+        "prompts": prompts(4),
+        "decode": decode,
+        "reward_input": as_generated,
+    }
     with open_run(tmp_path) as run:
         summary = evaluate_all(run, {"rollout": rollout, "reward": reward, "reference": reference}, data)
     assert summary.keys() == {"generation"}

@@ -34,8 +34,8 @@ READERS = {
     "instruction": read_sequences,
     "messages": read_sequences,
     "text": read_sequences,
-    "preference": lambda source: read_preferences(source, seed=0),
-    "ratings": lambda source: read_preferences(source, seed=0),
+    "preference": lambda source: list(read_preferences(source, seed=0)),
+    "ratings": lambda source: list(read_preferences(source, seed=0)),
     "prompt": read_prompts,
     "candidates": lambda source: read_items([source]),
 }

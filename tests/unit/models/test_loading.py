@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.loading import (
+    check_weights,
     context_length,
     load_causal_lm,
     load_model_config,
@@ -95,6 +96,9 @@ def test_weights_of_other_names_are_no_model(
     )
     with pytest.raises(ModelError, match=r"missing .*unexpected .*'module\.'"):
         load(str(path), torch.float32)
+    for scalar in (False, True):  # before anything is started
+        with pytest.raises(ModelError, match=r"missing .*unexpected .*'module\.'"):
+            check_weights(str(path), scalar=scalar)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
@@ -111,6 +115,38 @@ def test_a_backbone_of_which_a_part_is_missing_or_left_over_is_no_model(change: 
     for load in (load_causal_lm, lambda path, dtype: load_scalar_model(path, dtype, None)):
         with pytest.raises(ModelError, match=rf"1 {change} \({re.escape(name)}\)"):
             load(str(path), torch.float32)
+    for scalar in (False, True):
+        with pytest.raises(ModelError, match=rf"1 {change} \({re.escape(name)}\)"):
+            check_weights(str(path), scalar=scalar)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a shape", "a shard"])
+def test_damaged_weights_are_no_model(damage: str, tiny_lm: Path, tmp_path: Path):
+    path = shutil.copytree(tiny_lm, tmp_path / "damaged")
+    file = path / "model.safetensors"
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "a shape":
+        weights = load_file(file)
+        save_file(weights | {"model.norm.weight": torch.zeros(3)}, file, {"format": "pt"})
+    else:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), "model-1.safetensors")}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        file.unlink()
+    with pytest.raises(ModelError):
+        load_causal_lm(str(path), torch.float32)
+    for scalar in (False, True):
+        with pytest.raises(ModelError, match="damaged"):
+            check_weights(str(path), scalar=scalar)
+
+
+def test_good_weights_and_what_is_left_to_the_loader(tiny_lm: Path, tiny_rm: Path, tmp_path: Path):
+    for path, scalar in ((tiny_lm, False), (tiny_lm, True), (tiny_rm, True)):
+        check_weights(str(path), scalar=scalar)
+    with pytest.raises(ModelError, match="scalar head"):
+        check_weights(str(tiny_rm), scalar=False)
+    config_only = shutil.copytree(tiny_lm, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    check_weights(str(config_only), scalar=False)
 
 
 def test_sampling_settings_without_do_sample_can_be_saved(tiny_lm: Path, tmp_path: Path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.tiny import save_tiny_lm
+from transformers import AutoTokenizer
 
 from rlhf_dist.core.errors import ConfigError, DataError, ModelError, RlhfDistError, RunFolderError
 from rlhf_dist.pipeline import command as pipeline
@@ -294,6 +295,17 @@ def test_a_later_context_is_checked_against_the_model_it_comes_from(make: Make):
     assert "eval: data.max_length_tokens is 4096 but" in rejection(
         make(eval={"data": {"max_length_tokens": 4096}}), ModelError
     )
+
+
+def test_a_vocabulary_that_a_stage_grows(make: Make, tmp_path: Path, tiny_lm: Path):
+    """Later stages are checked against the model that they will get, not against the one that it starts from."""
+    path = shutil.copytree(tiny_lm, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(path)
+    model = {"model_path": str(path)}
+    assert "resize_embeddings" in rejection(make(sft={"model": model}), ModelError)
+    pipeline.validate(make(sft={"model": model | {"resize_embeddings": True}}))
 
 
 def test_a_reward_model_is_no_policy(make: Make):

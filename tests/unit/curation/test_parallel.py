@@ -6,26 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rlhf_dist.core.errors import WorkerError
 from rlhf_dist.curation.parallel import ordered_map
-from rlhf_dist.curation.spool import Spool
-
-
-@given(st.lists(st.binary(max_size=6), max_size=20), st.lists(st.integers(0, 19), max_size=30), st.integers(1, 7))
-def test_a_spool_gives_back_what_it_took(
-    tmp_path_factory: pytest.TempPathFactory, items: list[bytes], wanted: list[int], block: int
-) -> None:
-    with Spool(tmp_path_factory.mktemp("spool") / "s") as spool:
-        for number, item in enumerate(items):
-            spool.append(item)
-            assert spool[number] == item
-        assert list(spool) == items
-        assert spool.lengths().tolist() == [len(item) for item in items]
-        numbers = [number for number in wanted if number < len(items)]
-        assert list(spool.in_order_of(numbers, block)) == [items[number] for number in numbers]
 
 
 def square(number: int) -> int:
