@@ -27,7 +27,11 @@ def run(config: ResponsesConfig) -> None:
     bad_rows, report = BadRows(), ResponsesReport()
     prompts = read_distinct_prompts(config.prompts, bad_rows, report)
     state = Responses(config, prompts, report)
-    fingerprint = hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(
+        json.dumps(
+            [(prompt.messages, prompt.tools) if prompt.tools else prompt.messages for prompt in prompts]
+        ).encode()
+    ).hexdigest()
     with resumable(config.out_dir, identity_of(config, prompts=fingerprint)) as work:
         _generate(config, state, work)
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:

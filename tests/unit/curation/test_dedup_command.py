@@ -215,7 +215,8 @@ def test_a_chosen_field_without_text_has_a_place_and_can_be_skipped(
     source = {"path": str(write(tmp_path / "a.jsonl", rows)), "kind": "text"}
     assert run(tmp_path, [source], fields=["more"]) == 3
     error = capsys.readouterr().err
-    assert "a.jsonl:1" in error and "'more'" in error
+    assert "a.jsonl:1" in error
+    assert "'more'" in error
     assert run(tmp_path, [{**source, "on_bad_row": "skip"}], fields=["more"]) == 0
     assert read(tmp_path / "out" / "records.jsonl") == rows[1:]
     assert "without text to compare" in capsys.readouterr().out
