@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rlhf_dist.curation.config.dedup import DedupConfig, NearDuplicates
 from rlhf_dist.curation.decontamination import EvaluationIndex
 from rlhf_dist.curation.dedup import TEXT_FIELDS, Verdicts, compared_text, find_duplicates, record_texts
 from rlhf_dist.curation.fingerprints import banding, encoded
-from rlhf_dist.curation.output import OutputFolder, written
+from rlhf_dist.curation.output import OutputFolder, note_rows, written
 from rlhf_dist.curation.parallel import default_processes
 from rlhf_dist.curation.rows import read_records
 from rlhf_dist.data.bad_rows import BadRows
@@ -37,10 +36,10 @@ def run(config: DedupConfig) -> None:
         banding(config.near)  # rejected before anything is read
     with (
         written(config.out_dir, config.overwrite, dump_yaml(config)) as folder,
-        tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,
-        Spool(Path(work) / "records") as records,
+        folder.scratch() as work,
+        Spool(work / "records") as records,
     ):
-        evaluation = _evaluation(config, Path(work), bad_rows)
+        evaluation = _evaluation(config, work, bad_rows)
         try:
             verdicts = find_duplicates(
                 _spooled(config, bad_rows, records),
@@ -48,7 +47,7 @@ def run(config: DedupConfig) -> None:
                 fields=("compared",),
                 evaluation=evaluation,
                 evaluated_fields=("evaluated",),
-                scratch=Path(work),
+                scratch=work,
                 num_processes=processes,
             )
             _check_some_left(verdicts)
@@ -63,6 +62,7 @@ def run(config: DedupConfig) -> None:
     if verdicts.num_empty:
         empty = f"{verdicts.num_empty:,}", f"{verdicts.num_empty / len(verdicts):.2%}"
         rows.append(("kept, without text to compare", *empty))
+    rows += [(what, number, "") for what, number in note_rows(bad_rows)]
     print_table("dedup: what became of the records", rows, header=("", "records", "share"))
     bad = f"; {len(bad_rows)} bad rows skipped (bad_rows.jsonl)" if bad_rows else ""
     print(f"The result is in {config.out_dir}; what was removed, and why, in its {REMOVED}{bad}")
