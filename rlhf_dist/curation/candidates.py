@@ -39,14 +39,20 @@ class Item:
     """File and line."""
     on_bad_row: BadRowPolicy = "error"
     """Of its source."""
+    tools: tuple[Any, ...] = ()
+    """Descriptions of tools that the prompt is given with."""
 
 
-def item_id(prompt: str | Sequence[Message], candidates: Iterable[str | Sequence[Message]]) -> str:
-    """16 hex digits of the SHA-256 of prompt and candidates, in their order.
+def item_id(
+    prompt: str | Sequence[Message], candidates: Iterable[str | Sequence[Message]], tools: Sequence[Any] = ()
+) -> str:
+    """16 hex digits of the SHA-256 of prompt, candidates in their order, and tools.
 
     A string is the same as one message: of the user for a prompt, of the assistant for a candidate.
     """
-    content = [_pairs(prompt, "user"), [_pairs(candidate, "assistant") for candidate in candidates]]
+    content: list[Any] = [_pairs(prompt, "user"), [_pairs(candidate, "assistant") for candidate in candidates]]
+    # What plain texts do not have is left out of their ids, which files of judgements refer to.
+    content += [json.dumps(list(tools), sort_keys=True, default=str)] if tools else []
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
@@ -54,7 +60,40 @@ def item_id(prompt: str | Sequence[Message], candidates: Iterable[str | Sequence
 def _pairs(value: str | Sequence[Message], role: str) -> list[list[str]]:
     if isinstance(value, str):
         return [[role, value]]
-    return [[message["role"], message["content"]] for message in value]
+    return [list(turn) for turn in identity_of_messages(value)]
+
+
+def identity_of_messages(messages: Sequence[Message]) -> list[list[str]]:
+    """Role and text of each message, and whatever else it has as JSON."""
+    found = []
+    for message in messages:
+        rest = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+        more = [json.dumps(rest, sort_keys=True, default=str)] if rest else []
+        found.append([message["role"], message["content"], *more])
+    return found
+
+
+def is_text(messages: Sequence[Message], role: str) -> bool:
+    """Whether messages are one of `role` that is its text and nothing else."""
+    return len(messages) == 1 and messages[0]["role"] == role and messages[0].keys() == {"role", "content"}
+
+
+def shown_text(message: Message) -> str:
+    """All that a message holds, to be read: its reasoning, its text, its calls of tools."""
+    parts = [f"Reasoning: {message['reasoning_content']}"] if message.get("reasoning_content") else []
+    parts += [message["content"]] if message["content"] else []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = function.get("arguments", {})
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        parts.append(f"Tool call: {function['name']}({written})")
+    named = f"{message['name']}: " if message.get("name") else ""
+    return named + "\n\n".join(parts)
+
+
+def shown_tools(tools: Sequence[Any]) -> str:
+    """Descriptions of tools, one a line."""
+    return "\n".join(json.dumps(tool, ensure_ascii=False, default=str) for tool in tools)
 
 
 def read_items(sources: Iterable[DataSource], bad_rows: BadRows | None = None) -> list[Item]:
@@ -116,7 +155,8 @@ def item_of(row: Fields) -> Item:
     if len(set(texts)) == 1:
         raise row.error("candidates", "are all the same text, so there is no choice", "remove the row")
     candidates = tuple(({"role": "assistant", "content": text},) for text in texts)
-    return Item(item_id(messages, candidates), messages, candidates, models, row.location)
+    tools = row.tools()
+    return Item(item_id(messages, candidates, tools), messages, candidates, models, row.location, tools=tools)
 
 
 def _text(row: Fields, name: str, value: Any) -> str:
@@ -129,4 +169,5 @@ def _text(row: Fields, name: str, value: Any) -> str:
 
 def _of_preference(row: Fields) -> Item:
     prompt, candidates = preference_messages(row)
-    return Item(item_id(prompt, candidates), prompt, candidates, ("",) * len(candidates), row.location)
+    tools, models = row.tools(), ("",) * len(candidates)
+    return Item(item_id(prompt, candidates, tools), prompt, candidates, models, row.location, tools=tools)

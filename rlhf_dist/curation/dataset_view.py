@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.data import DataSource, source_names
+from rlhf_dist.curation.candidates import shown_text
 from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, SequenceDataset
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
 from rlhf_dist.data.rendering import Message, stop_token_ids
@@ -168,7 +169,7 @@ def _shown(label: str, ids: list[int], targets: list[bool], cut: bool = False, r
 
 
 def _said(messages: Sequence[Message]) -> str:
-    return "\n\n".join(message["content"] for message in messages)
+    return "\n\n".join(shown_text(message) for message in messages)
 
 
 def margin(record: Preference | Prompt | Conversation | Text) -> float | None:

@@ -14,6 +14,7 @@ all but the first, then each that is nearly the same as an earlier one that is k
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,10 @@ from rlhf_dist.curation.decontamination import EvaluationIndex, Match, matches
 from rlhf_dist.curation.fingerprints import SEPARATOR, Signatures, encoded, normalized, signatures
 from rlhf_dist.curation.near_duplicates import BandFiles, NearVerdicts, find_near
 from rlhf_dist.curation.parallel import ordered_map
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.kinds import KINDS
+from rlhf_dist.data.preferences import preference_messages
+from rlhf_dist.data.records import Text, turns_of
 from rlhf_dist.data.spool import Spool
 
 Reason = Literal["exact duplicate", "near-duplicate", "in an evaluation set"]
@@ -44,7 +49,7 @@ TEXT_FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "candidates": ("prompt",),
 }
-"""What is compared of each kind, unless fields are chosen."""
+"""What is compared of each kind, unless fields are chosen; in whatever shape the kind recognizes (`record_texts`)."""
 
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 2048, 1 << 21
 
@@ -124,11 +129,58 @@ def compared_text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
     return SEPARATOR.join(_flat(name, row.get(name)) for name in fields)
 
 
+def record_texts(kind: RecordKind, row: Fields) -> tuple[str, str]:
+    """The texts of a row as its kind reads it, whatever its shape: what is compared with other records, and with evaluation
+    sets. The first has what else makes records differ: roles out of the usual turns, calls of tools, tools.
+
+    Raises:
+        DataError: the row is invalid.
+    """
+    parts, tools = _parsed(kind, row)
+    texts = [part if isinstance(part, str) else _turns(part) for part in parts]
+    contents = [part if isinstance(part, str) else SEPARATOR.join(turn[1] for turn in part) for part in parts]
+    if tools:
+        # By their hash: descriptions of tools are long, and would make short chats that share them near-duplicates.
+        texts.append(
+            hashlib.blake2b(json.dumps(tools, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        )
+    return SEPARATOR.join(texts), SEPARATOR.join(contents)
+
+
+def _parsed(kind: RecordKind, row: Fields) -> tuple[list[Any], Sequence[Any]]:
+    """(texts and turns, tools)."""
+    parser = KINDS[kind]
+    if kind in ("prompt", "candidates"):
+        return [parser.subject(row)], ()
+    if kind == "ratings":
+        rated = parser.preference(row, use_margins=False)
+        return [rated.prompt, rated.response], ()
+    if kind == "preference":
+        prompt, responses = preference_messages(row)
+        return [turns_of(messages) for messages in (prompt, *responses)], row.tools()
+    if kind == "instruction" and all(row.get(field) is None for field in ("output", "completion")):
+        return [turns_of(parser.prompt(row))], ()  # as prompts, instructions need no output
+    record = parser.sequence(row, "")
+    return ([record.text], ()) if isinstance(record, Text) else ([turns_of(record.messages)], record.tools)
+
+
+def _turns(turns: Sequence[Sequence[str]]) -> str:
+    """Without the roles where user and assistant take turns as usual: a chat of one is an instruction to another."""
+    roles = [turn[0] for turn in turns]
+    usual = [("user", "assistant")[i % 2] for i in range(len(roles) + 1)]
+    as_usual = roles == usual[:-1] or roles == ["assistant"]
+    return SEPARATOR.join(part for turn in turns for part in turn[as_usual:])
+
+
 def _flat(name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, Mapping) and "from" in value and "value" in value:
+        return f"{value['from']}{SEPARATOR}{_flat(name, value['value'])}"
+    if isinstance(value, Mapping) and value.get("type") == "text":
+        return _flat(name, value.get("text"))
     if isinstance(value, Mapping) and "content" in value:
         return f"{value.get('role', '')}{SEPARATOR}{_flat(name, value['content'])}"
     if isinstance(value, Sequence) and not isinstance(value, bytes):

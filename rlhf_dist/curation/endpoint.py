@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,10 @@ class EndpointGenerator:
             answer = self._client.completions.create(prompt=request.prompt, **body)
             return self._completion(answer, request, lambda choice: choice.text)
         body[self.endpoint.max_tokens_key] = sampling.max_response_tokens
-        answer = self._client.chat.completions.create(messages=list(request.prompt), **body)  # pyright: ignore
+        if request.tools:
+            body["tools"] = [_tool(tool) for tool in request.tools]
+        messages: Any = [_message(message) for message in request.prompt]
+        answer = self._client.chat.completions.create(messages=messages, **body)
         return self._completion(answer, request, lambda choice: choice.message.content)
 
     def _completion(self, answer: Any, request: Request, text_of: Any) -> Completion:
@@ -120,6 +124,20 @@ class EndpointGenerator:
         text, stopped = cut_at_stop(text, request.sampling.stop)
         tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None) or 0
         return Completion(text, "eos" if stopped else _FINISH[reason], int(tokens))
+
+
+def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description as the protocol has it, also of one that is the function alone."""
+    return {"type": "function", "function": tool} if "function" not in tool and "type" not in tool else tool
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as the protocol has it: arguments of calls are JSON in a string."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _key(variable: str | None) -> str:

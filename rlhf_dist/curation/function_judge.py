@@ -79,9 +79,11 @@ class FunctionJudge:
         return Answer("a" if number > 0 else "b" if number < 0 else "tie", repr(number))
 
 
-def plain(messages: Messages) -> str | list[dict[str, str]]:
-    """A text or, where it is more than one message, a list of messages."""
-    return messages[0]["content"] if len(messages) == 1 else [dict(message) for message in messages]
+def plain(messages: Messages) -> str | list[dict[str, Any]]:
+    """A text or, where it is more than one message or a message is more than its text, a list of messages."""
+    if len(messages) == 1 and messages[0].keys() == {"role", "content"}:
+        return messages[0]["content"]
+    return [dict(message) for message in messages]
 
 
 def _module(where: str) -> ModuleType:

@@ -30,6 +30,8 @@ class Request:
     sampling: Sampling
     key: int
     """What the completion's random numbers are drawn by, with the generator's seed; 0 ≤ key < 2^63, one for each draw."""
+    tools: tuple[Any, ...] = ()
+    """Descriptions of tools that a chat is given with."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.curation.candidates import shown_text
 from rlhf_dist.curation.config.dedup import DedupSettings
 from rlhf_dist.curation.config.inspect import InspectSettings
 from rlhf_dist.curation.dataset_view import View, margin
@@ -221,7 +222,7 @@ def preference_numbers(view: View) -> dict[str, Any]:
         longer, equal = longer + (best > worst), equal + (best == worst)
         record = view.records[item]
         if len(record.responses) == 2:
-            prompt, (a, b) = view.prompt(item), (r[-1]["content"] for r in record.responses)
+            prompt, (a, b) = view.prompt(item), (shown_text(r[-1]) for r in record.responses)
             key = tuple(map(_digest, (prompt, a, b)))
             opposite = first_of.get((key[0], key[2], key[1]))
             if opposite is not None:

@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from rlhf_dist.core.errors import DataError, RunFolderError
 from rlhf_dist.core.json_lines import json_line
+from rlhf_dist.run.disk import full_disk_of_file
 
 
 class Journal:
@@ -49,11 +50,16 @@ class Journal:
             raise
 
     def append(self, *entries: Mapping[str, Any]) -> None:
-        """Add entries; they are on disk when this returns."""
+        """Add entries; they are on disk when this returns.
+
+        Raises:
+            RunFolderError: the disk is full. What was added before stays.
+        """
         lines = [json_line(entry) for entry in entries]
-        self._file.write("".join(lines).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with full_disk_of_file(self.path, "Free space, and give the same command again: what is done is kept"):
+            self._file.write("".join(lines).encode("utf-8"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.entries += map(dict, entries)
 
     def clear(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_dist.core.errors import DataError
-from rlhf_dist.curation.candidates import Item, Messages
+from rlhf_dist.curation.candidates import Item, Messages, is_text
 from rlhf_dist.curation.journal import read_journal
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
@@ -252,13 +252,15 @@ def _record(
 ) -> Iterator[dict[str, Any]]:
     loser = sum(tally.pair) - winner
     chosen, rejected = item.candidates[winner], item.candidates[loser]
-    if not all(message["content"].strip() for message in (*chosen, *rejected)):
-        return  # a trainer needs text on both sides
+    if not all(message["content"].strip() or message.get("tool_calls") for message in (*chosen, *rejected)):
+        return  # a trainer needs text, or a call of a tool, on both sides
     record: dict[str, Any] = {
         "prompt": response_record(item.prompt, "user"),
         "chosen": response_record(chosen, "assistant"),
         "rejected": response_record(rejected, "assistant"),
     }
+    if item.tools:
+        record["tools"] = list(item.tools)
     for_chosen = sum(judgement.preferred == winner for judgement in judgements)
     for_rejected = sum(judgement.preferred == loser for judgement in judgements)
     if margins and len(judgements) > 1:
@@ -298,9 +300,9 @@ def _criteria(judgements: Sequence[Judgement], winner: int) -> dict[str, dict[st
     return counts
 
 
-def response_record(messages: Messages, role: str) -> str | list[dict[str, str]]:
+def response_record(messages: Messages, role: str) -> str | list[dict[str, Any]]:
     """Messages as a preference record holds them: a text where it is one message of `role` that is read back as it is."""
-    if len(messages) == 1 and messages[0]["role"] == role and not _looks_like_a_dialogue(messages[0]["content"]):
+    if is_text(messages, role) and not _looks_like_a_dialogue(messages[0]["content"]):
         return messages[0]["content"]
     return [dict(message) for message in messages]
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 from rlhf_dist.core.random import derived_seed
-from rlhf_dist.curation.candidates import Item, Messages
+from rlhf_dist.curation.candidates import Item, Messages, shown_text, shown_tools
 from rlhf_dist.curation.config.generator import Sampling
 from rlhf_dist.curation.generators import Completion, Generator, Request, check_some_answered
 from rlhf_dist.curation.judgements import Judgement
@@ -172,8 +172,9 @@ def judge_prompt(prompt: PromptTemplate, item: Item, a: int, b: int, guidelines:
     """What a model is asked about one order of a pair."""
     # By the id, a hash of the texts themselves: no text can foresee the mark of its own fence.
     mark = f"{derived_seed(seed, f'judge/mark/{item.id}', 0) & 0xFFFFFFFF:08x}"
+    tools = f"Tools:\n{shown_tools(item.tools)}\n\n" if item.tools else ""
     texts = (
-        _shown(item.prompt, "user"),
+        tools + _shown(item.prompt, "user"),
         _shown(item.candidates[a], "assistant"),
         _shown(item.candidates[b], "assistant"),
     )
@@ -213,5 +214,5 @@ def _key(item: Item, a: int, b: int) -> int:
 def _shown(messages: Messages, role: str) -> str:
     """A text; with the roles' names where it is more than one message, or one of another role."""
     if len(messages) == 1 and messages[0]["role"] == role:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+        return shown_text(messages[0])
+    return "\n\n".join(f"{message['role'].capitalize()}: {shown_text(message)}" for message in messages)

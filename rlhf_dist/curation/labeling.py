@@ -341,10 +341,11 @@ class LabelTask:
             raise self._failure
         try:
             self._append(judgement.entry())
-        except OSError as error:
+        except (OSError, RunFolderError) as error:
             # A part of the line may be there: what came after would be glued to it. A new start cuts it off.
+            why = getattr(error, "strerror", error)
             self._failure = RunFolderError(
-                f"a judgement could not be written ({error.strerror}), so it was not taken, and no more are until the server "
+                f"a judgement could not be written ({why}), so it was not taken, and no more are until the server "
                 "is started again: make room, or fix the file system"
             )
             raise self._failure from error

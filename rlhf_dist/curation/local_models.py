@@ -46,7 +46,7 @@ class _Local:
             if isinstance(request.prompt, str):
                 ids = _encode_open_text(self.tokenizer, request.prompt)
             else:
-                ids = encode_prompt(self.tokenizer, request.prompt)
+                ids = encode_prompt(self.tokenizer, request.prompt, request.tools)
         except DataError as error:
             return Completion.failed(str(error))
         longest = request.sampling.max_response_tokens
@@ -155,9 +155,10 @@ class VLLMGenerator(_Local):
 
 
 def _encode_open_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text that is to be continued: begun as the tokenizer begins texts, not ended."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+    """Ids of a text that is to be continued: begun as the tokenizer begins texts, not ended. What it spells is text: no
+    special token can be forged in it (as `data/encoding.py` has it)."""
+    ids = list(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     if not ids:
         raise DataError(f"the prompt {text[:40]!r} tokenizes to nothing; give it text")

@@ -20,7 +20,10 @@ from rlhf_dist.curation.config.mix import MixSource
 from rlhf_dist.curation.fingerprints import encoded
 from rlhf_dist.curation.rows import read_records
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.mixing import Composition, MixtureSampler
+from rlhf_dist.data.records import Conversation
 from rlhf_dist.data.spool import Spool
 
 STREAM = "data/mix"
@@ -52,10 +55,10 @@ def spool_sources(sources: Sequence[MixSource], path: Path, bad_rows: BadRows) -
     """
     as_messages = len({source.kind for source in sources}) > 1
 
-    def change(number: int, record: dict[str, Any]) -> dict[str, Any]:
+    def change(number: int, row: Fields, record: dict[str, Any]) -> dict[str, Any]:
         source = sources[number]
         if as_messages and source.kind == "instruction":
-            record = instruction_messages(record)
+            record = instruction_messages(row, record)
         return {**record, "source": str(source.name or record.get("source") or source.label)}
 
     lines = Spool(path)
@@ -70,14 +73,28 @@ def spool_sources(sources: Sequence[MixSource], path: Path, bad_rows: BadRows) -
     return SpooledSources(tuple(source.label for source in sources), tuple(sizes), lines)
 
 
-def instruction_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """An `instruction` record as a `messages` record: the same conversation that a trainer would make of it."""
-    parts = [record.get(field) or "" for field in ("demonstration", "instruction", "input")]
-    messages = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
-    if record.get("output"):
-        messages.append({"role": "assistant", "content": record["output"]})
-    rest = {name: v for name, v in record.items() if name not in ("demonstration", "instruction", "input", "output")}
-    return {"messages": messages, **rest}
+def instruction_messages(row: Fields, record: dict[str, Any]) -> dict[str, Any]:
+    """An `instruction` row as a `messages` record: the conversation that a trainer makes of it, with weight 0 on the assistant
+    turns that it is not trained on, and the other columns of `record`."""
+    kind = KINDS["instruction"]
+    dropped = {"demonstration", "instruction", "input", "output", "tools"}
+    if all(row.get(field) is None for field in ("output", "completion")):  # as prompts, instructions need none
+        return {"messages": list(kind.prompt(row)), **_without(record, dropped)}
+    found = kind.sequence(row, "")
+    assert isinstance(found, Conversation), "an instruction is a conversation"
+    targets = range(len(found.messages)) if found.targets is None else found.targets
+    messages = [
+        {**message, "weight": 0} if message["role"] == "assistant" and i not in targets else message
+        for i, message in enumerate(found.messages)
+    ]
+    if row.get("instruction") is None:
+        dropped |= {"prompt", "completion"}
+    tools = {"tools": list(found.tools)} if found.tools else {}
+    return {"messages": messages, **tools, **_without(record, dropped)}
+
+
+def _without(record: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in names}
 
 
 def mixed_lines(spooled: SpooledSources, composition: Composition, seed: int) -> Iterator[bytes]:

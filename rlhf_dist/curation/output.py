@@ -22,11 +22,13 @@ from rlhf_dist import __version__
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.run.disk import full_disk_named
 from rlhf_dist.run.run_folder import BAD_ROWS, write_atomically
 
 RECORDS = "records.jsonl"
 REPORT = "report.json"
 CONFIG = "config.yaml"
+_REMEDY = "Free space, or choose an out_dir on a larger disk, and give the same command again"
 
 
 class OutputFolder:
@@ -54,6 +56,15 @@ class OutputFolder:
             os.fsync(file.fileno())
         return number
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for the work, gone after the block. After an error it stays until the whole result goes, so that what is
+        said of a full disk counts it."""
+        work = self.path / ".work"
+        work.mkdir()
+        yield work
+        shutil.rmtree(work)
+
     def write_bad_rows(self, bad_rows: BadRows) -> None:
         """The account of rows that were skipped, where there are any."""
         if bad_rows:
@@ -63,6 +74,11 @@ class OutputFolder:
         """Numbers and provenance; keys keep their order."""
         content = {"rlhf_dist": __version__, **report}
         write_atomically(self.path / REPORT, json_line(content, indent=2))
+
+
+def note_rows(bad_rows: BadRows) -> list[tuple[str, str]]:
+    """For a table: what was recognized in rows, or is not used of them, and in how many."""
+    return [(what, f"{number:,} rows") for what, number in sorted(bad_rows.notes.items())]
 
 
 def check_output(out_dir: Path, overwrite: bool) -> None:
@@ -100,17 +116,19 @@ def written(out_dir: Path, overwrite: bool, config_yaml: str) -> Iterator[Output
     """A folder to fill; at the end of the block it takes its place, and after an error nothing has changed.
 
     Raises:
-        RunFolderError: as `check_output`.
+        RunFolderError: as `check_output`; the disk is full.
     """
     check_output(out_dir, overwrite)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    kept = "The result that was there is as it was." if out_dir.exists() else "Nothing of it is left there."
     try:
-        aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private, and data are there to be shared
-        write_atomically(aside / CONFIG, config_yaml)
-        yield OutputFolder(aside)
-        check_output(out_dir, overwrite)  # hours may have passed
-        _put(aside, out_dir)
+        with full_disk_named(aside, kept, remedy=_REMEDY, place=out_dir):
+            aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private, and data are there to be shared
+            write_atomically(aside / CONFIG, config_yaml)
+            yield OutputFolder(aside)
+            check_output(out_dir, overwrite)  # hours may have passed
+            _put(aside, out_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

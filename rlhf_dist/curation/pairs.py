@@ -45,6 +45,8 @@ def ranked_pairs(
                 "chosen": response_record(preference.responses[better], "assistant"),
                 "rejected": response_record(preference.responses[worse], "assistant"),
             }
+            if tools := preference.tools:
+                record["tools"] = list(tools)
             if preference.ratings is not None:
                 margin = preference.ratings[better] - preference.ratings[worse]
                 if margin < min_margin:

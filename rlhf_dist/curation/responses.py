@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.core.random import permutation
-from rlhf_dist.curation.candidates import item_id
+from rlhf_dist.curation.candidates import identity_of_messages, is_text, item_id
 from rlhf_dist.curation.config.responses import ResponsesConfig
 from rlhf_dist.curation.generators import Completion, Request
 from rlhf_dist.data.bad_rows import BadRows
@@ -70,7 +70,7 @@ def distinct(prompts: Iterable[Prompt], report: ResponsesReport) -> list[Prompt]
     """Each prompt once, the first of equal ones."""
     found: dict[str, Prompt] = {}
     for prompt in prompts:
-        if found.setdefault(_canonical(prompt.messages), prompt) is not prompt:
+        if found.setdefault(_canonical(prompt), prompt) is not prompt:
             report.repeated_prompts += 1
     report.prompts = len(found)
     return list(found.values())
@@ -88,7 +88,7 @@ def prompts_of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
         messages = ({"role": "user", "content": value},) if isinstance(value, str) else tuple(value or ())
         if not messages or not str(messages[-1].get("content", "")).strip():
             raise DataError(f"row {number}: no prompt in column 'prompt'; fill it, or remove the row")
-        prompts.append(Prompt(messages, f"row {number}"))
+        prompts.append(Prompt(messages, f"row {number}", tools=tuple(row.get("tools") or ())))
     return prompts
 
 
@@ -102,7 +102,7 @@ class Responses:
         self.settings = settings
         self.prompts = list(prompts)
         self.report = report or ResponsesReport(prompts=len(prompts))
-        self._hashes = [hashlib.sha256(_canonical(prompt.messages).encode()) for prompt in prompts]
+        self._hashes = [hashlib.sha256(_canonical(prompt).encode()) for prompt in prompts]
         self._filled: dict[Slot, Completion] = {}
 
     @property
@@ -122,7 +122,11 @@ class Responses:
     def requests(self, piece: Piece) -> list[Request]:
         """What the piece's generator is asked."""
         sampling = self.settings.generators[piece.generator].sampling
-        return [Request(self.prompts[s.prompt].messages, sampling, self._key(s, piece.draw)) for s in piece.slots]
+        prompts = [self.prompts[slot.prompt] for slot in piece.slots]
+        return [
+            Request(prompt.messages, sampling, self._key(slot, piece.draw), prompt.tools)
+            for prompt, slot in zip(prompts, piece.slots, strict=True)
+        ]
 
     def absorb(self, piece: Piece, completions: Sequence[Completion]) -> None:
         """Fill the slots of a piece."""
@@ -169,10 +173,11 @@ class Responses:
                     "drawn": drawn[place],
                 }
             )
-        prompt = _prompt(self.prompts[number])
+        prompt, tools = _prompt(self.prompts[number]), self.prompts[number].tools
         return {
-            "id": item_id(prompt, [candidate["text"] for candidate in candidates]),
+            "id": item_id(prompt, [candidate["text"] for candidate in candidates], tools),
             "prompt": prompt,
+            **({"tools": list(tools)} if tools else {}),
             "candidates": candidates,
             "provenance": {"row": self.prompts[number].location},
         }
@@ -223,12 +228,14 @@ class Responses:
         return int.from_bytes(state.digest()[:8], "little") >> 1
 
 
-def _canonical(messages: Sequence[Message]) -> str:
-    return json.dumps([[message["role"], message["content"]] for message in messages])
+def _canonical(prompt: Prompt) -> str:
+    """What makes prompts differ. Tools are at the end where there are some, for what is drawn for a prompt depends on it."""
+    tools = [json.dumps(prompt.tools, sort_keys=True, default=str)] if prompt.tools else []
+    return json.dumps([*identity_of_messages(prompt.messages), *tools])
 
 
 def _prompt(prompt: Prompt) -> str | list[Message]:
     """As short as it can be told."""
-    if len(prompt.messages) == 1 and prompt.messages[0]["role"] == "user":
+    if is_text(prompt.messages, "user"):
         return prompt.messages[0]["content"]
     return [dict(message) for message in prompt.messages]

@@ -27,17 +27,23 @@ class SourceRow:
     """Its fields under the names of its kind, then its other columns; all of it can be written as JSON."""
     line: str
     """`record` as a JSON line, with its line end."""
+    texts: tuple[str, str] = ("", "")
+    """What `texts` made of it."""
 
 
 def read_records(
-    sources: Sequence[DataSource], bad_rows: BadRows, change: Callable[[int, Record], Record] | None = None
+    sources: Sequence[DataSource],
+    bad_rows: BadRows,
+    change: Callable[[int, Fields, Record], Record] | None = None,
+    texts: Callable[[DataSource, Fields, Record], tuple[str, str]] | None = None,
 ) -> Iterator[SourceRow]:
     """The records of sources, one after the other, checked as far as every use of their kind needs.
 
     Args:
         sources: where they are.
         bad_rows: takes the rows that cannot be used, under `on_bad_row: skip`.
-        change: what a record is written as, from the number of its source and the record.
+        change: what a record is written as, from the number of its source, the row and the record.
+        texts: of a record, for `SourceRow.texts`. A `DataError` in it or in `change` makes a bad row.
 
     Raises:
         DataError: what cannot be read or used, with its place; a source of which no row can be used.
@@ -49,8 +55,9 @@ def read_records(
             with bad_rows.guard(source.on_bad_row, row.values):
                 KINDS[source.kind].subject(row)
                 record = source_record(source, row)
-                record = record if change is None else change(number, record)
-                found = SourceRow(number, row.location, record, _line(row.location, record))
+                made = ("", "") if texts is None else texts(source, row, record)
+                record = record if change is None else change(number, row, record)
+                found = SourceRow(number, row.location, record, _line(row.location, record), made)
             if found is not None:
                 used = True
                 yield found

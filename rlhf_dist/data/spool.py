@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,12 +117,13 @@ class RecordStore(Sequence[R], Generic[R]):
                 self._spool.append(pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL))
             self._spool.flush()
         except OSError as err:
-            if err.errno != errno.ENOSPC:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            free = shutil.disk_usage(cache_dir()).free
             size = self._spool.lengths().sum() / 2**20
             raise DataError(
-                f"{len(self._spool)} records of {size:.0f} MiB fill the disk of {cache_dir()} ({err}); free some space, or set "
-                "HF_DATASETS_CACHE to a folder on a larger disk"
+                f"{len(self._spool)} records of {size:.0f} MiB fill the disk of {cache_dir()} ({err}; {free:,} bytes are "
+                "free); free some space, or set HF_DATASETS_CACHE to a folder on a larger disk"
             ) from err
         self._numbers = np.arange(len(self._spool))
         """[len] of each record in the spool."""

@@ -39,8 +39,8 @@ from rlhf_dist.data.spool import cache_dir
 
 MIN_RECORDS_PER_PROCESS = 5_000
 """Fewer are tokenized faster than a process starts."""
-_BATCH_SIZE, _BATCH_CHARS = 256, 2**21
-"""Records, and on average characters, that a process has in memory at a time, at most: a token takes some 50 bytes of it."""
+_BATCH_SIZE, _BATCH_CHARS = 256, 2**19
+"""Records, and on average characters, that a process tokenizes at a time, at most: a character may take 200 bytes meanwhile."""
 
 _FEATURES = datasets.Features(
     {

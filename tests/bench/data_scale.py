@@ -94,7 +94,7 @@ def main() -> None:
     folder = options.folder.absolute()
     folder.mkdir(parents=True)
     pool = [sentence for part in sentences(options.data).values() for sentence in part]
-    model = save_tiny_lm(folder / "model")
+    model = save_tiny_lm(folder / "model", max_position_embeddings=8192)
     path = folder / "pairs.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for pair in pairs(options.records, pool):

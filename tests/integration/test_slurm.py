@@ -318,7 +318,8 @@ def test_a_node_that_never_comes_up_is_named(submit: Callable[..., Job], make_co
         if submit_slurm is not None:
             submit_slurm.revive_node(slurm_cluster.SPARE)
     dead.end()
-    assert "2 of 3 nodes joined Ray; missing: n3 (Ray ended on n3)" in dead.log
+    # n2 may have joined by then, or not.
+    assert re.search(r"[12] of 3 nodes joined Ray; missing: .*n3 \(Ray ended on n3\)", dead.log), dead.log
     assert not (tmp_path / "run").exists()
     _nothing_left(dead)
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.data import DataSource
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.curation.config.dedup import DedupConfig, NearDuplicates
 from rlhf_dist.curation.decontamination import EvaluationIndex
-from rlhf_dist.curation.dedup import TEXT_FIELDS, Verdicts, compared_text, find_duplicates
+from rlhf_dist.curation.dedup import TEXT_FIELDS, Verdicts, compared_text, find_duplicates, record_texts
 from rlhf_dist.curation.fingerprints import banding, encoded
-from rlhf_dist.curation.output import OutputFolder, written
+from rlhf_dist.curation.output import OutputFolder, note_rows, written
 from rlhf_dist.curation.parallel import default_processes
 from rlhf_dist.curation.rows import read_records
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.spool import Spool
 from rlhf_dist.run.console import print_table
 
@@ -35,18 +36,18 @@ def run(config: DedupConfig) -> None:
         banding(config.near)  # rejected before anything is read
     with (
         written(config.out_dir, config.overwrite, dump_yaml(config)) as folder,
-        tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,
-        Spool(Path(work) / "records") as records,
+        folder.scratch() as work,
+        Spool(work / "records") as records,
     ):
-        evaluation = _evaluation(config, Path(work), bad_rows)
+        evaluation = _evaluation(config, work, bad_rows)
         try:
             verdicts = find_duplicates(
                 _spooled(config, bad_rows, records),
                 config,
-                fields=fields,
+                fields=("compared",),
                 evaluation=evaluation,
-                evaluated_fields=TEXT_FIELDS[config.sources[0].kind],
-                scratch=Path(work),
+                evaluated_fields=("evaluated",),
+                scratch=work,
                 num_processes=processes,
             )
             _check_some_left(verdicts)
@@ -58,6 +59,10 @@ def run(config: DedupConfig) -> None:
         folder.write_bad_rows(bad_rows)
         _report(config, folder, verdicts, evaluation, fields, len(bad_rows))
     rows = [(reason, f"{number:,}", f"{number / len(verdicts):.2%}") for reason, number in verdicts.counts().items()]
+    if verdicts.num_empty:
+        empty = f"{verdicts.num_empty:,}", f"{verdicts.num_empty / len(verdicts):.2%}"
+        rows.append(("kept, without text to compare", *empty))
+    rows += [(what, number, "") for what, number in note_rows(bad_rows)]
     print_table("dedup: what became of the records", rows, header=("", "records", "share"))
     bad = f"; {len(bad_rows)} bad rows skipped (bad_rows.jsonl)" if bad_rows else ""
     print(f"The result is in {config.out_dir}; what was removed, and why, in its {REMOVED}{bad}")
@@ -72,8 +77,8 @@ def _evaluation(config: DedupConfig, work: Path, bad_rows: BadRows) -> Evaluatio
     index = EvaluationIndex(folder, config.decontaminate)
     try:
         for name, source in config.decontaminate.against.items():
-            rows = read_records((source,), bad_rows)
-            index.add(name, ((row.location, compared_text(row.record, TEXT_FIELDS[source.kind])) for row in rows))
+            rows = read_records((source,), bad_rows, texts=lambda source, row, _: record_texts(source.kind, row))
+            index.add(name, ((row.location, row.texts[1]) for row in rows))
         index.finish()
     except BaseException:
         index.close()
@@ -82,12 +87,22 @@ def _evaluation(config: DedupConfig, work: Path, bad_rows: BadRows) -> Evaluatio
 
 
 def _spooled(config: DedupConfig, bad_rows: BadRows, records: Spool) -> Iterator[Mapping[str, Any]]:
-    """The records as they come, each written down on the way as its place and its line."""
+    """The texts of the records as they come, each record written down on the way as its place and its line."""
     unseen = set(config.fields or ())
-    for row in read_records(config.sources, bad_rows):
+
+    def texts(source: DataSource, row: Fields, record: Mapping[str, Any]) -> tuple[str, str]:
+        compared, evaluated = record_texts(source.kind, row)
+        if config.fields is None:
+            return compared, evaluated
+        try:
+            return compared_text(record, config.fields), evaluated
+        except DataError as error:
+            raise DataError(f"{row.location}: {error}") from error
+
+    for row in read_records(config.sources, bad_rows, texts=texts):
         records.append(encoded(f"{row.location}\0{row.line}"))
         unseen -= row.record.keys()
-        yield row.record
+        yield {"compared": row.texts[0], "evaluated": row.texts[1]}
     if unseen:
         raise DataError(
             f"no record has the field {', '.join(map(repr, sorted(unseen)))} that fields names; name fields of kind "

@@ -128,6 +128,8 @@ def inspected(
             numbers["overlap"] = overlap_numbers(train, view)
         if view.name == "training records" and loaded.mixing:
             numbers["mixing"] = list(loaded.mixing)
+        if view.dataset.report.notes:
+            numbers["notes"] = dict(view.dataset.report.notes)
         if view.dataset.report.bad:
             numbers["kinds of bad rows"] = bad_row_kinds(view.dataset.report.bad)
         bad += [row for row in view.dataset.report.bad if row.reason not in seen]

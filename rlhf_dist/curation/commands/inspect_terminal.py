@@ -49,6 +49,7 @@ def _show_numbers(report: SetReport) -> None:
     for key, value in numbers.get("preferences", {}).items():
         if isinstance(value, (int, float)):
             rows.append((key, f"{value:.1%}" if key.startswith("share") else f"{value:,}"))
+    rows += [(what, f"{number:,} rows") for what, number in numbers.get("notes", {}).items()]
     print_table(name, rows)
     for key in ("sources", "tasks"):
         shares = [

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.curation.config.mix import MixConfig
 from rlhf_dist.curation.mixture import mixed_lines, spool_sources
-from rlhf_dist.curation.output import written
+from rlhf_dist.curation.output import note_rows, written
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import SHARE_COLUMNS, compose, share_table
 from rlhf_dist.run.console import print_table
@@ -19,9 +16,9 @@ def run(config: MixConfig) -> None:
     bad_rows = BadRows()
     with (
         written(config.out_dir, config.overwrite, dump_yaml(config)) as folder,
-        tempfile.TemporaryDirectory(prefix=".work.", dir=folder.path) as work,
+        folder.scratch() as work,
     ):
-        spooled = spool_sources(config.sources, Path(work) / "records", bad_rows)
+        spooled = spool_sources(config.sources, work / "records", bad_rows)
         with spooled.lines:
             composition = compose(config.mixing, spooled.names, spooled.sizes)
             print_table("mix: shares of the mixture", share_table(composition), header=SHARE_COLUMNS)
@@ -48,5 +45,7 @@ def run(config: MixConfig) -> None:
                 "bad rows": len(bad_rows),
             }
         )
+    if notes := note_rows(bad_rows):
+        print_table("mix: what was recognized in rows, or is not used", notes)
     bad = f"; {len(bad_rows)} bad rows skipped (bad_rows.jsonl)" if bad_rows else ""
     print(f"{num_records:,} records are in {config.out_dir}{bad}")

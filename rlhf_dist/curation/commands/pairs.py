@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.pairs import PairsConfig
-from rlhf_dist.curation.output import check_output, written
+from rlhf_dist.curation.output import check_output, note_rows, written
 from rlhf_dist.curation.pairs import ranked_pairs
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.reader import read_preferences
@@ -38,4 +38,5 @@ def run(config: PairsConfig) -> None:
         folder.write_bad_rows(bad_rows)
         folder.write_report({"command": "data pairs", "pairs": number, "by source": counts, "bad": len(bad_rows)})
     rows = [(path, str(count)) for path, count in counts.items()]
-    print_table(str(config.out_dir), [*rows, ("bad, skipped", str(len(bad_rows))), ("pairs", str(number))])
+    rows += [*note_rows(bad_rows), ("bad, skipped", str(len(bad_rows))), ("pairs", str(number))]
+    print_table(str(config.out_dir), rows)

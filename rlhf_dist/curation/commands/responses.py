@@ -11,7 +11,7 @@ from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.responses import ResponsesConfig
 from rlhf_dist.curation.generators import Completion, Generator, check_some_answered, load_generator
-from rlhf_dist.curation.output import check_output, written
+from rlhf_dist.curation.output import check_output, note_rows, written
 from rlhf_dist.curation.responses import Responses, ResponsesReport, read_distinct_prompts
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
 from rlhf_dist.data.bad_rows import BadRows
@@ -27,7 +27,11 @@ def run(config: ResponsesConfig) -> None:
     bad_rows, report = BadRows(), ResponsesReport()
     prompts = read_distinct_prompts(config.prompts, bad_rows, report)
     state = Responses(config, prompts, report)
-    fingerprint = hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(
+        json.dumps(
+            [(prompt.messages, prompt.tools) if prompt.tools else prompt.messages for prompt in prompts]
+        ).encode()
+    ).hexdigest()
     with resumable(config.out_dir, identity_of(config, prompts=fingerprint)) as work:
         _generate(config, state, work)
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
@@ -86,6 +90,8 @@ def _show(config: ResponsesConfig, report: ResponsesReport, bad_rows: BadRows) -
         for made in report.by_generator
     ]
     print_table(str(config.out_dir), rows, header)
+    if notes := note_rows(bad_rows):
+        print_table("what was recognized in rows, or is not used", notes)
     print(
         f"{report.records} prompts with two or more responses, {report.skipped_prompts} without; {report.repeated_prompts} "
         f"came again, {len(bad_rows)} bad; {report.requests} requests, {report.redrawn} of them drawn anew."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.templates import TemplatesConfig
-from rlhf_dist.curation.output import check_output, written
+from rlhf_dist.curation.output import check_output, note_rows, written
 from rlhf_dist.curation.templates import TemplateReport, render_sources
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.run.console import print_table
@@ -36,4 +36,5 @@ def run(config: TemplatesConfig) -> None:
     rows = [(f"{task}: {name}", str(count)) for (task, name), count in sorted(report.num_records.items())]
     rows += [("rows read", str(report.num_rows)), ("bad, skipped", str(len(bad_rows)))]
     rows += [("filtered by every template", str(len(bad_rows.filtered))), ("records", str(number))]
+    rows += note_rows(bad_rows)
     print_table(str(config.out_dir), rows)

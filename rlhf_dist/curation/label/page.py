@@ -12,6 +12,7 @@ from urllib.parse import quote
 from nicegui import app, ui
 
 from rlhf_dist.core.errors import RlhfDistError
+from rlhf_dist.curation.candidates import shown_tools
 from rlhf_dist.curation.config.label import MAX_NAME, checked_name
 from rlhf_dist.curation.judgements import CHOICES
 from rlhf_dist.curation.label.texts import show_messages, show_text
@@ -201,6 +202,9 @@ class _Labeling:
             if not several:
                 ui.label("Prompt").classes("turn-role")
             show_messages(item.prompt, roles=several)
+            if item.tools:
+                ui.label("Tools").classes("turn-role")
+                show_text(shown_tools(item.tools))
         with ui.element("div").classes("pair"):
             for side, index in (("a", shown.left), ("b", shown.right)):
                 messages = item.candidates[index]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from nicegui import ui
 
+from rlhf_dist.curation.candidates import shown_text
 from rlhf_dist.data.rendering import Message
 
 _FENCE = re.compile(
@@ -46,10 +47,8 @@ def show_messages(messages: Sequence[Message], *, roles: bool) -> None:
     """Messages one below the other, with the names of their roles where `roles`."""
     for message in messages:
         if not roles:
-            show_text(message["content"])
+            show_text(shown_text(message))
             continue
         with ui.element("div").classes(f"turn turn-{message['role']}"):
-            ui.label({"user": "User", "assistant": "Assistant", "system": "System"}[message["role"]]).classes(
-                "turn-role"
-            )
-            show_text(message["content"])
+            ui.label(message["role"].capitalize()).classes("turn-role")
+            show_text(shown_text(message))

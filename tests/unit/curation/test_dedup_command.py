@@ -150,3 +150,73 @@ def test_rejections(
     assert run(tmp_path, config.pop("sources"), **config) == exit_code
     assert problem in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "dedup.yaml"]
+
+
+CHAT = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "Rain carries salt out of stones."}]
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ShareGPT": (
+        "messages",
+        {"conversations": [{"from": "human", "value": LONG}, {"from": "gpt", "value": CHAT[1]["content"]}]},
+    ),
+    "turns in messages": (
+        "messages",
+        {"messages": [{"from": "human", "value": LONG}, {"from": "gpt", "value": CHAT[1]["content"]}]},
+    ),
+    "content in parts": (
+        "messages",
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]},
+    ),
+    "chat": ("messages", {"messages": CHAT}),
+    "completion": ("messages", {"prompt": LONG, "completion": CHAT[1]["content"]}),
+    "instruction": ("instruction", {"instruction": LONG, "output": CHAT[1]["content"]}),
+    "completion as instruction": ("instruction", {"prompt": LONG, "completion": CHAT[1]["content"]}),
+    "preference": ("preference", {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "No."}]}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_that_a_kind_reads_is_compared(
+    tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, row = SHAPES[shape]
+    sources = [{"path": str(write(tmp_path / "a.jsonl", [row, row, row])), "kind": kind}]
+    assert run(tmp_path, sources) == 0
+    assert read(tmp_path / "out" / "records.jsonl") == [row], "written as it was"
+    assert "without text" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation_sets_of_every_shape_are_found(tmp_path: Path, shape: str) -> None:
+    kind, row = SHAPES[shape]
+    rows = [{"instruction": LONG, "output": "x"}, {"instruction": "Name a bird.", "output": "Wren"}]
+    sources = [{"path": str(write(tmp_path / "a.jsonl", rows)), "kind": "instruction"}]
+    against = {"e": {"path": str(write(tmp_path / "e.jsonl", [row])), "kind": kind}}
+    assert run(tmp_path, sources, decontaminate={"against": against}) == 0
+    assert read(tmp_path / "out" / "records.jsonl") == rows[1:]
+
+
+def test_what_makes_chats_differ_beside_their_texts(tmp_path: Path) -> None:
+    def call(city: str) -> dict[str, Any]:
+        function = {"name": "weather", "arguments": {"city": city}}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+    asked = {"role": "user", "content": "How warm is it?"}
+    rows = [{"messages": [asked, call(city)]} for city in ("Ulm", "Bonn", "Ulm")]
+    rows += [{"messages": CHAT}, {"messages": CHAT, "tools": [{"name": "weather"}]}]
+    sources = [{"path": str(write(tmp_path / "a.jsonl", rows)), "kind": "messages"}]
+    assert run(tmp_path, sources, near=None) == 0
+    assert read(tmp_path / "out" / "records.jsonl") == [rows[0], rows[1], rows[3], rows[4]]
+
+
+def test_a_chosen_field_without_text_has_a_place_and_can_be_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "one", "more": {"a": 1}}, {"text": "two", "more": "b"}, {"text": "three"}]
+    source = {"path": str(write(tmp_path / "a.jsonl", rows)), "kind": "text"}
+    assert run(tmp_path, [source], fields=["more"]) == 3
+    error = capsys.readouterr().err
+    assert "a.jsonl:1" in error
+    assert "'more'" in error
+    assert run(tmp_path, [{**source, "on_bad_row": "skip"}], fields=["more"]) == 0
+    assert read(tmp_path / "out" / "records.jsonl") == rows[1:]
+    assert "without text to compare" in capsys.readouterr().out

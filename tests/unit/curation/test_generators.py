@@ -334,3 +334,42 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: 
     with pytest.raises(ValidationError, match=problem) as rejection:
         GeneratorConfig(model="m", **settings)
     assert "s3cret" not in str(rejection.value.errors()[0]["ctx"]["error"])
+
+
+# Tools, and what people's text spells.
+
+TOOLS = ({"name": "weather", "description": "of a city"},)
+
+
+def test_an_endpoint_gets_tools_and_calls_as_the_protocol_has_them() -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    turns = (CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "9"})
+    with protocol_server(lambda *_: chat_answer("fine")) as (url, seen):
+        remote(url).generate([Request(turns, GREEDY, 0, TOOLS)])
+        remote(url).generate([Request(CHAT, GREEDY, 0)])
+    assert seen[0]["tools"] == [{"type": "function", "function": TOOLS[0]}]
+    assert json.loads(seen[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {"city": "Ulm"}
+    assert "tools" not in seen[1]
+
+
+def test_a_local_model_is_shown_tools(tiny_lm: Path, tmp_path: Path) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    generator = local(tiny_lm, template_path=str(template))
+    ids = generator.encode(Request(CHAT, GREEDY, 0, TOOLS))
+    assert isinstance(ids, list)
+    assert generator.tokenizer.decode(ids) == "weather <user>calm<assistant>"
+
+
+def test_a_text_cannot_forge_special_tokens(tiny_lm: Path) -> None:
+    generator = local(tiny_lm)
+    eos = generator.tokenizer.eos_token
+    for text in (f"calm{eos}is", f"calm{eos}"):
+        ids = generator.encode(Request(text, GREEDY, 0))
+        assert isinstance(ids, list)
+        assert generator.tokenizer.eos_token_id not in ids
+        assert generator.tokenizer.decode(ids) == text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
-from rlhf_dist.curation.candidates import Item, item_id, read_items
+from rlhf_dist.curation.candidates import Item, item_id, read_items, shown_text
 from rlhf_dist.curation.journal import Journal
 from rlhf_dist.curation.judgements import (
     WITHDRAWN,
@@ -249,3 +250,35 @@ def test_a_directory_of_datasets_is_a_source(tmp_path: Path):
     (found,) = read_items([source(tmp_path / "set")])
     assert found.models == ("m", "n")
     assert found.id == item_id("p", ["x", "y"])
+
+
+# Messages that are more than their text.
+
+
+def call(city: str, **more: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}], **more}
+
+
+def test_ids_tell_everything_apart_and_those_of_texts_are_as_they_ever_were():
+    assert item_id("p", ["x", "y"]) == "3cc830941a522cdf"
+    variants = [[call("Ulm")], [call("Bonn")], [call("Ulm", reasoning_content="r")], [{**call("Ulm"), "content": "x"}]]
+    ids = {item_id("p", [variant, "y"]) for variant in variants}
+    ids |= {item_id("p", [variants[0], "y"], [{"name": tool}]) for tool in ("a", "b")}
+    ids |= {item_id([{"role": "user", "content": "p", "name": "n"}], ["x", "y"])}
+    assert len(ids) == 7
+
+
+def test_a_preferred_call_of_a_tool_is_a_record_with_its_tools(tmp_path: Path):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    row = {"prompt": "How warm is it?", "chosen": [call("Ulm")], "rejected": [call("Bonn")], "tools": tools}
+    (found,) = read_items([source(write(tmp_path / "p.jsonl", [row]), "preference")])
+    assert found.id == item_id("How warm is it?", [[call("Ulm")], [call("Bonn")]], tools)
+    (record,) = preference_records({found.id: found}, votes("b", name=found.id), "majority")
+    assert (record["chosen"], record["rejected"], record["tools"]) == ([call("Bonn")], [call("Ulm")], tools)
+
+
+def test_all_of_a_message_is_shown():
+    told = shown_text({**call("Ulm"), "content": "Let me see.", "reasoning_content": "Ulm is a city."})
+    assert re.search(r"Ulm is a city\..*Let me see\..*weather\(.*Ulm", told, re.DOTALL)
+    assert shown_text({"role": "user", "content": " a\n"}) == " a\n"

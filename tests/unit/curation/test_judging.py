@@ -15,11 +15,13 @@ from support.scripted import ScriptedGenerator
 
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import ConfigError, DataError, ModelError
+from rlhf_dist.curation.candidates import read_items
 from rlhf_dist.curation.commands import judge as command
 from rlhf_dist.curation.config.judge import JudgeConfig
 from rlhf_dist.curation.generators import Completion, Request
 from rlhf_dist.curation.judgements import read_judgements
-from rlhf_dist.curation.judging import FAILED, UNREADABLE, read_answer
+from rlhf_dist.curation.judging import FAILED, UNREADABLE, judge_prompt, read_answer
+from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.data.reader import read_preferences
 
 ROWS = {
@@ -340,3 +342,22 @@ def test_a_model_that_judges_by_chance_gives_no_false_preferences(tiny_lm: Path,
     with pytest.raises(DataError, match="no pair of 9 became a preference"):
         command.run(settings)
     assert json.loads((settings.out_dir / "report.json").read_text())["unreadable"] == 9
+
+
+def test_a_judge_sees_calls_of_tools_reasoning_and_tools(tmp_path: Path):
+    def call(city: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": city}}]}
+
+    row = {
+        "prompt": [{"role": "user", "content": "How warm?"}, call("Rome"), {"role": "tool", "content": "30 degrees"},
+                   {"role": "user", "content": "And there?"}],
+        "chosen": [call("Ulm")],
+        "rejected": [{"role": "assistant", "content": "Cold.", "reasoning_content": "It is winter."}],
+        "tools": [{"name": "weather", "description": "of a city"}],
+    }  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row))
+    (item,) = read_items([DataSource(path=str(path), kind="preference")])
+    shown = judge_prompt(PromptTemplate(None, "judge.jinja"), item, 0, 1, "", 0)
+    for part in ("Rome", "Tool: 30 degrees", "Ulm", "Cold.", "It is winter.", "of a city"):
+        assert part in shown

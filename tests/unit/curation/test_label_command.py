@@ -12,7 +12,7 @@ import pytest
 from rlhf_dist.cli.main import main
 from rlhf_dist.curation.candidates import item_id
 from rlhf_dist.curation.config.label import LabelServer
-from rlhf_dist.curation.label import server
+from rlhf_dist.curation.label import server, texts
 from rlhf_dist.curation.label.texts import parts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -169,3 +169,32 @@ def test_the_recipe_is_a_configuration(monkeypatch: pytest.MonkeyPatch):
     config = load_config(LabelConfig, ROOT / "launch" / "recipes" / "label.yaml")
     assert config.out_dir.is_relative_to(Path("runs").absolute())
     assert len(read_items(config.sources)) >= 10
+
+
+def test_the_page_shows_calls_and_results_of_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Element:
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+        def classes(self, _: str) -> Element:
+            return self
+
+        def props(self, _: str) -> Element:
+            return self
+
+    class Ui:
+        @staticmethod
+        def label(text: str) -> Element:
+            shown.append(text)
+            return Element()
+
+        @staticmethod
+        def element(_: str) -> Element:
+            return Element()
+
+    monkeypatch.setattr(texts, "ui", Ui)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "9 degrees"}]
+    texts.show_messages(turns, roles=True)
+    assert shown == ["Assistant", 'Tool call: weather({"city": "Ulm"})', "Tool", "9 degrees"]

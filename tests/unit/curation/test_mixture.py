@@ -16,6 +16,7 @@ from rlhf_dist.curation.mixture import mixed_lines, spool_sources
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import compose
 from rlhf_dist.data.reader import read_sequences
+from rlhf_dist.data.records import Conversation
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -149,3 +150,34 @@ def test_configurations_that_cannot_be_meant(changes: list[dict[str, str]], prob
         MixConfig.model_validate(
             {"out_dir": "o", "sources": changes, "mixing": {"method": "weights", "weights": [1, 2]}}
         )
+
+
+def test_instructions_of_every_shape_become_the_chats_that_a_trainer_makes_of_them(tmp_path: Path) -> None:
+    """Read again, the mixture has the conversations of its sources, with what is learnt from of each."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows = [
+        {"prompt": "p", "completion": "q", "task": "t"},
+        {"prompt": turns, "completion": [{"role": "assistant", "content": "d"}]},
+        {"instruction": "i", "input": "j", "output": "k", "demonstration": "l", "extra": 1},
+    ]
+    sources = [
+        DataSource(path=str(write(tmp_path / "a.jsonl", rows)), kind="instruction"),
+        DataSource(path=str(write(tmp_path / "b.jsonl", [{"messages": turns[:2]}])), kind="messages"),
+    ]
+    config = {"sources": [{"path": source.path, "kind": source.kind} for source in sources]}
+    assert run(tmp_path, config) == 0
+    made = read(tmp_path / "out" / "records.jsonl")
+    assert not any({"prompt", "completion", "instruction", "output"} & record.keys() for record in made)
+    assert {record.get("task") for record in made} == {"t", None}
+
+    def learnt(source: DataSource) -> list[str]:
+        found = []
+        for record in read_sequences(source):
+            assert isinstance(record, Conversation)
+            roles = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
+            targets = roles if record.targets is None else list(record.targets)
+            found.append(json.dumps([record.messages, targets]))
+        return found
+
+    again = learnt(DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="messages"))
+    assert sorted(again) == sorted(learnt(sources[0]) + learnt(sources[1]))

@@ -79,3 +79,22 @@ def test_texts_without_a_prompt_stay_ratings(tmp_path: Path, capsys: pytest.Capt
     assert run(tmp_path, "ratings", rows) == 3
     assert "has no prompt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def weather(city: str, **more: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}], **more}
+
+
+def test_what_responses_hold_beside_text_is_kept(tmp_path: Path) -> None:
+    asked = {"role": "user", "content": "How warm is it in Ulm?", "name": "ann"}
+    thought = {"role": "assistant", "content": "No idea.", "reasoning_content": "A guess would be wrong."}
+    rows = [{"prompt": [asked], "chosen": [weather("Ulm")], "rejected": [thought]}]
+    assert run(tmp_path, "preference", rows) == 0
+    (found,) = read(tmp_path)
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ([asked], [weather("Ulm")], [thought])
+    before, after = (
+        next(iter(read_preferences(DataSource(path=str(path), kind="preference"), seed=0)))
+        for path in (tmp_path / "rows.jsonl", tmp_path / "out" / "records.jsonl")
+    )
+    assert (after.prompt, after.responses) == (before.prompt, before.responses)

@@ -264,3 +264,22 @@ def test_with_real_models(tiny_lm: Path, tmp_path: Path) -> None:
     again = settings.model_copy(update={"out_dir": tmp_path / "again"})
     command.run(again)
     assert (again.out_dir / "records.jsonl").read_bytes() == (settings.out_dir / "records.jsonl").read_bytes()
+
+
+def test_prompts_that_differ_in_their_tools_are_different_and_are_asked_with_them(
+    tmp_path: Path, answering: Callable[[Answer], dict[str, ScriptedGenerator]]
+) -> None:
+    made = answering(lambda model, request: f"{model} {request.key}")
+    tools = [[], [{"name": "weather"}], [{"name": "clock"}], [{"name": "weather"}]]
+    settings = config(tmp_path, ["What now?"])
+    Path(settings.prompts[0].path).write_text(
+        "".join(json.dumps({"prompt": "What now?"} | ({"tools": t} if t else {})) + "\n" for t in tools)
+    )
+    command.run(settings)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert [row.get("tools", []) for row in rows] == tools[:3]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["repeated_prompts"] == 1
+    asked = [list(request.tools) for request in made["two"].asked]
+    assert asked == tools[:3]
+    items = read_items([DataSource(path=str(tmp_path / "out" / "records.jsonl"), kind="candidates")])
+    assert [(item.id, list(item.tools)) for item in items] == [(row["id"], row.get("tools", [])) for row in rows]

@@ -42,10 +42,11 @@ def test_a_store_of_records_is_a_sequence(items: list[str], data: st.DataObject)
         store[len(items)]
 
 
-def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "No space left on device")
 
     monkeypatch.setattr(Spool, "flush", full)
-    with pytest.raises(DataError, match=r"1 records of .* HF_DATASETS_CACHE"):
+    with pytest.raises(DataError, match=r"1 records of .* [\d,]+ bytes are free.* HF_DATASETS_CACHE"):
         RecordStore(["a"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_dist.cli.main import main
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.distributed.futures import completed
 from rlhf_dist.run.checkpoint import Checkpoints
@@ -58,3 +61,19 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk: Path):
 def test_other_errors_are_as_they_were(tmp_path: Path):
     with pytest.raises(KeyError), full_disk_named(tmp_path / "a", "Nothing."):
         raise KeyError("other")
+
+
+def test_a_mixture_that_does_not_fit_leaves_nothing(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"{i}", "output": "x" * 1000}) + "\n" for i in range(3000)))
+    config = tmp_path / "mix.yaml"
+    out = small_disk / "out"
+    config.write_text(json.dumps({"out_dir": str(out), "sources": [{"path": str(rows), "kind": "instruction"}]}))
+    assert main(["data", "mix", str(config)]) == RunFolderError.exit_code
+    error = capsys.readouterr().err
+    assert f"{out} " in error
+    assert re.search(r"more than [12],\d+,\d+ bytes are needed, [\d,]+ of 2,097,152", error)
+    assert "Traceback" not in error
+    assert list(small_disk.iterdir()) == []
