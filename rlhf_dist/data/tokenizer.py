@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.data.rendering import stop_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +67,12 @@ def _warn_of_clock(model_path: str) -> None:
 
 
 def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token of its own where EOS pads.
+    """Give the tokenizer a pad token of its own where EOS or the template's end of turn pads.
 
     For reward models: transformers reads a sequence's score at its last token that is not padding, so that with EOS as padding
     it would be read before the EOS that ends a response. The new token's id is one that the embeddings may not have.
     """
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in stop_token_ids(tokenizer):
         tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
 
 

@@ -30,6 +30,8 @@ from rlhf_dist.models.generation_config import make_savable
 
 LANGUAGE_MODEL_HEADS = {"lm_head", "embed_out", "output"}
 """What transformers' causal language models call their heads."""
+_OLD_BUFFERS = (".attn.masked_bias", ".attn.bias", ".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+"""Buffers that older versions of transformers saved (GPT-2, GPT-NeoX, Llama), and models now compute."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -212,6 +214,7 @@ def _check_info(path: str, info: dict[str, Any], *, scalar: bool, head_is_new: b
     """Raise ModelError where transformers found other weights than the model's; a new scalar head may be missing, and the
     language-model head that it replaces be left over."""
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    unexpected -= {name for name in unexpected if name.endswith(_OLD_BUFFERS)}
     if not scalar and any(key.startswith("score.") for key in unexpected):
         raise ModelError(
             f"{path!r} has a scalar head in place of a language-model head, so it is no causal language model; give a policy, "

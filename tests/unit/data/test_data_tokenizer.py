@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from rlhf_dist.core.errors import ConfigError, ModelError
 from rlhf_dist.data.rendering import render_conversation, stop_token_ids
 from rlhf_dist.data.tokenization import _tokenizer_identity
-from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.data.tokenizer import add_pad_token, load_tokenizer
 
 TURNS = [
     {"role": "system", "content": "be kind"},
@@ -164,3 +164,17 @@ def test_a_template_that_prints_the_date_is_named(tmp_path, caplog):
     for _ in range(2):
         load_tokenizer(str(tmp_path))
     assert [record.message.count("strftime_now") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("pad", ["</s>", "<|im_end|>", "<pad>"])
+def test_a_pad_token_that_ends_a_response_is_replaced(tokenizer_path, tmp_path, pad):
+    """A reward model's score is read, in plain transformers, at the last token that is no padding."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<pad>"]})
+    tokenizer.pad_token = pad
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "made")
+    loaded = load_tokenizer(str(tmp_path / "made"))
+    add_pad_token(loaded)
+    assert loaded.pad_token_id not in stop_token_ids(loaded)
+    assert (loaded.pad_token == "<pad>") == (pad == "<pad>")

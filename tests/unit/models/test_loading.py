@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import save_tiny_lm, save_tiny_rm
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.models.loading import (
@@ -138,6 +138,39 @@ def test_damaged_weights_are_no_model(damage: str, tiny_lm: Path, tmp_path: Path
     for scalar in (False, True):
         with pytest.raises(ModelError, match="damaged"):
             check_weights(str(path), scalar=scalar)
+
+
+def test_buffers_of_older_checkpoints_are_no_weights(tiny_lm: Path, tmp_path: Path):
+    path = shutil.copytree(tiny_lm, tmp_path / "old")
+    weights = load_file(path / "model.safetensors")
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    save_file(weights | buffers, path / "model.safetensors", {"format": "pt"})
+    check_weights(str(path), scalar=False)
+    load_causal_lm(str(path), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"length_penalty": 2.0},
+        {"pad_token_id": -1},
+        {"early_stopping": True},
+        {"output_scores": True},
+        {"temperature": 0.0, "top_p": 0.9},
+        {"temperature": 0.0, "do_sample": True},
+        {"length_penalty": 2.0, "temperature": 0.7, "early_stopping": True},
+    ],
+    ids=str,
+)
+def test_published_generation_configs_can_be_saved_and_used(setting: dict[str, Any], tiny_lm: Path, tmp_path: Path):
+    path = shutil.copytree(tiny_lm, tmp_path / "published")
+    (path / "generation_config.json").write_text(json.dumps(setting | {"eos_token_id": 1}), encoding="utf-8")
+    load_causal_lm(str(path), torch.float32).save_pretrained(tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert bool(saved.do_sample) == ("temperature" in setting and setting["temperature"] > 0)
+    assert saved.eos_token_id == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, pad_token_id=0)
 
 
 def test_good_weights_and_what_is_left_to_the_loader(tiny_lm: Path, tiny_rm: Path, tmp_path: Path):
