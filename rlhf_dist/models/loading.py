@@ -203,9 +203,10 @@ def _from_pretrained(
     source = {"pretrained_model_name_or_path": path if weights is None else None, "state_dict": weights}
     try:
         return model_class.from_pretrained(**source, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a damaged file makes a reader of pickles raise can be anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"cannot load a model from {path!r}: {str(error).splitlines()[0]} Give a directory that holds config.json "
+            f"cannot load a model from {path!r}: {reason} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."
         ) from error
 
