@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.core.errors import DataError
@@ -161,12 +162,12 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     Some tokenizers trim a token's leading space off its offsets, so a token extends back to the end of the previous one.
     The tokens of a character that takes several all report that character.
     """
-    mask: list[bool] = []
-    which, reached = 0, 0
-    for start, end in offsets:
-        start = min(start, reached)
-        reached = max(reached, end)
-        while which < len(spans) and spans[which][1] <= start:
-            which += 1
-        mask.append(which < len(spans) and start < spans[which][1] and end > spans[which][0])
-    return mask
+    if not offsets or not spans:
+        return [False] * len(offsets)
+    starts, ends = np.asarray(offsets, dtype=np.int64).T
+    reached = np.maximum.accumulate(np.concatenate(([0], ends[:-1])))
+    starts = np.minimum(starts, reached)
+    span_starts, span_ends = np.asarray(spans, dtype=np.int64).T
+    which = np.searchsorted(span_ends, starts, side="right")  # the first span that ends behind the token's start
+    known = which < len(spans)
+    return (known & (ends > span_starts[np.minimum(which, len(spans) - 1)])).tolist()

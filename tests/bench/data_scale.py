@@ -31,6 +31,8 @@ from curation_scale import sentences
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.tiny import save_tiny_lm
 
+from rlhf_dist.quickstart.tokenizer import train_tokenizer
+
 TEXT_PER_PAIR = 5_000
 """Characters of a pair, about: 200,000 make a gigabyte."""
 
@@ -94,7 +96,10 @@ def main() -> None:
     folder = options.folder.absolute()
     folder.mkdir(parents=True)
     pool = [sentence for part in sentences(options.data).values() for sentence in part]
-    model = save_tiny_lm(folder / "model", max_position_embeddings=8192)
+    # A token takes some four characters, as with people's tokenizers.
+    tokenizer = train_tokenizer(pool[:20_000], vocab_size=8_000)
+    model = save_tiny_lm(folder / "model", max_position_embeddings=8192, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(model)
     path = folder / "pairs.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for pair in pairs(options.records, pool):

@@ -119,6 +119,11 @@ def test_unknown_key_in_a_list(ppo: Path):
 
 def test_unknown_key_unlike_any_other_lists_the_section(ppo: Path):
     assert "policy.optimizer has betas, eps, learning_rate" in rejection(ppo, "--policy.optimizer.zzz=3")
+    in_a_list = yaml.safe_load(ppo.read_text(encoding="utf-8"))
+    in_a_list["data"]["prompts"][0]["zzzzzzz"] = 3
+    ppo.write_text(yaml.safe_dump(in_a_list), encoding="utf-8")
+    assert "data.prompts[0] has " in (message := rejection(ppo))
+    assert ", path, " in message
 
 
 def test_missing_key_says_how_to_give_it(tmp_path: Path):

@@ -281,6 +281,13 @@ def test_what_is_so_for_every_request_ends_the_work(status: int, said: str) -> N
         remote(url).generate([chat("x"), chat("y")])
 
 
+def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(ModelError, match=r"does not answer.*http_proxy"):
+        remote("http://models.test/v1").generate([chat("x")])
+
+
 def test_a_server_that_is_not_there_or_does_not_answer() -> None:
     with pytest.raises(ModelError, match=r"does not answer.*check base_url"):
         remote("http://127.0.0.1:9/v1").generate([chat("x")])

@@ -11,6 +11,7 @@ from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.loading import load_pairs, load_preferences, load_prompts, load_sequences, load_sft
+from rlhf_dist.run.run_summary import describe_data
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data is not beside this checkout")
 
@@ -387,6 +388,32 @@ def test_the_oldest_turns_are_dropped_first_and_then_the_beginning_is_cut(source
     assert all(len(tokenizer(row, add_special_tokens=False)["input_ids"]) <= limit for row in rows)
     starts = [row.rpartition("question5")[0] for row in rows]
     assert starts[0] == starts[1]
+
+
+def test_what_was_recognized_is_in_the_run_summary(source, tokenizer):
+    row = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}
+    found = load_sequences([source("messages", [row, row])], DataSettings(), tokenizer)
+    summary = describe_data(records=found)
+    [said] = [value for name, value in summary.items() if "'conversations' taken for messages" in name]
+    assert "2" in said
+
+
+def test_turns_of_one_role_are_merged_on_request(source, tokenizer):
+    """For templates whose roles must alternate."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not loop.first and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    said = [("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in said]}]
+    with pytest.raises(DataError, match="roles must alternate"):
+        load_sequences([source("messages", rows)], DataSettings(), tokenizer)
+    merged = load_sequences([source("messages", rows)], DataSettings(same_role_turns="merge"), tokenizer)
+    batch = merged.batch(torch.tensor([0]))
+    assert tokenizer.decode(batch.tokens[0]) == "<user>a\n\nb<assistant>c\n\nd</s>"
+    assert tokenizer.decode(batch.tokens[0][batch.loss_mask[0]]) == "c\n\nd</s>"
 
 
 def test_a_prompt_of_one_long_turn_keeps_its_end_and_a_long_response_its_beginning(source, tokenizer):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.core.errors import ConfigError, SubmissionError
+from rlhf_dist.jobs.ray_client import JobClient
 from rlhf_dist.jobs.ray_job import job_arguments
 from rlhf_dist.pipeline.arguments import load
 
@@ -158,3 +159,10 @@ def test_nor_in_the_configurations_variables(project: Path, capsys: pytest.Captu
     assert "s3cr3t" not in shown.err + shown.out
     (project / "sft.yaml").write_text(f"{SFT}ray: {{env_vars: {{{', '.join(f'{name}: b' for name in HARMLESS)}}}}}\n")
     assert set(load("sft", "test", ["sft.yaml"]).ray.env_vars) == set(HARMLESS)
+
+
+def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(SubmissionError, match="http_proxy"):
+        JobClient("http://head.test:8265")
