@@ -11,7 +11,7 @@ the end of a turn.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -164,7 +164,7 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """
     if not offsets or not spans:
         return [False] * len(offsets)
-    starts, ends = np.asarray(offsets, dtype=np.int64).T
+    starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
     reached = np.maximum.accumulate(np.concatenate(([0], ends[:-1])))
     starts = np.minimum(starts, reached)
     span_starts, span_ends = np.asarray(spans, dtype=np.int64).T

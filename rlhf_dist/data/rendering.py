@@ -245,8 +245,9 @@ def _turn_span(
     the prompt for a turn that a finished turn does not have (DeepSeek R1). What counts is how the whole conversation has it.
     """
     before = _render(tokenizer, messages[:turn], generation_prompt=True, tools=tools)
-    start = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (characters are meant)
-    if start < len(before):
+    start = len(before)
+    if not text.startswith(before):
+        start = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (characters are meant)
         without_cue = _without_eos(tokenizer, _render(tokenizer, messages[:turn], tools=tools))
         if start < len(without_cue):
             raise _ambiguous(turn, len(messages))

@@ -2,10 +2,11 @@
 
     python tests/bench/data_scale.py FOLDER --data ../shared/data [--records 200000]
 
-Pairs are made of real text (sentences of reviews, editorials and word problems), in the format of HH-RLHF: a dialogue of
-Pairs are made of real text (sentences of reviews, editorials and word problems), in the format of HH-RLHF: dialogues of
-`data.eval_fraction`, on a quarter of the file, on all of it, and on all of it again, which finds the tokens in the cache.
-Memory that grows with the data shows as a difference between the first two.
+Pairs are made of real text (sentences of reviews, editorials and word problems), in the format of HH-RLHF: a dialogue of three
+user turns and two answers of the assistant, and then one answer that was chosen and one that was rejected; 5,000 characters a
+pair, so that 200,000 are a gigabyte. `rlhf-dist validate reward` prepares them as a run does, with `data.eval_fraction`: a
+quarter of the file, all of it, and all of it again, which finds the tokens in the cache. Memory that grows with the data shows
+as a difference between the first two.
 
 Memory is looked at ten times a second, over all processes of a command: their proportional set size, and of it what is not
 backed by a file (anonymous), because pages of memory-mapped token files count as used while there is room, and are given back
