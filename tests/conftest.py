@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,15 @@ def tiny_rm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.tiny import save_tiny_rm
 
     return save_tiny_rm(tmp_path_factory.mktemp("tiny") / "rm")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Two MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("not allowed to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

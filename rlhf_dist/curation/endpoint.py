@@ -92,6 +92,7 @@ class EndpointGenerator:
             return Completion.failed(f"{type(error).__name__}: {_first_line(error)}")
 
     def _answer(self, request: Request) -> Completion:
+        request = request.arranged(self.settings)
         sampling = request.sampling
         drawn = {
             "temperature": sampling.temperature,

@@ -7,12 +7,13 @@ says why. What would be so for every request (no such model, no key, no server) 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.core.random import derived_seed
 from rlhf_dist.curation.config.generator import GeneratorConfig, Sampling
+from rlhf_dist.data.records import arranged
 from rlhf_dist.data.rendering import Message
 
 STREAM = "curation/generate"
@@ -32,6 +33,13 @@ class Request:
     """What the completion's random numbers are drawn by, with the generator's seed; 0 ≤ key < 2^63, one for each draw."""
     tools: tuple[Any, ...] = ()
     """Descriptions of tools that a chat is given with."""
+
+    def arranged(self, settings: GeneratorConfig) -> Request:
+        """As the model of `settings` is to get it: `system` and `same_role_turns`."""
+        if isinstance(self.prompt, str):
+            return self
+        messages, _ = arranged(self.prompt, settings.system, settings.same_role_turns)
+        return replace(self, prompt=messages)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class _Local:
 
     def encode(self, request: Request) -> list[int] | Completion:
         """Ids of the prompt; a failed completion where the model cannot take it."""
+        request = request.arranged(self.settings)
         try:
             if isinstance(request.prompt, str):
                 ids = _encode_open_text(self.tokenizer, request.prompt)

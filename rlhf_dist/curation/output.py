@@ -22,6 +22,7 @@ from rlhf_dist import __version__
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.core.json_lines import json_line
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.run.console import print_table
 from rlhf_dist.run.disk import full_disk_named
 from rlhf_dist.run.run_folder import BAD_ROWS, write_atomically
 
@@ -74,6 +75,12 @@ class OutputFolder:
         """Numbers and provenance; keys keep their order."""
         content = {"rlhf_dist": __version__, **report}
         write_atomically(self.path / REPORT, json_line(content, indent=2))
+
+
+def print_notes(bad_rows: BadRows) -> None:
+    """The table of `note_rows`, where there is something in it."""
+    if notes := note_rows(bad_rows):
+        print_table("what was recognized in rows, or is not used", notes)
 
 
 def note_rows(bad_rows: BadRows) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import logging
 import os
 import pickle
@@ -11,6 +10,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, overload
@@ -19,6 +19,7 @@ import datasets.config
 import numpy as np
 from typing_extensions import Self
 
+from rlhf_dist.core.disk import is_disk_full
 from rlhf_dist.core.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -112,19 +113,10 @@ class RecordStore(Sequence[R], Generic[R]):
         """
         self._spool = Spool()
         self._make: Callable[[Any], R] = lambda stored: stored
-        try:
+        with full_cache_named():
             for record in records:
                 self._spool.append(pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL))
             self._spool.flush()
-        except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            free = shutil.disk_usage(cache_dir()).free
-            size = self._spool.lengths().sum() / 2**20
-            raise DataError(
-                f"{len(self._spool)} records of {size:.0f} MiB fill the disk of {cache_dir()} ({err}; {free:,} bytes are "
-                "free); free some space, or set HF_DATASETS_CACHE to a folder on a larger disk"
-            ) from err
         self._numbers = np.arange(len(self._spool))
         """[len] of each record in the spool."""
 
@@ -176,3 +168,22 @@ def cache_dir() -> Path:
         reason,
     )
     return Path(_temporary_cache().name)
+
+
+@contextmanager
+def full_cache_named() -> Iterator[None]:
+    """The block writes below `cache_dir`.
+
+    Raises:
+        DataError: its disk is full.
+    """
+    try:
+        yield
+    except Exception as err:  # `datasets` raises an error of its own from the first
+        if isinstance(err, DataError) or not is_disk_full(err):
+            raise
+        usage = shutil.disk_usage(cache_dir())
+        raise DataError(
+            f"the data cannot be prepared: the disk of {cache_dir()} is full ({usage.free:,} of {usage.total:,} bytes are "
+            "free). Free some space, or set HF_DATASETS_CACHE to a folder on a larger disk"
+        ) from err

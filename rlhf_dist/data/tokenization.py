@@ -35,7 +35,7 @@ from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, enc
 from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text, longest_response, prompt_room
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Record, Text, arranged
 from rlhf_dist.data.rendering import Message, Rendered, render_conversation
-from rlhf_dist.data.spool import cache_dir
+from rlhf_dist.data.spool import cache_dir, full_cache_named
 
 MIN_RECORDS_PER_PROCESS = 5_000
 """Fewer are tokenized faster than a process starts."""
@@ -156,6 +156,9 @@ def tokenize(
         settings: `max_length_tokens` (for prompts, their own limit) and `on_too_long`.
         num_proc: processes; None: one for each CPU that this process may use, as long as each has
             `MIN_RECORDS_PER_PROCESS` records.
+
+    Raises:
+        DataError: the disk of the cache is full.
     """
     if num_proc is None:
         num_proc = max(1, min(usable_cpus(), len(records) // MIN_RECORDS_PER_PROCESS))
@@ -170,7 +173,7 @@ def tokenize(
     content_digest = _digest(counted())
     batch_size = min(max(_BATCH_CHARS * len(records) // num_chars, 1), _BATCH_SIZE)
     limits = [str(settings.max_length_tokens), settings.on_too_long]
-    with _progress_bars(shown=num_proc > 1):
+    with full_cache_named(), _progress_bars(shown=num_proc > 1):
         contents = datasets.Dataset.from_generator(
             partial(_contents, records, settings),
             features=datasets.Features({"content": datasets.Value("string")}),

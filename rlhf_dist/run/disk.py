@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_dist.core.disk import is_disk_full
 from rlhf_dist.core.errors import DataError, RunFolderError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_WORDS = ("No space left on device", "Disk quota exceeded")
 _NOTHING_BYTES = 2**20
 """With less than this free, a writer that fails without a reason (torch's) has failed for that."""
 
@@ -40,7 +38,8 @@ def full_disk_named(
     except DataError:
         raise  # about rows, however little is free
     except Exception as error:
-        if not _is_full(error, folder):
+        # torch gives no reason
+        if not is_disk_full(error) and shutil.disk_usage(_existing(folder)).free >= _NOTHING_BYTES:
             raise
         written = size_of(folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -62,7 +61,7 @@ def full_disk_of_file(file: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_disk_full(error):
             raise
         usage = shutil.disk_usage(_existing(file))
         raise RunFolderError(
@@ -73,14 +72,6 @@ def full_disk_of_file(file: Path, remedy: str) -> Iterator[None]:
 def size_of(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _is_full(error: BaseException | None, folder: Path) -> bool:
-    while error is not None:
-        if (isinstance(error, OSError) and error.errno in _FULL) or any(word in str(error) for word in _WORDS):
-            return True
-        error = error.__cause__
-    return shutil.disk_usage(_existing(folder)).free < _NOTHING_BYTES
 
 
 def _existing(path: Path) -> Path:

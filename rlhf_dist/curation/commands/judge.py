@@ -17,7 +17,7 @@ from rlhf_dist.curation.generators import load_generator
 from rlhf_dist.curation.judgements import preference_records
 from rlhf_dist.curation.judging import PROMPT, Answer, Judge, Judging, ModelJudge, judge_prompt, run_pieces
 from rlhf_dist.curation.labeling import units_of
-from rlhf_dist.curation.output import check_output, written
+from rlhf_dist.curation.output import check_output, print_notes, written
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
 from rlhf_dist.data.bad_rows import BadRows
@@ -64,6 +64,7 @@ def run(config: JudgeConfig) -> None:
             report = {"records": number, **state.report.as_dict(), "position_bias": bias, "bad": len(bad_rows)}
             folder.write_report(report | {"annotator": config.name})
     _show(config, report)
+    print_notes(bad_rows)
     if not number:
         raise DataError(
             f"no pair of {len(units)} became a preference; {config.out_dir} says why ({ANSWERS}). Try a more able judge, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.curation.config.mix import MixConfig
 from rlhf_dist.curation.mixture import mixed_lines, spool_sources
-from rlhf_dist.curation.output import note_rows, written
+from rlhf_dist.curation.output import print_notes, written
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.mixing import SHARE_COLUMNS, compose, share_table
 from rlhf_dist.run.console import print_table
@@ -45,7 +45,6 @@ def run(config: MixConfig) -> None:
                 "bad rows": len(bad_rows),
             }
         )
-    if notes := note_rows(bad_rows):
-        print_table("mix: what was recognized in rows, or is not used", notes)
+    print_notes(bad_rows)
     bad = f"; {len(bad_rows)} bad rows skipped (bad_rows.jsonl)" if bad_rows else ""
     print(f"{num_records:,} records are in {config.out_dir}{bad}")

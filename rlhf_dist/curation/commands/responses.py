@@ -11,7 +11,7 @@ from rlhf_dist.config.load import dump_yaml
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.responses import ResponsesConfig
 from rlhf_dist.curation.generators import Completion, Generator, check_some_answered, load_generator
-from rlhf_dist.curation.output import check_output, note_rows, written
+from rlhf_dist.curation.output import check_output, print_notes, written
 from rlhf_dist.curation.responses import Responses, ResponsesReport, read_distinct_prompts
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
 from rlhf_dist.data.bad_rows import BadRows
@@ -90,8 +90,7 @@ def _show(config: ResponsesConfig, report: ResponsesReport, bad_rows: BadRows) -
         for made in report.by_generator
     ]
     print_table(str(config.out_dir), rows, header)
-    if notes := note_rows(bad_rows):
-        print_table("what was recognized in rows, or is not used", notes)
+    print_notes(bad_rows)
     print(
         f"{report.records} prompts with two or more responses, {report.skipped_prompts} without; {report.repeated_prompts} "
         f"came again, {len(bad_rows)} bad; {report.requests} requests, {report.redrawn} of them drawn anew."

@@ -13,7 +13,7 @@ from rlhf_dist.config.yaml_file import read_mapping
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.curation.config.self_instruct import SelfInstructConfig
 from rlhf_dist.curation.generators import load_generator
-from rlhf_dist.curation.output import CONFIG, OutputFolder, check_output, written
+from rlhf_dist.curation.output import CONFIG, OutputFolder, check_output, print_notes, written
 from rlhf_dist.curation.prompts import PromptTemplate
 from rlhf_dist.curation.resumable import Work, identity_of, resumable
 from rlhf_dist.curation.self_instruct import PROMPT, SelfInstruct, read_seeds, restore, run_rounds
@@ -40,6 +40,7 @@ def run(config: SelfInstructConfig) -> None:
         with written(config.out_dir, config.overwrite, dump_yaml(config)) as folder:
             _write(folder, state, nearest, work, bad_rows)
     _show(config, state, nearest, bad_rows)
+    print_notes(bad_rows)
     if not state.records:
         raise DataError(
             f"no record was kept of {state.report.parsed} tasks in {state.report.requests} completions; {config.out_dir} says "

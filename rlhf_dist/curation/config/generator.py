@@ -90,7 +90,12 @@ class GeneratorConfig(Schema):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where an `hf` model runs; `auto` takes a GPU where there is one."""
     template_path: AbsolutePath | None = None
-    """A Jinja chat template for local models that have none."""
+    """A Jinja chat template for a local model, used in place of its own; null takes its own, or the built-in instruction
+    template where it has none."""
+    system: Literal["keep", "merge_into_user"] = "keep"
+    """`merge_into_user` puts a system message before the next user message's text, for models without a system turn."""
+    same_role_turns: Literal["keep", "merge"] = "keep"
+    """`merge` joins messages of one role that follow each other, for chat templates whose roles must alternate."""
     endpoint: Endpoint | None = None
     """Where the endpoint is; needed under `openai`."""
     vllm_options: dict[str, Any] = Field(default_factory=dict)

@@ -23,7 +23,7 @@ from rlhf_dist.curation.label_report import (
     progress_rows,
 )
 from rlhf_dist.curation.labeling import JUDGEMENTS, LabelTask, judgements_of, open_folder
-from rlhf_dist.curation.output import OutputFolder, check_output, written
+from rlhf_dist.curation.output import OutputFolder, check_output, print_notes, written
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.pipeline.arguments import PROG, load_schema
 from rlhf_dist.run.console import print_table
@@ -134,6 +134,7 @@ def _items(config: LabelConfig) -> tuple[list[Item], BadRows]:
     items = read_items(config.sources, bad_rows)
     if bad_rows:
         print(f"{len(bad_rows)} rows are skipped ({BAD_ROWS} lists them), the first: {bad_rows.rows[0].reason}")
+    print_notes(bad_rows)
     return items, bad_rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,22 @@ from rlhf_dist.cli.main import main
 from rlhf_dist.config.data_set import DataSet
 from rlhf_dist.curation.commands import judge, responses, self_instruct
 from rlhf_dist.curation.label import server
+from rlhf_dist.curation.labeling import LabelTask
 from rlhf_dist.data.splits import write_set
 
 EXAMPLES = 20
+Models = Mapping[str, Path]
+Arguments = Callable[[dict[str, Any], Path, Models], list[str]]
 
 
-def of_run(command: str, **sections: Any) -> Callable[[dict[str, Any], Path, Path], list[str]]:
+def of_run(command: str, **sections: Any) -> Arguments:
     """`validate` of a training command; SOURCE stands for the source."""
 
-    def arguments(source: dict[str, Any], folder: Path, model: Path) -> list[str]:
-        config = json.loads(json.dumps(sections).replace('"SOURCE"', json.dumps([source])).replace("MODEL", str(model)))
+    def arguments(source: dict[str, Any], folder: Path, models: Models) -> list[str]:
+        text = json.dumps(sections).replace('"SOURCE"', json.dumps([source]))
+        for name, model in models.items():
+            text = text.replace(f'"{name}"', json.dumps(str(model)))
+        config = json.loads(text)
         path = folder / "run.yaml"
         path.write_text(json.dumps({"run_dir": str(folder / "run"), **config}))
         return [*command.split(), str(path)]
@@ -39,12 +45,10 @@ def of_run(command: str, **sections: Any) -> Callable[[dict[str, Any], Path, Pat
     return arguments
 
 
-def of_data(
-    action: str, sources: str = "sources", **settings: Any
-) -> Callable[[dict[str, Any], Path, Path], list[str]]:
+def of_data(action: str, sources: str = "sources", **settings: Any) -> Arguments:
     """`data ACTION`, or `label`, which reads the key `sources`."""
 
-    def arguments(source: dict[str, Any], folder: Path, model: Path) -> list[str]:
+    def arguments(source: dict[str, Any], folder: Path, models: Models) -> list[str]:
         path = folder / "action.yaml"
         path.write_text(json.dumps({"out_dir": str(folder / "out"), sources: [source], **settings}))
         return [*action.split(), str(path)]
@@ -56,6 +60,14 @@ MODEL, DATA = {"model_path": "MODEL"}, {"train": "SOURCE", "max_length_tokens": 
 SFT = of_run("validate sft", model=MODEL, data=DATA, sft={"batch_size": 1})
 INSPECT = of_run("data inspect sft", model=MODEL, data=DATA, sft={"batch_size": 1})
 REWARD = of_run("validate reward", model=MODEL, data=DATA, reward={"batch_size": 1})
+PPO = of_run(
+    "validate ppo",
+    policy=MODEL,
+    reward={"model_path": "RM"},
+    data={"prompts": "SOURCE", "max_length_tokens": 64},
+    rollout={"max_response_tokens": 8},
+    ppo={"num_iterations": 1, "prompts_per_iteration": 1, "mini_batch_size": 1},
+)
 EVAL = of_run(
     "validate eval",
     policy={"model_path": "MODEL"},
@@ -68,6 +80,8 @@ COMMANDS = {
     "validate reward, preference": ("preference", REWARD),
     "validate reward, ratings": ("ratings", REWARD),
     "validate eval": ("instruction", EVAL),
+    "validate ppo": ("prompt", PPO),
+    "validate ppo, messages": ("messages", PPO),
     "data inspect": ("messages", INSPECT),
     "data templates": ("instruction", of_data("data templates")),
     "data dedup": ("instruction", of_data("data dedup", num_processes=0)),
@@ -84,7 +98,15 @@ COMMANDS = {
         of_data("data self-instruct", "seeds", generator=GENERATOR, num_records=3, max_requests=4, seed_examples=1),
     ),
     "label": ("candidates", of_data("label")),
+    "label report": ("candidates", of_data("label report")),
+    "label export": ("candidates", of_data("label export")),
 }
+
+
+def judged_by_one(task: LabelTask, _: Path) -> None:
+    """In place of the page: one annotator prefers the response on the left, then ends the server."""
+    while (shown := task.current("ada")) is not None:
+        task.judge("ada", shown, "a")
 
 
 def check_json_lines(files: list[Path]) -> None:
@@ -97,7 +119,12 @@ def check_json_lines(files: list[Path]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(
-    command: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tiny_lm: Path,
+    tiny_rm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     kind, arguments = COMMANDS[command]
     ended = []
@@ -105,7 +132,7 @@ def test_commands(
         monkeypatch.setattr(module, "load_generator", lambda *_: ScriptedGenerator(made_up_tasks))
     answers = itertools.cycle(["[[A]]", "[[B]]"])  # of a pair in both orders: the same response
     monkeypatch.setattr(judge, "load_generator", lambda *_: ScriptedGenerator(lambda _: next(answers)))
-    monkeypatch.setattr(server, "serve_page", lambda *_: None)  # as if it was served and ended
+    monkeypatch.setattr(server, "serve_page", judged_by_one)
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(rows_of(kind))
@@ -120,7 +147,10 @@ def test_commands(
             template = "templates:\n- {name: a, instruction: '{{ instruction }}', output: '{{ output }}'}\n"
             (folder / "t.yaml").write_text(template)
             source["templates"] = {"path": str(folder / "t.yaml")}
-        ended.append(main(arguments(source, folder, tiny_lm)))
+        given = arguments(source, folder, {"MODEL": tiny_lm, "RM": tiny_rm})
+        if command in ("label report", "label export"):
+            main(["label", given[-1]])
+        ended.append(main(given))
         said = capsys.readouterr()
         assert "Traceback" not in said.out + said.err
         assert ended[-1] == 0 or said.err.strip()

@@ -380,3 +380,31 @@ def test_a_text_cannot_forge_special_tokens(tiny_lm: Path) -> None:
         assert isinstance(ids, list)
         assert generator.tokenizer.eos_token_id not in ids
         assert generator.tokenizer.decode(ids) == text
+
+
+# Models without a system turn, or whose turns must alternate.
+
+SYSTEM = ({"role": "system", "content": "be calm"}, *CHAT, {"role": "user", "content": "cool"})
+MERGED = [{"role": "user", "content": "be calm\n\ncalm\n\ncool"}]
+ARRANGE: Any = {"system": "merge_into_user", "same_role_turns": "merge"}
+STRICT_TEMPLATE = """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception(
+'roles must alternate') }}{% endif %}{{ m['content'] }}{{ eos_token }}{% endfor %}"""
+
+
+def test_an_endpoint_gets_arranged_messages() -> None:
+    with protocol_server(lambda *_: chat_answer("fine")) as (url, seen):
+        settings = GeneratorConfig.model_validate(
+            {"engine": "openai", "model": "m", "endpoint": {"base_url": url, "api_key_env": None}, **ARRANGE}
+        )
+        load_generator(settings, 0).generate([Request(SYSTEM, GREEDY, 0)])
+    assert seen[0]["messages"] == MERGED
+
+
+def test_a_local_model_gets_arranged_messages(tiny_lm: Path, tmp_path: Path) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text(STRICT_TEMPLATE)
+    [failed] = local(tiny_lm, template_path=template).generate([Request(SYSTEM, GREEDY, 0)])
+    assert "alternate" in failed.error
+    [made] = local(tiny_lm, template_path=template, **ARRANGE).generate([Request(SYSTEM, GREEDY, 0)])
+    tokenizer: Any = load_tokenizer(str(tiny_lm), template)
+    assert made.text == greedy_by_hand(tiny_lm, encode_prompt(tokenizer, MERGED), 8)

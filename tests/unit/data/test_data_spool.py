@@ -48,5 +48,5 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, number: int) -> N
         raise OSError(number, "No space left on device")
 
     monkeypatch.setattr(Spool, "flush", full)
-    with pytest.raises(DataError, match=r"1 records of .* [\d,]+ bytes are free.* HF_DATASETS_CACHE"):
+    with pytest.raises(DataError, match=r"disk of .* is full \([\d,]+ of [\d,]+ bytes are free\).* HF_DATASETS_CACHE"):
         RecordStore(["a"])

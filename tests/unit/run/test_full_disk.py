@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -18,20 +15,6 @@ from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.distributed.futures import completed
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.disk import full_disk_named
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Two MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False).returncode
-    ):
-        pytest.skip("not allowed to mount a small file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 class Writes:
