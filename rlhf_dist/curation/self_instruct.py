@@ -26,6 +26,7 @@ from rlhf_dist.curation.task_filters import TaskFilter
 from rlhf_dist.curation.task_parsing import Task, TaskParser
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.kinds import InstructionKind
 from rlhf_dist.data.reader import read_fields
 
 PROMPT = "self_instruct.jinja"
@@ -80,6 +81,11 @@ def read_seeds(sources: Iterable[DataSource], bad_rows: BadRows) -> list[Task]:
 
 
 def _seed(row: Fields) -> Task:
+    if row.get("instruction") is None and row.get("completion") is not None:
+        messages = InstructionKind().sequence(row, "").messages
+        if len(messages) > 2:
+            raise row.error("prompt", f"has {len(messages) - 1} turns", "give seeds of one instruction and its output")
+        return Task(messages[0]["content"].strip(), "", messages[-1]["content"].strip())
     return Task(row.text("instruction").strip(), row.optional_text("input").strip(), row.text("output").strip())
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, overload
@@ -81,7 +81,8 @@ class Spool:
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):  # its file was made
-            self.close()
+            with suppress(OSError):  # closing writes what is left, and the disk may be full: whoever wrote was told
+                self.close()
 
     def __enter__(self) -> Self:
         return self

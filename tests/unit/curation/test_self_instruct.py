@@ -294,6 +294,13 @@ def test_seeds_of_a_datasets_dataset() -> None:
         seed_tasks([SEEDS[0], {"instruction": "x"}])
 
 
+def test_seeds_with_a_completion() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert seed_tasks([{"prompt": "Name a bird.", "completion": "Wren"}]) == [Task("Name a bird.", "", "Wren")]
+    with pytest.raises(DataError, match="seed 1: field 'prompt' has 3 turns"):
+        seed_tasks([{"prompt": turns, "completion": "Wren"}])
+
+
 def test_long_seeds_are_not_shown_but_count(tmp_path: Path) -> None:
     settings = config(tmp_path, max_example_words=8, seed_examples=2)
     state = SelfInstruct(settings, seed_tasks(SEEDS), PromptTemplate(None, PROMPT))

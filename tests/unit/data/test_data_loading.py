@@ -453,6 +453,6 @@ def test_a_prompt_of_one_long_turn_keeps_its_end_and_a_long_response_its_beginni
 def test_a_full_disk_of_the_cache_is_named(source, tokenizer, small_disk, monkeypatch, num_bytes, num_proc):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", small_disk)
     monkeypatch.setattr("rlhf_dist.data.tokenization.MIN_RECORDS_PER_PROCESS", 1 if num_proc > 1 else 10_000)
-    records = source("text", *[{"text": "calm and cool. " * (num_bytes // 15 // 40) + str(i)} for i in range(40)])
+    records = source("text", [{"text": "calm and cool. " * (num_bytes // 15 // 40) + str(i)} for i in range(40)])
     with pytest.raises(DataError, match=r"disk of .* is full .* of 2,097,152 bytes are free.* HF_DATASETS_CACHE"):
         load_sequences([records], DataSettings(), tokenizer)
