@@ -155,7 +155,7 @@ def save_adapter_config(model: Any, config: LoRAConfig, base_model: str, path: P
     whole = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     settings.modules_to_save = sorted(whole) or None
     # A head that is the embedding stays so when peft puts its copy of it in place.
-    settings.ensure_weight_tying = _is_tied(model)
+    settings.ensure_weight_tying = _is_tied(model) and model.get_input_embeddings().weight.requires_grad
     settings.save_pretrained(str(path))
 
 
