@@ -12,7 +12,7 @@ from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.data.encoding import encode_prompt
 from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.models.generation_config import stop_tokens
+from rlhf_dist.models.generation_config import check_generation_config, stop_tokens
 from rlhf_dist.models.loading import load_causal_lm, load_model_config
 from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 
@@ -82,6 +82,7 @@ def run(model_dir: str, temperature: float, max_response_tokens: int, device: st
     """
     _check(temperature, max_response_tokens)
     tokenizer = load_tokenizer(model_dir)
+    check_generation_config(model_dir)
     model = _load(model_dir, device)
     check_embeddings(model.config, tokenizer, "loaded", "use the tokenizer that it was trained with")
     torch.manual_seed(seed)

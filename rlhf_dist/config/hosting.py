@@ -160,7 +160,7 @@ class TrainedModel(ModelHost):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     resize_embeddings: Result[bool] = False
     """Give the model rows for the tokens that its tokenizer has beyond its embeddings, each the mean of all rows. In `sft` and
-    `reward`; what they save has them."""
+    `reward`; what they save has them. With `lora`, embeddings and head are trained whole, beside the adapters."""
     optimizer: Result[OptimizerConfig] = OptimizerConfig()
     freeze: Result[FreezeConfig] = FreezeConfig()
     lora: Result[LoRAConfig | None] = None
@@ -169,11 +169,10 @@ class TrainedModel(ModelHost):
 
     @model_validator(mode="after")
     def _new_rows_are_trained(self) -> TrainedModel:
-        if self.resize_embeddings and (self.lora is not None or self.freeze.embeddings):
-            other = "lora is set" if self.lora is not None else "freeze.embeddings is true"
+        if self.resize_embeddings and self.freeze.embeddings:
             raise ValueError(
-                f"resize_embeddings is true and {other}, which would leave the rows of the new tokens untrained, all of them "
-                "equal; train the whole model first (sft with resize_embeddings and without it), and go on from what it saves"
+                "resize_embeddings is true and freeze.embeddings is true, which would leave the rows of the new tokens "
+                "untrained, all of them equal; set one of the two to false"
             )
         return self
 

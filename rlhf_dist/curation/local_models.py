@@ -14,7 +14,7 @@ from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, 
 from rlhf_dist.data.encoding import encode_prompt
 from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.models.generation_config import stop_tokens
+from rlhf_dist.models.generation_config import check_generation_config, stop_tokens
 from rlhf_dist.models.loading import (
     DTYPES,
     check_causal_lm,
@@ -34,6 +34,7 @@ class _Local:
         self.settings = settings
         model_config = load_model_config(settings.model_path)
         check_causal_lm(model_config, "generating")
+        check_generation_config(settings.model_path)
         check_weights(settings.model_path, scalar=False)
         self.context = context_length(model_config)
         self.tokenizer: Any = load_tokenizer(settings.model_path, settings.template_path)

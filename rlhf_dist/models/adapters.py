@@ -53,8 +53,9 @@ class PlainParameter:
         return (self.base.data.float() + (delta.T if self.transposed else delta)).to(self.base.dtype)
 
 
-def add_adapters(model: Any, config: LoRAConfig) -> None:
-    """Put adapters into `model` (in place) and freeze all but them and a scalar head.
+def add_adapters(model: Any, config: LoRAConfig, train_embeddings: bool = False) -> None:
+    """Put adapters into `model` (in place) and freeze all but them, a scalar head, and with `train_embeddings` the embeddings
+    and the language-model head (they have rows of new tokens, which adapters do not reach).
 
     A is left as drawn by `initialize_adapters`, B is 0, so that the model computes what it did before. May be called with a
     model on the meta device, or sharded by ZeRO-3: adapters are made whole.
@@ -65,6 +66,10 @@ def add_adapters(model: Any, config: LoRAConfig) -> None:
     from_peft = _peft()
     scalar = isinstance(getattr(model, "score", None), nn.Module)
     _check_targets(model, config)
+    if train_embeddings and _named_head(model, config):
+        raise ConfigError(
+            f"lora.target_modules {_named(config)} names the head, which resize_embeddings trains whole; leave it out"
+        )
     peft_config = peft_settings(config, scalar)
     meta = any(p.device.type == "meta" for p in model.parameters())
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -82,6 +87,10 @@ def add_adapters(model: Any, config: LoRAConfig) -> None:
             parameter.data = parameter.data.to(dtype)  # on the meta device peft leaves them in fp32
     if scalar:
         model.score.requires_grad_(True)
+    if train_embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                module.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -123,8 +132,12 @@ def plain_parameters(model: nn.Module) -> list[PlainParameter]:
 
 
 def adapter_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
-    """Name in a file of peft's → what is trained: the adapters, and a scalar head."""
+    """Name in a file of peft's → what is trained: the adapters, and what is trained whole."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if _is_tied(model):  # peft looks for both by their names
+        embeddings = model.get_input_embeddings().weight
+        heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        trained += [(f"{head}.weight", p) for _, p in trained if p is embeddings for head in heads]
     return [(f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}", p) for name, p in trained]
 
 
@@ -138,8 +151,11 @@ def save_adapter_config(model: Any, config: LoRAConfig, base_model: str, path: P
     settings.target_modules = set(adapted)
     settings.fan_in_fan_out = any(p.transposed for p in plain_parameters(model))
     settings.inference_mode = True
-    if scalar:
-        settings.modules_to_save = ["score"]
+    # `...score.weight` → score
+    whole = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    settings.modules_to_save = sorted(whole) or None
+    # A head that is the embedding stays so when peft puts its copy of it in place.
+    settings.ensure_weight_tying = _is_tied(model) and model.get_input_embeddings().weight.requires_grad
     settings.save_pretrained(str(path))
 
 
@@ -161,7 +177,7 @@ def _check_targets(model: Any, config: LoRAConfig) -> None:
     if isinstance(config.target_modules, str):
         return
     head = head_of(model)
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    tied = _is_tied(model)
     for target in config.target_modules:
         named = [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
         if not named:
@@ -179,6 +195,17 @@ def _check_targets(model: Any, config: LoRAConfig) -> None:
             if module is head and (tied or isinstance(getattr(model, "score", None), nn.Module)):
                 why = "is trained whole anyway" if getattr(model, "score", None) is head else "is also the embedding"
                 raise ConfigError(f"lora.target_modules names {target!r}, the head, which {why}; leave it out")
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the language-model head is the embeddings."""
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _named_head(model: Any, config: LoRAConfig) -> bool:
+    head = model.get_output_embeddings()
+    names = () if isinstance(config.target_modules, str) else config.target_modules
+    return any(module is head and name.rpartition(".")[2] in names for name, module in model.named_modules())
 
 
 def _is_linear(module: nn.Module) -> bool:

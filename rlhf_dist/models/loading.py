@@ -93,19 +93,16 @@ def check_weights(path: str, *, scalar: bool) -> None:
     if weights is None:
         return
     config = load_model_config(path)
+    may_be_new = scalar and not _is_classifier(config)
     if scalar:
-        is_new = not _is_classifier(config)
         config.num_labels = 1
-        mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    else:
-        is_new = False
-        mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scalar else MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = mapping.get(type(config), None)
     if model_class is None:  # the loader says what there is
         return
     with _quiet_transformers():
         _, info = _from_pretrained(model_class, path, weights, config=config, device_map="meta")
-    _check_info(path, info, scalar=scalar, head_is_new=is_new)
+    _check_info(path, info, scalar=scalar, head_is_new=may_be_new and _lacks_scalar_head(info))
 
 
 def _headers(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -164,7 +161,8 @@ def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -
             f"{path!r} ({type(model).__name__}) has no linear head named `score`; reward and value models need a "
             "decoder-only architecture such as Llama, Qwen, Mistral or Gemma"
         )
-    head_is_new = not is_classifier
+    # By the weights: a reward model's config may name another class, or none.
+    head_is_new = not is_classifier and _lacks_scalar_head(info)
     _check_info(path, info, scalar=True, head_is_new=head_is_new)
     if pad_token_id is not None:
         model.config.pad_token_id = pad_token_id
@@ -209,6 +207,10 @@ def _from_pretrained(
             f"cannot load a model from {path!r}: {reason} Give a directory that holds config.json "
             "and safetensors weights, or a hub name that this machine can reach."
         ) from error
+
+
+def _lacks_scalar_head(info: dict[str, Any]) -> bool:
+    return any(key.startswith("score.") for key in info["missing_keys"])
 
 
 def _check_info(path: str, info: dict[str, Any], *, scalar: bool, head_is_new: bool = False) -> None:

@@ -8,8 +8,10 @@ from transformers import AutoTokenizer
 
 from rlhf_dist.config.deepspeed import read_ds_config
 from rlhf_dist.config.hosting import ModelHost, TrainedModel
-from rlhf_dist.core.errors import ConfigError, ModelError
+from rlhf_dist.core.errors import ConfigError, DataError, ModelError
+from rlhf_dist.data.rendering import render_conversation, render_prompt
 from rlhf_dist.data.tokenizer import NEW_PAD_TOKEN, has_builtin_template, load_tokenizer
+from rlhf_dist.models.generation_config import check_generation_config
 from rlhf_dist.models.loading import check_causal_lm, check_weights, context_length, load_model_config
 from rlhf_dist.models.vocabulary import check_embeddings
 
@@ -23,6 +25,7 @@ def check_model(path: str, max_length_tokens: int, role: str, *, scalar: bool) -
     config = load_model_config(path)
     if not scalar:
         check_causal_lm(config, role)
+        check_generation_config(path)
     check_weights(path, scalar=scalar)
     limit = context_length(config)
     if limit is not None and max_length_tokens > limit:
@@ -76,13 +79,14 @@ def check_same_tokenizer(policy: Any, path: str, model_config: Any, role: str) -
 
 def own_tokenizer(path: str, model_config: Any, policy: Any) -> Any | None:
     """The tokenizer of a reward model that makes other tokens of a conversation than the policy's: by vocabulary or by chat
-    template. None where both make the same.
+    template, or since the template writes a finished turn otherwise than it is generated (an empty block of reasoning, as of
+    Qwen 3). None where both make the same.
 
     Raises:
         ModelError: it has no chat template, or tokens without an embedding.
     """
     own = load_tokenizer(path)
-    if (_vocabulary(policy), policy.chat_template) == (_vocabulary(own), own.chat_template):
+    if (_vocabulary(policy), policy.chat_template) == (_vocabulary(own), own.chat_template) and _as_generated(own):
         return None
     if has_builtin_template(own) and not _saves_template(path):
         raise ModelError(
@@ -92,6 +96,17 @@ def own_tokenizer(path: str, model_config: Any, policy: Any) -> Any | None:
         )
     check_embeddings(model_config, own, "reward", "use the tokenizer that it was trained with")
     return own
+
+
+def _as_generated(tokenizer: Any) -> bool:
+    """Whether the chat template has a finished turn as it is generated: the prompt, then the response."""
+    prompt = [{"role": "user", "content": "a"}]
+    try:
+        before = render_prompt(tokenizer, prompt).text
+        whole = render_conversation(tokenizer, [*prompt, {"role": "assistant", "content": "b"}], [1]).text
+    except DataError:
+        return True  # whatever it needs, the data have
+    return whole.startswith(before + "b")
 
 
 def _saves_template(path: str) -> bool:

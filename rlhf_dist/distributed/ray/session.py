@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -30,6 +31,8 @@ from rlhf_dist.distributed.ray.actor import RankHost
 from rlhf_dist.distributed.ray.group import RayGroup
 from rlhf_dist.distributed.ray.network import check_interface, passed_environment
 from rlhf_dist.distributed.ray.placement import PlacementPlan, misfit, plan_placement
+
+log = logging.getLogger(__name__)
 
 _LONGEST_SOCKET_PATH = 107
 """Bytes of a Unix socket's path on Linux."""
@@ -248,6 +251,9 @@ def _short_folder() -> dict[str, str]:
             f"most {_LONGEST_SOCKET_PATH} bytes), and {folder} cannot be made ({error.strerror}); set RAY_TMPDIR to a shorter "
             "folder"
         ) from error
+    log.warning(
+        "the temporary folder %s is too long for Ray's sockets; Ray uses %s (RAY_TMPDIR names another)", given, folder
+    )
     return {"_temp_dir": str(folder)}
 
 

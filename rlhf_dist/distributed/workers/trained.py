@@ -114,5 +114,5 @@ def _choose_trained(model: Any, config: TrainedModel, context: RankContext, toke
         zero.grow_embeddings(model, num_token_ids(tokenizer))
     apply_freeze(model, config.freeze)
     if config.lora is not None:
-        add_adapters(model, config.lora)
+        add_adapters(model, config.lora, train_embeddings=config.resize_embeddings)
         initialize_adapters(model, context.seed)

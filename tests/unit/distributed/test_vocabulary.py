@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import peft
 import pytest
 import torch
 from support.tiny import (
@@ -113,11 +113,39 @@ def test_missing_rows_are_the_mean_of_the_others_and_are_trained(stage: int, tie
     assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == tied
 
 
-@pytest.mark.parametrize("setting", [{"lora": {"rank": 4}}, {"freeze": {"embeddings": True}}])
-def test_new_rows_have_to_be_trained(setting: dict[str, Any], tmp_path: Path):
+def test_new_rows_have_to_be_trained(tmp_path: Path):
     """They are all equal: a frozen one could not be told from another."""
-    with pytest.raises(ValueError, match="resize_embeddings is true and"):
-        trained(tmp_path, resize_embeddings=True, **setting)
+    with pytest.raises(ValueError, match="resize_embeddings is true and freeze"):
+        trained(tmp_path, resize_embeddings=True, freeze={"embeddings": True})
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_under_adapters_embeddings_and_head_are_trained_whole(stage: int, tied: bool, tmp_path: Path):
+    path = save_tiny_lm(tmp_path / "small", vocab_size=NUM_TOKENS - 7, tie_word_embeddings=tied)
+    batch = token_batch([9, 6])
+    batch.tokens[0, 4] = NUM_TOKENS - 2
+    config = trained(path, zero_stage=stage, resize_embeddings=True, lora={"rank": 4})
+    with hosted(LanguageModelWorker, config=config, num_steps=2) as group:
+        role = LanguageModelRole(group, 2)
+        for step in range(2):  # B is 0 before the first
+            role.update(batch, step).result()
+        role.save(tmp_path)
+    before = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    old, rows = before.model.embed_tokens.weight.detach(), saved.model.embed_tokens.weight.detach()
+    assert len(rows) == NUM_TOKENS
+    assert not torch.equal(rows[NUM_TOKENS - 2], rows[NUM_TOKENS - 3])
+    assert not torch.equal(rows[: len(old)], old)
+    assert not torch.equal(
+        saved.model.layers[0].self_attn.q_proj.weight, before.model.layers[0].self_attn.q_proj.weight
+    )
+    # What is beside it gives the same model to plain peft, on a base whose embeddings were resized.
+    before.resize_token_embeddings(NUM_TOKENS, mean_resizing=False)
+    adapted = peft.PeftModel.from_pretrained(before, tmp_path / "adapter").eval()
+    ids = torch.arange(3, NUM_TOKENS, 11)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, saved(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("eos_is_new", [False, True])

@@ -147,3 +147,23 @@ def test_a_reward_model_without_a_template_beside_a_policy_with_one(tmp_path: Pa
     assert own_tokenizer(str(rm), load_model_config(str(rm)), builtin) is None
     builtin.save_pretrained(rm)  # as runs do
     assert own_tokenizer(str(rm), load_model_config(str(rm)), policy) is not None
+
+
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+R1 = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+R1 += "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize(("template", "again"), [(OWN, False), (QWEN3, True), (R1, True)])
+def test_a_template_that_has_finished_turns_otherwise_than_generated_ones_is_rendered_again(
+    template: str, again: bool, tmp_path: Path
+):
+    """Policy and reward model have the same template; the latter was trained on finished turns."""
+    rm = save_tiny_rm(tmp_path / "rm")
+    with_template(tiny_tokenizer(), template).save_pretrained(rm)
+    policy = load_tokenizer(str(rm))
+    assert (own_tokenizer(str(rm), load_model_config(str(rm)), policy) is not None) == again

@@ -25,6 +25,7 @@ from rlhf_dist.models.loading import (
     load_scalar_model,
     without_dropout,
 )
+from rlhf_dist.run.checks import check_model
 
 
 def test_a_reward_model_keeps_its_head_and_a_language_model_gets_a_new_one(tiny_lm: Path, tiny_rm: Path):
@@ -34,6 +35,19 @@ def test_a_reward_model_keeps_its_head_and_a_language_model_gets_a_new_one(tiny_
     model, head_is_new = load_scalar_model(str(tiny_lm), torch.float32, pad_token_id=None)
     assert head_is_new
     assert model.score.out_features == 1
+
+
+@pytest.mark.parametrize("architectures", [None, ["LlamaForRewardModel"], ["LlamaForTokenClassification"]])
+def test_a_scalar_head_that_is_there_is_kept_whatever_the_config_calls_the_model(
+    architectures: list[str] | None, tiny_rm: Path, tmp_path: Path
+):
+    path = shutil.copytree(tiny_rm, tmp_path / "rm")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8")) | {"architectures": architectures}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    check_weights(str(path), scalar=True)
+    model, head_is_new = load_scalar_model(str(path), torch.float32, pad_token_id=None)
+    assert not head_is_new
+    assert torch.equal(model.score.weight, load_file(tiny_rm / "model.safetensors")["score.weight"])
 
 
 def test_the_dtype_is_the_one_asked_for(tiny_lm: Path):
@@ -171,6 +185,49 @@ def test_published_generation_configs_can_be_saved_and_used(setting: dict[str, A
     assert saved.eos_token_id == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "samples"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9, "do_sample": False}, False),
+        ({"temperature": 1.0, "top_p": 1.0}, None),
+        ({"top_k": 50}, None),
+        ({"temperature": 0.6, "do_sample": True}, True),
+        ({"top_p": 0.9}, True),
+    ],
+    ids=str,
+)
+def test_a_model_that_decodes_greedily_goes_on_to(
+    setting: dict[str, Any], samples: bool | None, tiny_lm: Path, tmp_path: Path
+):
+    path = shutil.copytree(tiny_lm, tmp_path / "published")
+    (path / "generation_config.json").write_text(json.dumps(setting), encoding="utf-8")
+    load_causal_lm(str(path), torch.float32).save_pretrained(tmp_path / "saved")
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").do_sample == samples
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"eos_token_id": ["2"]},
+        {"eos_token_id": [2, None]},
+        {"eos_token_id": 2.0},
+        {"pad_token_id": True},
+        {"num_return_sequences": 3},
+        {"cache_implementation": "odd"},
+        "{",
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_is_none_is_found_before_the_start(setting: Any, tiny_lm: Path, tmp_path: Path):
+    path = shutil.copytree(tiny_lm, tmp_path / "published")
+    text = setting if isinstance(setting, str) else json.dumps(setting)
+    (path / "generation_config.json").write_text(text, encoding="utf-8")
+    name = "" if isinstance(setting, str) else next(iter(setting))
+    with pytest.raises(ModelError, match=rf"generation_config\.json .*{name}"):
+        check_model(str(path), 64, "policy", scalar=False)
+    check_model(str(tiny_lm), 64, "policy", scalar=False)
 
 
 def test_good_weights_and_what_is_left_to_the_loader(tiny_lm: Path, tiny_rm: Path, tmp_path: Path):
