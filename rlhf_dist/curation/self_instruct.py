@@ -82,10 +82,10 @@ def read_seeds(sources: Iterable[DataSource], bad_rows: BadRows) -> list[Task]:
 
 def _seed(row: Fields) -> Task:
     if row.get("instruction") is None and row.get("completion") is not None:
-        messages = InstructionKind().sequence(row, "").messages
-        if len(messages) > 2:
-            raise row.error("prompt", f"has {len(messages) - 1} turns", "give seeds of one instruction and its output")
-        return Task(messages[0]["content"].strip(), "", messages[-1]["content"].strip())
+        *asked, answer = InstructionKind().sequence(row, "").messages
+        if len(asked) > 1:
+            raise row.error("prompt", f"has {len(asked)} turns", "give seeds of one instruction and its output")
+        return Task(asked[0]["content"].strip(), "", answer["content"].strip())
     return Task(row.text("instruction").strip(), row.optional_text("input").strip(), row.text("output").strip())
 
 
