@@ -22,6 +22,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def read_rows(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[R
     """The first `source.limit` rows of a file, of several (a pattern, a directory), a `datasets` directory or a hub name.
 
     Under `source.on_bad_row: skip` a row that cannot be parsed is added to `bad_rows`. Where reading cannot continue after it
-    (a .json or .parquet file, an unclosed quote in a table), the file is invalid all the same.
+    (broken JSON in a .json file, a broken .parquet file, an unclosed quote in a table), the file is invalid all the same.
 
     Raises:
         DataError: no such file, an unknown format, broken or non-UTF-8 content (with its line), no rows.
@@ -77,7 +78,7 @@ def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
         )
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED):
-            return _dataset_rows(source, _load_directory(source, path))
+            return _dataset_rows(source, _load_directory(source, path), bad_rows)
         return _rows_of_files(source, _files_of_split(source, path), bad_rows)
     if not path.exists() and glob.has_magic(source.path):
         return _rows_of_files(source, _files_of_pattern(source), bad_rows)
@@ -90,7 +91,7 @@ def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
             f"{source.path} is not a supported data set: files end in one of {', '.join(DATA_SUFFIXES)}; "
             f"compressed ones also in {', '.join(_OPEN)}; rename the file, or convert it"
         )
-    return _dataset_rows(source, _load_hub(source))
+    return _dataset_rows(source, _load_hub(source), bad_rows)
 
 
 def _reader(path: Path) -> Callable[[DataSource, Path, BadRows], Iterator[Row]] | None:
@@ -356,12 +357,50 @@ def _parquet_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for values in _converted_rows(source, batch, number, bad_rows):
                     number += 1
-                    yield f"{source.path}: row {number}", values
+                    if values is not None:
+                        yield f"{source.path}: row {number}", values
     except (ArrowException, OSError) as err:
-        reason = str(err).split("\n")[0]
-        raise DataError(f"{source.path}: not a readable Parquet file ({reason}); write it again") from err
+        raise DataError(f"{source.path}: not a readable Parquet file ({_first_line(err)}); write it again") from err
+
+
+def _converted_rows(
+    source: DataSource, batch: Any, num_before: int, bad_rows: BadRows
+) -> Iterator[Mapping[str, Any] | None]:
+    """The rows of an Arrow batch; None for an invalid one. All are converted at once, or each by itself where a value of the
+    batch cannot be, so that its row is named."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except Exception:  # a value: Arrow raises what strings, datetime and time zones raise
+        pass
+    for i in range(batch.num_rows):
+        cells = {name: column[i].as_py for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        yield _converted(source, f"{source.path}: row {num_before + i + 1}", cells, bad_rows)
+
+
+def _converted(
+    source: DataSource, location: str, cells: Mapping[str, Callable[[], Any]], bad_rows: BadRows
+) -> Mapping[str, Any] | None:
+    """A row whose columns are read one by one; None for an invalid one."""
+    values: dict[str, Any] = {}
+    unread: dict[str, Exception] = {}
+    for name, read in cells.items():
+        try:
+            values[name] = read()
+        except Exception as err:  # as in `_converted_rows`
+            unread[name] = err
+    for name, err in unread.items():
+        reason = _first_line(err)
+        error = DataError(
+            f"{location}: column {name!r} has a value that cannot be read ({reason}); fix the row, or write the file without "
+            "the column"
+        )
+        error.__cause__ = err
+        bad_rows.add(source.on_bad_row, error, values)
+        return None
+    return values
 
 
 def _load_directory(source: DataSource, path: Path) -> Any:
@@ -398,9 +437,27 @@ def _load_hub(source: DataSource) -> Any:
         ) from err
 
 
-def _dataset_rows(source: DataSource, dataset: Any) -> Iterator[Row]:
-    for number, values in enumerate(dataset, start=1):
-        yield f"{source.path}[{source.split}]: row {number}", values
+def _dataset_rows(source: DataSource, dataset: Any, bad_rows: BadRows) -> Iterator[Row]:
+    place, number = f"{source.path}[{source.split}]: row", 0
+    try:
+        for number, values in enumerate(dataset, start=1):
+            yield f"{place} {number}", values
+        return
+    except Exception as err:  # of a value, as in `_converted_rows`, or of what decodes an image
+        log.debug("%s: reading on row by row after row %d (%s)", source.path, number, _first_line(err))
+    for i in range(number, len(dataset)):
+        location = f"{place} {i + 1}"
+        try:
+            values = dataset[i]
+        except Exception:
+            cells = {name: partial(_cell, dataset, name, i) for name in dataset.column_names}
+            values = _converted(source, location, cells, bad_rows)
+        if values is not None:
+            yield location, values
+
+
+def _cell(dataset: Any, column: str, row: int) -> Any:
+    return dataset.select_columns([column])[row][column]
 
 
 def _first_line(err: Exception) -> str:

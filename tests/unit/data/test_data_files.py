@@ -13,6 +13,7 @@ import pytest
 from rlhf_dist.cli.main import main
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.reader import read_preferences
 
@@ -269,3 +270,35 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write, tiny_lm, capsys
 def test_what_only_hub_names_take_is_rejected_for_files(write, key):
     with pytest.raises(DataError, match=rf"a\.jsonl is a local path and has {key},"):
         read(write("a.jsonl", JSONL), **{key: "x"})
+
+
+def arrow_strings(*contents: bytes) -> pa.Array:
+    """A string column as faulty writers make it: of any bytes."""
+    _, offsets, data = pa.array(contents, pa.binary()).buffers()
+    return pa.StringArray.from_buffers(len(contents), offsets, data)
+
+
+@pytest.mark.parametrize("store", ["parquet", "dataset"])
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (arrow_strings(b"ok", b"caf\xe9", b"x"), "0xe9"),
+        (pa.array([1, 2**62, 3], pa.duration("s")), "too large"),
+        (pa.array([[1], [2**62], []], pa.list_(pa.duration("s"))), "too large"),
+        (pa.array([{"at": 0}, {"at": 2**50}, None], pa.struct([("at", pa.timestamp("s"))])), ""),
+    ],
+)
+def test_a_value_that_python_cannot_hold_makes_its_row_invalid(tmp_path, store, column, words):
+    table = pa.table({"other": column, "text": ["a", "b", "c"]})
+    path = tmp_path / "a.parquet"
+    if store == "dataset":
+        path = tmp_path / "saved"
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pq.write_table(table, path)
+    with pytest.raises(DataError, match=rf"row 2: column 'other' has a value that cannot be read \(.*{words}.*; fix"):
+        read(path)
+    bad_rows = BadRows()
+    found = list(read_rows(DataSource(path=str(path), kind="text", on_bad_row="skip"), bad_rows))
+    assert [(location[-5:], values["text"]) for location, values in found] == [("row 1", "a"), ("row 3", "c")]
+    assert [bad.row for bad in bad_rows.rows] == [{"text": "b"}]
