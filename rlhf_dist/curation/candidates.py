@@ -145,6 +145,7 @@ def item_of(row: Fields) -> Item:
         messages = row.messages("prompt")
         if messages[-1]["role"] != "user":
             raise row.error("prompt", "does not end with a user message", "add the message that is answered")
+    messages = row.with_system(messages)
     values = row.items("candidates")
     if len(values) < 2:
         raise row.error(

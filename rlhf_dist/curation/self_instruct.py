@@ -81,10 +81,15 @@ def read_seeds(sources: Iterable[DataSource], bad_rows: BadRows) -> list[Task]:
 
 
 def _seed(row: Fields) -> Task:
-    if row.get("instruction") is None and row.get("completion") is not None:
-        messages = InstructionKind().sequence(row, "").messages
-        if len(messages) > 2:
-            raise row.error("prompt", f"has {len(messages) - 1} turns", "give seeds of one instruction and its output")
+    completion = row.get("instruction") is None and row.get("completion") is not None
+    record = InstructionKind().sequence(row, "")
+    messages = [message for message in record.messages if message["role"] != "system"]
+    if len(messages) < len(record.messages):
+        row.note("system messages of seeds, which are not used")
+    if len(messages) > 2:
+        field = "prompt" if completion else "history"
+        raise row.error(field, f"has {len(messages) - 1} turns", "give seeds of one instruction and its output")
+    if completion:
         return Task(messages[0]["content"].strip(), "", messages[-1]["content"].strip())
     return Task(row.text("instruction").strip(), row.optional_text("input").strip(), row.text("output").strip())
 

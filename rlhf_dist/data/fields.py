@@ -133,6 +133,28 @@ class Fields:
         self._check_json("tools", list(value))
         return tuple(value)
 
+    def with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Messages after the system message that the row has in a column, unless they begin with another."""
+        column, text = self.system()
+        first = messages[0] if messages and messages[0]["role"] == "system" else None
+        if not text or (first is not None and first["content"] == text):
+            return tuple(messages)
+        if first is not None and first["content"].strip():
+            self.note(f"column {column!r} beside a system turn, which is not used")
+            return tuple(messages)
+        if not self.is_mapped("system"):
+            self.note(f"column {column!r} taken for the system message")
+        return ({"role": "system", "content": text}, *messages[first is not None :])
+
+    def system(self) -> tuple[str, str]:
+        """(column, text) of the field `system`, or of a column `system_prompt`; text "" where there is none, or where an
+        unmapped one is no text."""
+        mapped = self.is_mapped("system")
+        for column in ("system",) if mapped else ("system", "system_prompt"):
+            if (mapped or isinstance(self.get(column), str)) and (text := self.optional_text(column)):
+                return self._mapping.get(column, column), text
+        return "system", ""
+
     def items(self, field: str) -> Sequence[Any]:
         """A list."""
         value = self.required(field)

@@ -61,7 +61,8 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
         dialogue, other = names[whole.index(True)], names[whole.index(False)]
         raise row.error(dialogue, f"is a whole dialogue and {other!r} is only a response", "write all in one format")
     if all(whole):
-        return _split(row, names, turns)
+        prompt, responses = _split(row, names, turns)
+        return row.with_system(prompt), responses
     prompt = prompt_messages(row)
     if not prompt:
         raise row.error(
@@ -71,7 +72,7 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
         )
     if prompt[-1]["role"] != "user":
         raise row.error("prompt", "does not end with a user message", "add the message that is answered")
-    return prompt, tuple(turns)
+    return row.with_system(prompt), tuple(turns)
 
 
 def is_ranking(row: Fields) -> bool:

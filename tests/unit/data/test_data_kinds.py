@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
 from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
-from rlhf_dist.data.records import Prompt
+from rlhf_dist.data.records import Conversation, Preference, Prompt
 
 
 def user(content: str) -> dict[str, str]:
@@ -427,6 +428,96 @@ def test_prompt_and_completion(source, kind, prompt, completion):
     assert notes == {"columns 'prompt' and 'completion'": 1}
     asked, _ = noted(source, kind, {"prompt": prompt, "completion": completion}, read_prompts)
     assert asked.messages == found.messages[:-1]
+
+
+SYSTEM = {"role": "system", "content": "s"}
+CHATS = [USER, BOT, USER]
+PLAIN_CHAT = [*CHATS, BOT]
+
+
+def whole(record) -> tuple[Any, ...]:
+    """All messages of a record, of a preference with its best response."""
+    if isinstance(record, Preference):
+        return (*record.prompt, *record.responses[0])
+    return record.messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "read"),
+    [
+        ("instruction", {"instruction": "u", "output": "a"}, read_sequences),
+        ("instruction", {"prompt": "u", "completion": "a"}, read_sequences),
+        ("instruction", {"instruction": "u", "output": "a"}, read_prompts),
+        ("messages", {"messages": PLAIN_CHAT}, read_sequences),
+        ("messages", {"messages": PLAIN_CHAT}, read_prompts),
+        (
+            "messages",
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            read_sequences,
+        ),
+        ("messages", {"prompt": CHATS, "completion": [BOT]}, read_sequences),
+        ("preference", {"prompt": "u", "chosen": "a", "rejected": "b"}, partial(read_preferences, seed=0)),
+        ("preference", {"prompt": "u", "responses": ["a", "b"]}, partial(read_preferences, seed=0)),
+        ("preference", {"chosen": PLAIN_CHAT, "rejected": [*CHATS, bot("b")]}, partial(read_preferences, seed=0)),
+        ("preference", {"chosen": "Human: u\n\nAssistant: a", "rejected": "Human: u\n\nAssistant: b"}, read_prompts),
+        ("prompt", {"prompt": "u"}, read_prompts),
+        ("prompt", {"prompt": CHATS}, read_prompts),
+    ],
+)
+@pytest.mark.parametrize("column", ["system", "system_prompt", "mine"])
+def test_a_system_message_in_a_column_is_the_same_as_one_in_the_chat(source, kind, row, read, column):
+    settings = {"fields": {"system": "mine"}} if column == "mine" else {}
+    [without] = read(source(kind, [row]))
+    bad_rows = BadRows()
+    [found] = read(source(kind, [row | {column: "s"}], **settings), bad_rows=bad_rows)
+    assert whole(found) == (SYSTEM, *whole(without))
+    if isinstance(found, Conversation) and without.targets is not None:
+        assert [whole(found)[i] for i in found.targets] == [whole(without)[i] for i in without.targets]
+    taken = {f"column {column!r} taken for the system message": 1}
+    assert dict(bad_rows.notes).items() >= ({} if column == "mine" else taken).items()
+    for nothing in ("", None, " ", *([] if column == "mine" else [3, ["s"]])):
+        [same] = read(source(kind, [row | {column: nothing}, row | {column: "s"}], **settings, limit=1))
+        assert whole(same) == whole(without)
+
+
+@pytest.mark.parametrize(("turn", "notes"), [("other", 1), ("s", 0), ("", 0)])
+def test_a_system_message_in_a_column_and_in_the_chat(source, turn, notes):
+    found, said = noted(
+        source, "messages", {"messages": [{"role": "system", "content": turn}, USER, BOT], "system": "s"}
+    )
+    assert found.messages == ({"role": "system", "content": turn or "s"}, USER, BOT)
+    assert said.get("column 'system' beside a system turn, which is not used", 0) == notes
+
+
+def test_system_messages_of_ratings_belong_to_their_prompts(source):
+    rows = [{"prompt": "u", "response": r, "rating": i, "system": s} for s in "st" for i, r in enumerate("ab")]
+    pairs = list(read_preferences(source("ratings", rows), 0))
+    assert [pair.prompt for pair in pairs] == [(SYSTEM, USER), (SYSTEM | {"content": "t"}, USER)]
+    subjects = {KINDS["ratings"].subject(Fields("x", row, {})) for row in rows}
+    assert subjects == {pair.subject for pair in pairs}
+
+
+@pytest.mark.parametrize("history", [[["u", "a"], ["v", "b"]], [USER, BOT, user("v"), bot("b")]])
+@pytest.mark.parametrize("column", ["history", "before"])
+def test_the_turns_before_an_instruction(source, history, column):
+    settings = {"fields": {"history": "before"}} if column == "before" else {}
+    row = {"instruction": "i", "output": "o", "system": "s", column: history}
+    bad_rows = BadRows()
+    [found] = read_sequences(source("instruction", [row], **settings), bad_rows)
+    assert found.messages == (SYSTEM, USER, BOT, user("v"), bot("b"), user("i"), bot("o"))
+    assert found.targets == (6,)
+    assert bad_rows.notes["column 'history' taken for the turns before the instruction"] == (column == "history")
+    [prompt] = read_prompts(source("instruction", [row], **settings))
+    assert prompt.messages == found.messages[:-1]
+    for broken in ([["u"]], ["u", "a"], [["u", ""]], [["u", 1]]):
+        with pytest.raises(DataError, match=r"'history\[0\]'"):
+            one(source, [row | {column: broken}], "instruction", **settings)
+
+
+@pytest.mark.parametrize("history", [None, [], "of the library", 3])
+def test_no_turns_before_an_instruction(source, history):
+    found, _ = noted(source, "instruction", {"instruction": "u", "output": "a", "history": history})
+    assert (found.messages, found.targets) == ((USER, BOT), None)
 
 
 def test_weights_choose_what_is_trained_on(source):
