@@ -25,6 +25,11 @@ MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name", "reasoning_content"}
 )
 
+ARGUMENT_KEYS = ("arguments", "parameters", "input")
+"""What the arguments of a call are called: by OpenAI and transformers, Llama 3, Anthropic."""
+FUNCTION_KEYS = frozenset({"name", *ARGUMENT_KEYS})
+CALL_KEYS = frozenset({"id", "type", "index"})
+
 MAX_DEPTH = 50
 """Of tools and of the arguments of their calls: deeper ones end in the limit of Python's own reader and writer of JSON."""
 
@@ -260,23 +265,39 @@ class Fields:
             raise self.error(
                 field, f"is {_short(calls)} of a {role} message", "give a list of calls to an assistant message"
             )
-        found = []
-        for i, call in enumerate(calls):
-            function = call.get("function", call) if isinstance(call, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise self.error(f"{field}[{i}]", f"is {_short(call)}, without the name of a function", "give it one")
-            self.checked_text(f"{field}[{i}].name", function["name"])
-            arguments = function.get("arguments", {})
-            if isinstance(arguments, str):
-                try:
-                    arguments = json.loads(arguments)
-                except (ValueError, RecursionError) as error:
-                    raise self.error(f"{field}[{i}].arguments", "is no JSON", "fix the row") from error
-            self._check_json(f"{field}[{i}].arguments", arguments)
-            found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-            if not _is_missing(name := call.get("id")):  # templates that name calls need it (Mistral's)
-                found[-1]["id"] = self.checked_text(f"{field}[{i}].id", name)
-        return found
+        return [self._tool_call(f"{field}[{i}]", call) for i, call in enumerate(calls)]
+
+    def _tool_call(self, field: str, call: Any) -> dict[str, Any]:
+        """A call as chat templates take it, also of one without `function` around it."""
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise self.error(field, f"is {_short(call)}, without the name of a function", "give it one")
+        present = {key for key, value in function.items() if not _is_missing(value)}
+        others = present - FUNCTION_KEYS - (CALL_KEYS if function is call else set())
+        if function is not call:
+            others |= {key for key, value in call.items() if not _is_missing(value)} - CALL_KEYS - {"function"}
+        # A key that is not read would be a part of the call that is never learnt.
+        if others:
+            raise self.error(
+                field,
+                f"has {_listed(dict.fromkeys(sorted(others, key=str)))}, which a call does not have",
+                "give it a name and arguments, maybe an id and the type function",
+            )
+        self.checked_text(f"{field}.name", function["name"])
+        named = [key for key in ARGUMENT_KEYS if key in present]
+        if len(named) > 1:
+            raise self.error(field, f"has {' and '.join(named)}, which mean the same", "keep one of them")
+        arguments = function[named[0]] if named else {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError) as error:
+                raise self.error(f"{field}.{named[0]}", "is no JSON", "fix the row") from error
+        self._check_json(f"{field}.{named[0] if named else 'arguments'}", arguments)
+        made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        if not _is_missing(name := call.get("id")):  # templates that name calls need it (Mistral's)
+            made["id"] = self.checked_text(f"{field}.id", name)
+        return made
 
     def _check_json(self, field: str, value: Any, depth: int = 0) -> None:
         """Raise DataError unless a template can write `value` as JSON, and a file can hold that."""

@@ -549,6 +549,36 @@ def test_tools(source):
             noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": calls}]})
 
 
+ARGUMENTS = {"city": "Paris", "days": [1, 2]}
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input"])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS)], ids=["object", "text"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_of_a_call_under_all_their_names(source, key, arguments, nested):
+    function = {"name": "get", key: arguments, "extra": None}
+    call = {"type": "function", "function": function, "id": None} if nested else function
+    found, _ = noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": [call]}]})
+    [made] = found.messages[1]["tool_calls"]
+    assert made == {"type": "function", "function": {"name": "get", "arguments": ARGUMENTS}}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"name": "get", "args": {"a": 1}}, r"has 'args', which a call does not have; give it a name and arguments"),
+        ({"name": "get", "arguments": {}, "kwargs": 1, "result": 2}, r"has 'kwargs', 'result', which"),
+        ({"function": {"name": "get", "argument": {}}}, r"has 'argument', which"),
+        ({"function": {"name": "get"}, "arguments": {"a": 1}}, r"has 'arguments', which"),
+        ({"name": "get", "arguments": {"a": 1}, "parameters": {"a": 2}}, "has arguments and parameters, which mean"),
+        ({"name": "get", "parameters": "{"}, "parameters' is no JSON"),
+    ],
+)
+def test_a_call_of_which_something_would_be_lost_is_invalid(source, call, words):
+    with pytest.raises(DataError, match=rf":1: field 'messages\[1\]\.tool_calls\[0\].*{words}"):
+        noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": [call]}]})
+
+
 def test_sharegpt_turns_keep_their_other_keys(source):
     turns = [
         {"from": "human", "value": "u"},
