@@ -21,7 +21,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,7 @@ _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
 _WORD = re.compile(r"[^a-z0-9]+")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TOOL_KEYS = frozenset({"tools", "functions", "tool_calls", "function_call"})
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -356,11 +357,13 @@ def _parquet_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            types = {field.name: str(field.type) for field in file.schema_arrow}
+            tidy = _null_dropper(source, types, bad_rows)
             for batch in file.iter_batches(batch_size=1024):
                 for values in _converted_rows(source, batch, number, bad_rows):
                     number += 1
                     if values is not None:
-                        yield f"{source.path}: row {number}", values
+                        yield f"{source.path}: row {number}", tidy(values)
     except (ArrowException, OSError) as err:
         raise DataError(f"{source.path}: not a readable Parquet file ({_first_line(err)}); write it again") from err
 
@@ -439,9 +442,12 @@ def _load_hub(source: DataSource) -> Any:
 
 def _dataset_rows(source: DataSource, dataset: Any, bad_rows: BadRows) -> Iterator[Row]:
     place, number = f"{source.path}[{source.split}]: row", 0
+    # A column of JSON texts, which `datasets` reads, has the nulls that were written.
+    types = {name: kind for name, kind in _types(dataset).items() if "Json(" not in kind}
+    tidy = _null_dropper(source, types, bad_rows)
     try:
         for number, values in enumerate(dataset, start=1):
-            yield f"{place} {number}", values
+            yield f"{place} {number}", tidy(values)
         return
     except Exception as err:  # of a value, as in `_converted_rows`, or of what decodes an image
         log.debug("%s: reading on row by row after row %d (%s)", source.path, number, _first_line(err))
@@ -453,7 +459,43 @@ def _dataset_rows(source: DataSource, dataset: Any, bad_rows: BadRows) -> Iterat
             cells = {name: partial(_cell, dataset, name, i) for name in dataset.column_names}
             values = _converted(source, location, cells, bad_rows)
         if values is not None:
-            yield location, values
+            yield location, tidy(values)
+
+
+def _types(dataset: Any) -> dict[str, str]:
+    """The type of each column, as text."""
+    return {name: repr(kind) for name, kind in (getattr(dataset, "features", None) or {}).items()}
+
+
+def _null_dropper(
+    source: DataSource, types: Mapping[str, str], bad_rows: BadRows
+) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Drops the null members of tools and calls from a row.
+
+    All records of an Arrow column have the members of all: a call of `{"city": "Paris"}` gets `"zone": null` where another call
+    has a zone, and a template would write it. Elsewhere nulls are read as what is missing.
+    """
+    keys = {*_TOOL_KEYS, source.fields.get("tools", "tools").rpartition(".")[2]}
+    columns = [name for name, kind in types.items() if any(key == name or key in kind for key in keys)]
+    if not columns:
+        return lambda values: values
+
+    def tidy(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        changed = {name: _without_nulls(values[name], keys, name in keys) for name in columns if name in values}
+        if any(changed[name] != values[name] for name in changed):
+            bad_rows.notes["null members of tools and calls, as Arrow adds them, which are dropped"] += 1
+            return {**values, **changed}
+        return values
+
+    return tidy
+
+
+def _without_nulls(value: Any, keys: Collection[str], inside: bool = False) -> Any:
+    """Without the null members of all that is below one of `keys`."""
+    if isinstance(value, Mapping):
+        kept = ((key, item) for key, item in value.items() if item is not None or not inside)
+        return {key: _without_nulls(item, keys, inside or key in keys) for key, item in kept}
+    return [_without_nulls(item, keys, inside) for item in value] if isinstance(value, list) else value
 
 
 def _cell(dataset: Any, column: str, row: int) -> Any:

@@ -15,7 +15,7 @@ from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.reader import read_preferences
+from rlhf_dist.data.reader import read_preferences, read_sequences
 
 ROWS = [{"text": "một"}, {"text": 'a "quote", b'}, {"text": "hai\nba"}]
 CSV = 'text,n\r\nmột,1\r\n"a ""quote"", b",2\r\n"hai\nba",3\r\n'
@@ -302,3 +302,62 @@ def test_a_value_that_python_cannot_hold_makes_its_row_invalid(tmp_path, store, 
     found = list(read_rows(DataSource(path=str(path), kind="text", on_bad_row="skip"), bad_rows))
     assert [(location[-5:], values["text"]) for location, values in found] == [("row 1", "a"), ("row 3", "c")]
     assert [bad.row for bad in bad_rows.rows] == [{"text": "b"}]
+
+
+def called(name: str, arguments: dict, **more) -> dict:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+    return {"role": "assistant", "content": "a", "tool_calls": [call]}
+
+
+def tool(name: str, **properties) -> dict:
+    return {"name": name, "parameters": {"properties": properties}}
+
+
+TOOL_ROWS = [
+    {
+        "messages": [{"role": "user", "content": "u"}, called("get", {"city": "Paris", "at": {"hour": 3}})],
+        "tools": [tool("get", city={"type": "string"}), tool("wait", seconds={"type": "number", "least": 0})],
+    },
+    {"messages": [{"role": "user", "content": "u"}, called("wait", {"seconds": 3, "at": {"day": 1}}, id="c")]},
+    {"messages": [{"role": "user", "content": "u"}, called("stop", {})], "tools": [tool("stop")]},
+]
+
+
+@pytest.mark.parametrize("store", ["parquet", "dataset"])
+@pytest.mark.parametrize("column", ["tools", "mine"])
+def test_tools_and_calls_of_arrow_are_those_that_were_written(tmp_path, write, store, column):
+    """Compared with the same rows as JSON lines, which have no nulls."""
+    rows = [{"messages": row["messages"]} | ({column: row["tools"]} if "tools" in row else {}) for row in TOOL_ROWS]
+    table = pa.Table.from_pylist([*rows[:1], rows[1] | {column: None}, rows[2]])
+    assert "None" in str(table.to_pylist()[2]["messages"])
+    path = tmp_path / "a.parquet"
+    if store == "dataset":
+        path = tmp_path / "saved"
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pq.write_table(table, path)
+    fields = {} if column == "tools" else {"tools": column}
+    bad_rows = BadRows()
+    found, expected = (
+        [
+            (record.messages, record.tools)
+            for record in read_sequences(DataSource(path=str(file), kind="messages", fields=fields), bad)
+        ]
+        for file, bad in ((path, bad_rows), (write("a.jsonl", rows), None))
+    )
+    assert found == expected
+    assert bad_rows.notes["null members of tools and calls, as Arrow adds them, which are dropped"] == 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_nulls_that_were_written_stay(tmp_path, write, name):
+    arguments: dict = {"zone": None}
+    message = called("get", arguments if name == "a.jsonl" else json.dumps(arguments))
+    row = {"messages": [{"role": "user", "content": "u"}, message], "tools": json.dumps([tool("get", zone=None)])}
+    path = write("a.jsonl", [row])
+    if name == "a.parquet":
+        path = tmp_path / name
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    [record] = read_sequences(DataSource(path=str(path), kind="messages"))
+    assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert record.tools == (tool("get", zone=None),)
