@@ -12,7 +12,7 @@ is what its class implements:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from rlhf_dist.config.data import DataSource, RecordKind
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.preferences import (
+    answerable,
     chat_messages,
     pair_by_rating,
     preference_messages,
@@ -93,7 +94,7 @@ class InstructionKind(Kind):
 
     def prompt(self, row: Fields) -> Messages:
         if (prompt := _before_completion(row, "instruction")) is not None:
-            return _ends_with_user(row, "prompt", prompt)
+            return answerable(row, "prompt", prompt)
         parts = (row.optional_text("demonstration"), row.text("instruction"), row.optional_text("input"))
         user = _user("\n\n".join(part for part in parts if part))
         return row.with_system((*_history(row), user))
@@ -120,7 +121,7 @@ class MessagesKind(Kind):
         return Conversation(_plain(messages), row.location, task, targets, row.tools())
 
     def prompt(self, row: Fields) -> Messages:
-        return _ends_with_user(row, "messages", self._before_response(row))
+        return answerable(row, "messages", self._before_response(row))
 
     def _before_response(self, row: Fields) -> Messages:
         prompt = _before_completion(row, "messages")
@@ -221,7 +222,7 @@ class RatingsKind(Kind):
 
 
 class PromptKind(Kind):
-    """One user message, or a chat that ends with one."""
+    """One user message, or a chat that ends with one or with the result of a tool."""
 
     fields = ("prompt", "system", "tools")
     uses = ("prompts",)
@@ -231,7 +232,7 @@ class PromptKind(Kind):
         return turns_of(_string_or_chat(row))
 
     def prompt(self, row: Fields) -> Messages:
-        return _ends_with_user(row, "prompt", _string_or_chat(row))
+        return answerable(row, "prompt", _string_or_chat(row))
 
 
 class CandidatesKind(Kind):
@@ -326,12 +327,6 @@ def _history(row: Fields) -> Messages:
             )
         for role, text in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": row.checked_text(f"history[{i}]", text)})
-    return tuple(messages)
-
-
-def _ends_with_user(row: Fields, field: str, messages: Sequence[dict[str, str]]) -> Messages:
-    if not messages or messages[-1]["role"] != "user":
-        raise row.error(field, "does not end with a user message for the assistant to answer", "add one")
     return tuple(messages)
 
 

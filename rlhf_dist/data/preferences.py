@@ -70,9 +70,7 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
             f"is missing, and {_listed(names)} are not whole dialogues",
             'add it, map it with fields: {prompt: <column>}, or write "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues',
         )
-    if prompt[-1]["role"] != "user":
-        raise row.error("prompt", "does not end with a user message", "add the message that is answered")
-    return row.with_system(prompt), tuple(turns)
+    return row.with_system(answerable(row, "prompt", prompt)), tuple(turns)
 
 
 def is_ranking(row: Fields) -> bool:
@@ -186,6 +184,19 @@ def prompt_messages(row: Fields) -> Messages:
         row.note("prompts in the HH format")
         return _dialogue(row, "prompt", _GENERATION_CUE.sub("", text))
     return row.messages("prompt")
+
+
+def answerable(row: Fields, field: str, messages: Messages) -> Messages:
+    """`messages`, if the assistant may speak next: after the user, or after the result of a tool.
+
+    Raises:
+        DataError: they end otherwise, or there are none.
+    """
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise row.error(
+            field, "does not end with a user message or the result of a tool", "add the message that is answered"
+        )
+    return messages
 
 
 def preference_of(row: Fields, use_margins: bool) -> Preference:

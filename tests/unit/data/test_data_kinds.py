@@ -610,6 +610,30 @@ def test_weights_of_a_completion(source, kind):
     assert found.messages == (user("p"), bot("no"), user("u"), bot("yes"))
 
 
+CALLED = [USER, bot("") | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}]
+CALLED += [{"role": "tool", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("prompt", {"prompt": CALLED}),
+        ("messages", {"messages": [*CALLED, BOT]}),
+        ("messages", {"prompt": CALLED, "completion": [BOT]}),
+        ("instruction", {"prompt": CALLED, "completion": "a"}),
+        ("preference", {"prompt": CALLED, "chosen": "a", "rejected": "b"}),
+        ("preference", {"prompt": CALLED, "responses": ["a", [bot("b")]]}),
+        ("preference", {"chosen": [*CALLED, BOT], "rejected": [*CALLED, bot("b")]}),
+    ],
+)
+def test_prompts_that_end_with_the_result_of_a_tool(source, kind, row):
+    [prompt] = read_prompts(source(kind, [row]))
+    assert prompt.messages == tuple(CALLED)
+    if kind == "preference":
+        [pair] = read_preferences(source(kind, [row]), 0)
+        assert (pair.prompt, pair.responses) == (tuple(CALLED), ((BOT,), (bot("b"),)))
+
+
 def test_tools_and_weights_of_preferences(source):
     rows = [{"prompt": [user("p") | {"weight": 0}], "chosen": "c", "rejected": "r", "tools": [{"name": "add"}]}]
     rows += [{"prompt": "p", "responses": ["a", "b"], "tools": '[{"name": "add"}]'}]
