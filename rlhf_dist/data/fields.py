@@ -19,10 +19,18 @@ ROLE_NAMES = {
     "bot": "assistant",
     "model": "assistant",
     "developer": "system",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
-"""What published data sets call roles."""
+"""What published data sets call roles, in any case."""
+CALL_ROLES = ("function_call", "tool_call")
+"""Turns of the assistant whose content is a call of a tool, or several, as JSON (ShareGPT)."""
 MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name", "reasoning_content"}
+    | {"function_call", "refusal"}
 )
 
 ARGUMENT_KEYS = ("arguments", "parameters", "input")
@@ -218,13 +226,29 @@ class Fields:
             self.note("ShareGPT turns (from, value)")
             others = {key: value for key, value in item.items() if key not in ("from", "value")}
             item = others | {"role": item["from"], "content": item["value"]}
-        if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
+        # OpenAI leaves out the content of calls and refusals.
+        optional = isinstance(item, Mapping) and any(
+            item.get(key) for key in ("tool_calls", "function_call", "refusal")
+        )
+        if not isinstance(item, Mapping) or "role" not in item or not ("content" in item or optional):
             raise self.error(field, f'is {_short(item)}, without "role" and "content"', "give it both")
-        role = ROLE_NAMES.get(str(item["role"]), item["role"])
+        named = item["role"].strip().lower() if isinstance(item["role"], str) else item["role"]
+        if named in CALL_ROLES:
+            item = {**item, "role": "assistant", "content": "", "tool_calls": self._calls_of_text(field, item)}
+            named = "assistant"
+        role = ROLE_NAMES.get(str(named), named)
         if role not in ROLES:
             raise self.error(f"{field}.role", f"is {_short(item['role'])}", f"use one of {', '.join(ROLES)}")
-        message: Message = {"role": role, "content": self._content(f"{field}.content", item["content"])}
+        content = self._content(f"{field}.content", item.get("content"))
+        if not _is_missing(refusal := item.get("refusal")) and refusal != "":
+            content = self._refused(field, role, content, refusal)
+        message: Message = {"role": role, "content": content}
         calls = item.get("tool_calls")
+        if legacy := item.get("function_call"):
+            if calls:
+                raise self.error(field, "has tool_calls and function_call, which mean the same", "keep one of them")
+            self.note("function_call of messages (OpenAI), taken for a call of a tool")
+            calls = [legacy]
         if calls:
             message["tool_calls"] = self._tool_calls(f"{field}.tool_calls", role, calls)
         for key in ("reasoning_content", "name", "tool_call_id"):
@@ -242,6 +266,31 @@ class Fields:
                 self.note(f"key {key!r} of messages, which is not used")
         return message
 
+    def _calls_of_text(self, field: str, item: Mapping[str, Any]) -> list[Any]:
+        """The calls that are the content of a turn of `CALL_ROLES`."""
+        self.note(f"turns of the role {item['role']!r}, taken for calls of tools")
+        calls = item.get("content")
+        if item.get("tool_calls"):
+            raise self.error(field, f"has tool_calls and the role {item['role']}", "keep one of them")
+        if isinstance(calls, str):
+            try:
+                calls = json.loads(calls)
+            except (ValueError, RecursionError) as error:
+                raise self.error(
+                    f"{field}.content",
+                    f"is {_short(item['content'])}, no JSON, in a turn of the role {item['role']}",
+                    'write it as {"name": ..., "arguments": ...}, or give the turn the role assistant',
+                ) from error
+        return list(calls) if isinstance(calls, (list, tuple)) and calls else [calls]
+
+    def _refused(self, field: str, role: str, content: Any, refusal: Any) -> Any:
+        """The content of a message with a refusal, which OpenAI writes in place of it."""
+        if role != "assistant" or (content != "" and content != refusal):
+            self.note("key 'refusal' of messages, which is not used")
+            return content
+        self.note("refusals taken for content")
+        return self.checked_text(f"{field}.refusal", refusal)
+
     def _content(self, field: str, content: Any) -> Any:
         """The text of a content, which may be a list of parts; "" where there is none."""
         if _is_missing(content):
@@ -252,11 +301,11 @@ class Fields:
         texts = []
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind != "text":
+            if kind not in ("text", "refusal"):
                 raise self.error(
                     f"{field}[{i}]", f"is a part of type {_short(kind)}, and only text is supported", "remove the row"
                 )
-            texts.append(self.checked_text(f"{field}[{i}].text", part.get("text")))
+            texts.append(self.checked_text(f"{field}[{i}].{kind}", part.get(kind)))
         return "".join(texts)
 
     def _tool_calls(self, field: str, role: str, calls: Any) -> list[Any]:

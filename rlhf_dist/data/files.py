@@ -238,7 +238,22 @@ def _parse(location: str, line: str) -> Any:
         raise DataError(f"{location}: a number that cannot be read ({err}); fix the line") from err
 
 
+def _are_json_lines(path: Path) -> bool:
+    """Whether the first line that is not blank is an object, and others follow: as many `.json` files have it."""
+    lines = (line for line in _lines(path) if line.strip())
+    first = next(lines, b"")
+    if not first.lstrip().startswith(b"{") or next(lines, None) is None:
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _json_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    if _are_json_lines(path):
+        yield from _jsonl_rows(source, path, bad_rows)
+        return
     try:
         content = json.loads("".join(_decode(source, number, raw) for number, raw in enumerate(_lines(path), start=1)))
     except RecursionError as err:

@@ -361,3 +361,18 @@ def test_nulls_that_were_written_stay(tmp_path, write, name):
     [record] = read_sequences(DataSource(path=str(path), kind="messages"))
     assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
     assert record.tools == (tool("get", zone=None),)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("blank", ["", "\r\n"])
+def test_json_lines_in_a_json_file(write, name, blank):
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
+    content = f"{blank}\n".encode().join([lines[0], *lines[1:], b""])
+    path = write(name, gzip.compress(content) if name.endswith("gz") else content)
+    assert read(path) == [(location.replace("b.jsonl", name), row) for location, row in read(write("b.jsonl", content))]
+    broken = write("broken.json", b"\n".join([lines[0], b'{"text": ', lines[1], b"\xff"]))
+    with pytest.raises(DataError, match=r"broken\.json:2: not JSON"):
+        read(broken)
+    bad_rows = BadRows()
+    found = list(read_rows(DataSource(path=broken, kind="text", on_bad_row="skip"), bad_rows))
+    assert ([values for _, values in found], len(bad_rows)) == (ROWS[:2], 2)

@@ -579,6 +579,96 @@ def test_a_call_of_which_something_would_be_lost_is_invalid(source, call, words)
         noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": [call]}]})
 
 
+CALL = {"name": "get", "arguments": {"city": "Paris"}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+RESULT = {"role": "tool", "content": "9"}
+LEGACY = "function_call of messages (OpenAI), taken for a call of a tool"
+
+
+@pytest.mark.parametrize(
+    ("turns", "note"),
+    [
+        (
+            [
+                {"from": "human", "value": "u"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "9"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "turns of the role 'function_call', taken for calls of tools",
+        ),
+        (
+            [USER, {"role": "tool_call", "content": CALL}, {"role": "tool_response", "content": "9"}, BOT],
+            "turns of the role 'tool_call', taken for calls of tools",
+        ),
+        (
+            [
+                {"role": "User", "content": "u"},
+                {"role": "ASSISTANT", "content": None, "tool_calls": [{"function": CALL}]},
+                {"role": " Tool", "content": "9"},
+                {"role": "Assistant", "content": "a"},
+            ],
+            None,
+        ),
+        (
+            [
+                USER,
+                {"role": "assistant", "content": None, "function_call": CALL | {"arguments": '{"city": "Paris"}'}},
+                {"role": "function", "content": "9"},
+                BOT | {"function_call": None},
+            ],
+            LEGACY,
+        ),
+        ([USER, {"role": "assistant", "function_call": CALL}, {"role": "ipython", "content": "9"}, BOT], LEGACY),
+    ],
+)
+def test_published_shapes_of_calls_are_the_same_conversation(source, turns, note):
+    found, notes = noted(source, "messages", {"messages": turns})
+    assert found.messages == (USER, CALLING, RESULT, BOT)
+    assert note is None or notes[note] == 1
+
+
+def test_several_calls_in_a_sharegpt_turn(source):
+    turns = [USER, {"role": "function_call", "content": json.dumps([CALL, CALL | {"name": "put"}])}]
+    found, _ = noted(source, "messages", {"messages": turns})
+    assert [call["function"]["name"] for call in found.messages[1]["tool_calls"]] == ["get", "put"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "function_call", "content": "get(Paris)"}, r"content' is 'get\(Paris\)', no JSON, .*; write it as"),
+        ({"role": "function_call", "content": None}, "is None, without the name of a function"),
+        ({"role": "function_call", "content": "[]"}, r"is \[\], without the name of a function"),
+        (CALLING | {"function_call": CALL}, "has tool_calls and function_call, which mean the same; keep one"),
+        (CALLING | {"role": "function_call"}, "has tool_calls and the role function_call"),
+        ({"role": "user", "content": "u", "function_call": CALL}, "of a user message"),
+        ({"role": "assistant"}, 'without "role" and "content"'),
+        ({"role": "assistant", "content": None, "refusal": 3}, r"refusal' is 3, a int"),
+    ],
+)
+def test_published_shapes_of_calls_that_are_invalid(source, turn, words):
+    with pytest.raises(DataError, match=rf":1: field 'messages\[1\].*{words}"):
+        noted(source, "messages", {"messages": [USER, turn]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "content", "note"),
+    [
+        ({"content": None, "refusal": "No."}, "No.", "refusals taken for content"),
+        ({"refusal": "No."}, "No.", "refusals taken for content"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No.", "content in parts"),
+        ({"content": "Yes.", "refusal": None}, "Yes.", None),
+        ({"content": "Yes.", "refusal": ""}, "Yes.", None),
+        ({"content": "Yes.", "refusal": "No."}, "Yes.", "key 'refusal' of messages, which is not used"),
+    ],
+)
+def test_refusals(source, answer, content, note):
+    found, notes = noted(source, "messages", {"messages": [USER, {"role": "assistant", **answer}]})
+    assert found.messages == (USER, bot(content))
+    assert notes == ({note: 1} if note else {})
+
+
 def test_sharegpt_turns_keep_their_other_keys(source):
     turns = [
         {"from": "human", "value": "u"},
