@@ -86,6 +86,8 @@ def _seed(row: Fields) -> Task:
     messages = [message for message in record.messages if message["role"] != "system"]
     if len(messages) < len(record.messages):
         row.note("system messages of seeds, which are not used")
+    if record.tools:
+        row.note("tools of seeds, which are not used")
     if len(messages) > 2:
         field = "prompt" if completion else "history"
         raise row.error(field, f"has {len(messages) - 1} turns", "give seeds of one instruction and its output")

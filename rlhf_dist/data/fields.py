@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_dist.core.errors import DataError
@@ -37,6 +37,27 @@ ARGUMENT_KEYS = ("arguments", "parameters", "input")
 """What the arguments of a call are called: by OpenAI and transformers, Llama 3, Anthropic."""
 FUNCTION_KEYS = frozenset({"name", *ARGUMENT_KEYS})
 CALL_KEYS = frozenset({"id", "type", "index"})
+MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+ACCOUNT_COLUMNS = frozenset(
+    {
+        "id",
+        "idx",
+        "index",
+        "uid",
+        "uuid",
+        "guid",
+        "hash",
+        "source",
+        "dataset",
+        "task",
+        "category",
+        "language",
+        "license",
+        "split",
+    }
+    | {"created", "created_at", "updated_at", "date", "timestamp", "url", "provenance"}
+)
+"""Columns that say where a row is from; that no field has them needs no note."""
 
 MAX_DEPTH = 50
 """Of tools and of the arguments of their calls: deeper ones end in the limit of Python's own reader and writer of JSON."""
@@ -56,6 +77,8 @@ class Fields:
         self._mapping = mapping
         self._notes = Counter() if notes is None else notes
         self._noted: set[str] = set()
+        self._read: set[str] = set()
+        """Columns that something was looked up in."""
 
     def note(self, what: str) -> None:
         """Count the row among those with `what`, once."""
@@ -63,10 +86,37 @@ class Fields:
             self._noted.add(what)
             self._notes[what] += 1
 
+    def note_unused(self, *fields: str) -> None:
+        """Note the unmapped fields of these that the row has."""
+        for field in fields:
+            if not self.is_mapped(field) and not _is_empty(self._values.get(field)):
+                self.note(unused_note(field))
+
     @property
     def values(self) -> Mapping[str, Any]:
         """The row as it was read, column by column."""
         return self._values
+
+    def unused(self, fields: Iterable[str]) -> list[str]:
+        """Columns with content that are none of `fields`, that nothing has read, and that do not keep account of rows."""
+        columns = {_column(self._values, self._mapping.get(field, field)) for field in fields}
+        return [
+            name
+            for name, value in self._values.items()
+            if name not in columns and name not in self._read and not _keeps_account(name) and not _is_empty(value)
+        ]
+
+    def check_is_text(self) -> None:
+        """Raise DataError for a row with an image, a sound or a video: texts about what a model does not get."""
+        mapped = {_column(self._values, column) for column in self._mapping.values()}
+        for column in MEDIA_COLUMNS & self._values.keys() - mapped:
+            value = self._values[column]
+            if not _is_empty(value) and value not in (0, False):
+                raise self.error(
+                    column,
+                    f"is {_short(value)}, and only text is supported",
+                    "remove the row, or the column if no text needs it",
+                )
 
     def named_values(self) -> dict[str, Any]:
         """All columns, and the mapped ones under their field names, too."""
@@ -96,7 +146,9 @@ class Fields:
 
     def get(self, field: str) -> Any:
         """The field's value; None where it is missing, or NaN, as tables write what is missing."""
-        value = _lookup(self._values, self._mapping.get(field, field))
+        path = self._mapping.get(field, field)
+        self._read.add(_column(self._values, path))
+        value = _lookup(self._values, path)
         return None if value is _MISSING or _is_missing(value) else value
 
     def required(self, field: str) -> Any:
@@ -130,8 +182,11 @@ class Fields:
         return self.checked_messages(field, self.required(field), keep_weights)
 
     def tools(self) -> tuple[Any, ...]:
-        """Descriptions of tools that the field `tools` has, as a list or as JSON; () where there are none."""
+        """Descriptions of tools that the field `tools` has, as a list or as JSON, or else a column `functions` (OpenAI's older
+        form); () where there are none."""
         value = self.get("tools")
+        if _is_empty(value) and not self.is_mapped("tools"):
+            value = self._functions() or value
         if isinstance(value, str):
             self.optional_text("tools")
         if isinstance(value, str) and value.strip():
@@ -159,12 +214,32 @@ class Fields:
             self.note(f"column {column!r} taken for the system message")
         return ({"role": "system", "content": text}, *messages[first is not None :])
 
+    def _functions(self) -> list[Any]:
+        """The tools of a column `functions`; [] where it has something else."""
+        value = self._values.get("functions")
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            return []
+        named = (
+            [isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in value or ()]
+            if isinstance(value, list)
+            else []
+        )
+        if not named or not all(named):
+            return []
+        self._read.add("functions")
+        self.note("column 'functions' (OpenAI) taken for tools")
+        return [{"type": "function", "function": function} for function in value]
+
     def system(self) -> tuple[str, str]:
         """(column, text) of the field `system`, or of a column `system_prompt`; text "" where there is none, or where an
         unmapped one is no text."""
         mapped = self.is_mapped("system")
         for column in ("system",) if mapped else ("system", "system_prompt"):
-            if (mapped or isinstance(self.get(column), str)) and (text := self.optional_text(column)):
+            if not mapped and not isinstance(self.get(column), str):
+                self.note_unused(column)
+            elif text := self.optional_text(column):
                 return self._mapping.get(column, column), text
         return "system", ""
 
@@ -370,6 +445,33 @@ class Fields:
             raise self.error(
                 field, f"is {_short(value)}, a {type(value).__name__}, which is no JSON", "write it as text or a number"
             )
+
+
+def unused_note(column: str) -> str:
+    """The note of a row with content that nothing uses."""
+    return f"column {column!r}, which is not used"
+
+
+def _column(values: Mapping[str, Any], path: str) -> str:
+    """The column that a path begins in."""
+    return path if path in values else path.partition(".")[0]
+
+
+def _keeps_account(column: str) -> bool:
+    name = column.lower()
+    return name in ACCOUNT_COLUMNS or name.endswith(("_id", "_idx", "_index")) or name.startswith("__index_level_")
+
+
+def _is_empty(value: Any) -> bool:
+    """Missing, blank, or records and lists of nothing else."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    # A list of lists may be deep, and what is in one is not nothing.
+    return _is_missing(value) or (
+        isinstance(value, (list, tuple)) and all(item is None or item == "" for item in value)
+    )
 
 
 def _is_missing(value: Any) -> bool:

@@ -74,7 +74,7 @@ class InstructionKind(Kind):
     Assistant message: `output`. Before them: `system`, and the turns of `history`, which are not trained on. With
     `templates`, rows of any columns are rendered into such records first."""
 
-    fields = ("instruction", "input", "output", "demonstration", "system", "history", "task")
+    fields = ("instruction", "input", "output", "demonstration", "system", "history", "tools", "task")
     uses = ("supervised training", "prompts")
 
     def subject(self, row: Fields) -> Hashable:
@@ -90,7 +90,7 @@ class InstructionKind(Kind):
         prompt = self.prompt(row)
         messages = (*prompt, {"role": "assistant", "content": row.text("output")})
         targets = (len(prompt),) if any(message["role"] == "assistant" for message in prompt) else None
-        return Conversation(messages, row.location, task, targets, row=_labeled_row(row))
+        return Conversation(messages, row.location, task, targets, row.tools(), _labeled_row(row))
 
     def prompt(self, row: Fields) -> Messages:
         if (prompt := _before_completion(row, "instruction")) is not None:
@@ -238,7 +238,7 @@ class PromptKind(Kind):
 class CandidatesKind(Kind):
     """A prompt with responses that nobody has judged yet; `curation/candidates.py` reads them."""
 
-    fields = ("prompt", "candidates", "system")
+    fields = ("prompt", "candidates", "system", "tools")
 
     def subject(self, row: Fields) -> Hashable:
         row.items("candidates")
@@ -312,6 +312,7 @@ def _history(row: Fields) -> Messages:
     """The turns before an instruction: messages, or pairs of what the user and the assistant said (Alpaca)."""
     value = row.get("history")
     if not row.is_mapped("history") and not isinstance(value, (list, tuple)):
+        row.note_unused("history")
         return ()
     if value is None or len(turns := row.items("history")) == 0:
         return ()

@@ -87,6 +87,7 @@ def is_ranking(row: Fields) -> bool:
                 f"is mapped in a row with {_listed(sides)}, and ratings belong to a ranking",
                 "map responses too if the record is a ranking; if it is a pair, remove the mapping and use margin",
             )
+        row.note_unused("responses", "ratings")
         return False
     # Half a pair beside an unmapped `responses` may be a broken pair of a file in which that column means something else.
     doubtful = [] if row.is_mapped("responses") else sides
@@ -102,6 +103,7 @@ def is_ranking(row: Fields) -> bool:
             "keep either responses (and ratings) or chosen and rejected (and margin), or map only those of one, "
             "as with fields: {responses: responses}",
         )
+    row.note_unused(*sides, "margin")
     return True
 
 

@@ -48,7 +48,17 @@ VALUE = st.recursive(
     max_leaves=4,
 )
 COLUMNS = sorted({field for kind in KINDS.values() for field in kind.fields})
-COLUMNS += ["conversations", "completion", "system_prompt", "tools", "score_chosen", "score_rejected", "provenance"]
+COLUMNS += [
+    "conversations",
+    "completion",
+    "system_prompt",
+    "tools",
+    "functions",
+    "image",
+    "score_chosen",
+    "score_rejected",
+    "provenance",
+]
 ROW = st.dictionaries(st.one_of(st.sampled_from(COLUMNS), TEXT), VALUE, max_size=6)
 GOOD: dict[str, dict[str, Any]] = {
     "instruction": {"instruction": "i", "output": "o"},

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rows import GOOD
 
-from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data import DataSettings, DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
-from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.loading import load_sequences
+from rlhf_dist.data.reader import read_fields, read_preferences, read_prompts, read_sequences
 from rlhf_dist.data.records import Conversation, Preference, Prompt
+from rlhf_dist.run.run_summary import describe_data
 
 
 def user(content: str) -> dict[str, str]:
@@ -799,3 +802,125 @@ def test_a_number_that_is_missing_in_a_table_is_absent(source):
     record = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}
     [pair] = read_preferences(source("preference", [record]), seed=0)
     assert pair.ratings is None
+
+
+def unused(*columns: str) -> dict[str, int]:
+    return {f"column {column!r}, which is not used": 1 for column in columns}
+
+
+KEPT = {
+    "prompt_id": "x",
+    "id": 1,
+    "source": "web",
+    "Task": "t",
+    "created_at": "2026",
+    "url": "u",
+    "provenance": {"a": 1},
+}
+"""Where rows are from."""
+EMPTY = {"a": None, "b": "", "c": " ", "d": [], "e": {}, "f": {"x": None}, "g": [""], "h": float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "columns"),
+    [
+        ("instruction", {"instruction": "i", "output": "o", "answer": "x", "score": 0.0}, ["answer", "score"]),
+        ("instruction", {"instruction": "i", "output": "o", "task": 3, "history": "of it"}, ["history"]),
+        ("messages", {"messages": [USER, BOT], "prompt": "u"}, ["prompt"]),
+        (
+            "messages",
+            {"messages": [USER, BOT], "conversations": [USER], "completion": "a"},
+            ["completion", "conversations"],
+        ),
+        (
+            "messages",
+            {"messages": [USER, BOT], "chat_template_kwargs": {"enable_thinking": False}},
+            ["chat_template_kwargs"],
+        ),
+        ("messages", {"prompt": "u", "completion": "a", "response": "b"}, ["response"]),
+        ("messages", {"messages": [USER, BOT], "functions": "of the liver"}, ["functions"]),
+        ("messages", {"messages": [USER, BOT], "system": 3, "system_prompt": ["s"]}, ["system", "system_prompt"]),
+        ("text", {"text": "t", "title": "x", "image": "x.png"}, ["image", "title"]),
+        ("preference", PAIR | {"score_chosen": 2.0, "score_rejected": 1.0}, []),
+        (
+            "preference",
+            PAIR | {"responses": ["c", "d"], "ratings": [1, 5], "rank": 1},
+            ["rank", "ratings", "responses"],
+        ),
+        ("preference", {"prompt": "p", "responses": ["a", "b"], "margin": 2}, ["margin"]),
+        ("prompt", {"prompt": "p", "answer": "a"}, ["answer"]),
+    ],
+)
+def test_columns_that_nothing_uses_are_noted(source, kind, row, columns):
+    read = {"preference": partial(read_preferences, seed=0), "prompt": read_prompts}.get(kind, read_sequences)
+    _, notes = noted(source, kind, row | KEPT | EMPTY, read)
+    said = {note: number for note, number in notes.items() if "which is not used" in note}
+    assert said == unused(*columns)
+
+
+def test_columns_of_a_kind_that_one_use_does_not_need_are_not_noted(source):
+    _, notes = noted(source, "instruction", {"instruction": "i", "output": "o"}, read_prompts)
+    assert notes == {}
+    mapped = source("instruction", [{"q": "i", "cases": [{"out": "o"}], "output": "x"}])
+    bad_rows = BadRows()
+    fields = {"instruction": "q", "output": "cases.0.out"}
+    list(read_sequences(mapped.model_copy(update={"fields": fields}), bad_rows))
+    assert dict(bad_rows.notes) == unused("output")
+
+
+def test_of_many_unused_columns_the_commonest_are_named(source):
+    rows = [{"text": "t", **{f"c{i:02}": 1 for i in range(number)}} for number in (15, 14, 2)]
+    bad_rows = BadRows()
+    assert len(list(read_sequences(source("text", rows), bad_rows))) == 3
+    expected = {f"column 'c{i:02}', which is not used": 3 if i < 2 else 2 for i in range(10)}
+    assert dict(bad_rows.notes) == expected | {"5 more columns, which are not used": 2}
+
+
+def test_unused_columns_of_bad_rows_are_not_counted_and_all_are_in_the_run_summary(source, tokenizer):
+    rows = [{"text": "t", "title": "x"}, {"text": "", "title": "y", "other": 1}, {"text": "u", "title": "z"}]
+    data = load_sequences([source("text", rows, on_bad_row="skip")], DataSettings(), tokenizer)
+    assert data.report.notes == (("column 'title', which is not used", 2),)
+    assert describe_data(training_records=data)["training records: column 'title', which is not used"] == "2 rows"
+
+
+@pytest.mark.parametrize("kind", ["instruction", "messages", "preference", "ratings", "prompt", "candidates"])
+@pytest.mark.parametrize("column", ["image", "images", "audio", "video"])
+def test_rows_about_what_a_model_does_not_get_are_invalid(source, kind, column):
+    for value in ("x.png", ["x.png"], {"bytes": "x", "path": None}):
+        with pytest.raises(DataError, match=rf":1: field '{column}' is .*, and only text is supported; remove the row"):
+            list(read_fields(source(kind, [GOOD[kind] | {column: value}])))
+    for value in (None, "", [], {"bytes": None, "path": None}, [None]):
+        assert len(list(read_fields(source(kind, [GOOD[kind] | {column: value}])))) == 1
+    bad_rows = BadRows()
+    rows = [GOOD[kind] | {column: "x.png"}, GOOD[kind]]
+    assert [row.location[-2:] for row in read_fields(source(kind, rows, on_bad_row="skip"), bad_rows)] == [":2"]
+    assert len(bad_rows) == 1
+
+
+def test_a_column_of_that_name_that_is_mapped_is_read(source):
+    row = {"image": "of a tree", "output": "o"}
+    assert one(source, [row], "instruction", fields={"instruction": "image"}).messages[0] == user("of a tree")
+
+
+FUNCTION = {"name": "get", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize("written", [[FUNCTION], json.dumps([FUNCTION])], ids=["list", "text"])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("messages", {"messages": [USER, BOT]}),
+        ("instruction", {"instruction": "u", "output": "a"}),
+        ("preference", PAIR),
+        ("prompt", {"prompt": "p"}),
+    ],
+)
+def test_functions_are_tools(source, kind, row, written):
+    read = {"preference": partial(read_preferences, seed=0), "prompt": read_prompts}.get(kind, read_sequences)
+    found, notes = noted(source, kind, row | {"functions": written}, read)
+    expected, _ = noted(source, kind, row | {"tools": [{"type": "function", "function": FUNCTION}]}, read)
+    assert found == expected
+    assert notes["column 'functions' (OpenAI) taken for tools"] == 1
+    both, notes = noted(source, kind, row | {"functions": written, "tools": [{"name": "put"}]}, read)
+    assert both.tools == ({"name": "put"},)
+    assert notes == unused("functions")
