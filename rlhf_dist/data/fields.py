@@ -221,12 +221,9 @@ class Fields:
             value = json.loads(value) if isinstance(value, str) else value
         except (ValueError, RecursionError):
             return []
-        named = (
-            [isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in value or ()]
-            if isinstance(value, list)
-            else []
-        )
-        if not named or not all(named):
+        if not isinstance(value, list) or not value:
+            return []
+        if not all(isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in value):
             return []
         self._read.add("functions")
         self.note("column 'functions' (OpenAI) taken for tools")
