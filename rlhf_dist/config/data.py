@@ -47,7 +47,8 @@ class DataSource(Schema):
     """What a record holds: `instruction` (instruction, input, output, optional demonstration), `messages` (a chat),
     `text` (plain text), `preference` (prompt, chosen, rejected, optional
     margin; or prompt, responses, optional ratings, for a ranking), `ratings` (response, rating, optional prompt; pairs are
-    made from them), `prompt` (prompt), `candidates` (prompt, candidates: responses that nobody has judged yet)."""
+    made from them), `prompt` (prompt), `candidates` (prompt, candidates: responses that nobody has judged yet). All but `text`
+    take `system`, the system message."""
     name: SourceName | None = None
     """What tables and metrics call the set, without a slash; null takes the name of the file or directory, numbered where
     another set has it already (`reviews`, `reviews-2`). Sources that are given the same name count as one."""

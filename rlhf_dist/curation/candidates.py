@@ -17,7 +17,7 @@ from rlhf_dist.config.data import BadRowPolicy, DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
-from rlhf_dist.data.preferences import preference_messages
+from rlhf_dist.data.preferences import answerable, preference_messages
 from rlhf_dist.data.reader import read_fields
 from rlhf_dist.data.rendering import Message
 
@@ -142,9 +142,8 @@ def item_of(row: Fields) -> Item:
     if isinstance(prompt, str):
         messages = ({"role": "user", "content": row.text("prompt")},)
     else:
-        messages = row.messages("prompt")
-        if messages[-1]["role"] != "user":
-            raise row.error("prompt", "does not end with a user message", "add the message that is answered")
+        messages = answerable(row, "prompt", row.messages("prompt"))
+    messages = row.with_system(messages)
     values = row.items("candidates")
     if len(values) < 2:
         raise row.error(

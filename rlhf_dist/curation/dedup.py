@@ -154,7 +154,8 @@ def _parsed(kind: RecordKind, row: Fields) -> tuple[list[Any], Sequence[Any]]:
         return [parser.subject(row)], ()
     if kind == "ratings":
         rated = parser.preference(row, use_margins=False)
-        return [rated.prompt, rated.response], ()
+        prompt = turns_of(rated.prompt) if rated.prompt else ""
+        return [prompt if len(rated.prompt) != 1 else rated.prompt[0]["content"], rated.response], ()
     if kind == "preference":
         prompt, responses = preference_messages(row)
         return [turns_of(messages) for messages in (prompt, *responses)], row.tools()

@@ -81,10 +81,17 @@ def read_seeds(sources: Iterable[DataSource], bad_rows: BadRows) -> list[Task]:
 
 
 def _seed(row: Fields) -> Task:
-    if row.get("instruction") is None and row.get("completion") is not None:
-        *asked, answer = InstructionKind().sequence(row, "").messages
-        if len(asked) > 1:
-            raise row.error("prompt", f"has {len(asked)} turns", "give seeds of one instruction and its output")
+    completion = row.get("instruction") is None and row.get("completion") is not None
+    record = InstructionKind().sequence(row, "")
+    *asked, answer = [message for message in record.messages if message["role"] != "system"]
+    if len(asked) + 1 < len(record.messages):
+        row.note("system messages of seeds, which are not used")
+    if record.tools:
+        row.note("tools of seeds, which are not used")
+    if len(asked) > 1:
+        field = "prompt" if completion else "history"
+        raise row.error(field, f"has {len(asked)} turns", "give seeds of one instruction and its output")
+    if completion:
         return Task(asked[0]["content"].strip(), "", answer["content"].strip())
     return Task(row.text("instruction").strip(), row.optional_text("input").strip(), row.text("output").strip())
 

@@ -21,7 +21,8 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
 _WORD = re.compile(r"[^a-z0-9]+")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TOOL_KEYS = frozenset({"tools", "functions", "tool_calls", "function_call"})
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -49,7 +51,7 @@ def read_rows(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[R
     """The first `source.limit` rows of a file, of several (a pattern, a directory), a `datasets` directory or a hub name.
 
     Under `source.on_bad_row: skip` a row that cannot be parsed is added to `bad_rows`. Where reading cannot continue after it
-    (a .json or .parquet file, an unclosed quote in a table), the file is invalid all the same.
+    (broken JSON in a .json file, a broken .parquet file, an unclosed quote in a table), the file is invalid all the same.
 
     Raises:
         DataError: no such file, an unknown format, broken or non-UTF-8 content (with its line), no rows.
@@ -77,7 +79,7 @@ def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
         )
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED):
-            return _dataset_rows(source, _load_directory(source, path))
+            return _dataset_rows(source, _load_directory(source, path), bad_rows)
         return _rows_of_files(source, _files_of_split(source, path), bad_rows)
     if not path.exists() and glob.has_magic(source.path):
         return _rows_of_files(source, _files_of_pattern(source), bad_rows)
@@ -90,7 +92,7 @@ def _rows(source: DataSource, bad_rows: BadRows) -> Iterator[Row]:
             f"{source.path} is not a supported data set: files end in one of {', '.join(DATA_SUFFIXES)}; "
             f"compressed ones also in {', '.join(_OPEN)}; rename the file, or convert it"
         )
-    return _dataset_rows(source, _load_hub(source))
+    return _dataset_rows(source, _load_hub(source), bad_rows)
 
 
 def _reader(path: Path) -> Callable[[DataSource, Path, BadRows], Iterator[Row]] | None:
@@ -236,7 +238,22 @@ def _parse(location: str, line: str) -> Any:
         raise DataError(f"{location}: a number that cannot be read ({err}); fix the line") from err
 
 
+def _are_json_lines(path: Path) -> bool:
+    """Whether the first line that is not blank is an object, and others follow: as many `.json` files have it."""
+    lines = (line for line in _lines(path) if line.strip())
+    first = next(lines, b"")
+    if not first.lstrip().startswith(b"{") or next(lines, None) is None:
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _json_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    if _are_json_lines(path):
+        yield from _jsonl_rows(source, path, bad_rows)
+        return
     try:
         content = json.loads("".join(_decode(source, number, raw) for number, raw in enumerate(_lines(path), start=1)))
     except RecursionError as err:
@@ -355,13 +372,53 @@ def _parquet_rows(source: DataSource, path: Path, bad_rows: BadRows) -> Iterator
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            types = {field.name: str(field.type) for field in file.schema_arrow}
+            tidy = _null_dropper(source, types, bad_rows)
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for values in _converted_rows(source, batch, number, bad_rows):
                     number += 1
-                    yield f"{source.path}: row {number}", values
+                    if values is not None:
+                        yield f"{source.path}: row {number}", tidy(values)
     except (ArrowException, OSError) as err:
-        reason = str(err).split("\n")[0]
-        raise DataError(f"{source.path}: not a readable Parquet file ({reason}); write it again") from err
+        raise DataError(f"{source.path}: not a readable Parquet file ({_first_line(err)}); write it again") from err
+
+
+def _converted_rows(
+    source: DataSource, batch: Any, num_before: int, bad_rows: BadRows
+) -> Iterator[Mapping[str, Any] | None]:
+    """The rows of an Arrow batch; None for an invalid one. All are converted at once, or each by itself where a value of the
+    batch cannot be, so that its row is named."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except Exception:  # a value: Arrow raises what strings, datetime and time zones raise
+        pass
+    for i in range(batch.num_rows):
+        cells = {name: column[i].as_py for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        yield _converted(source, f"{source.path}: row {num_before + i + 1}", cells, bad_rows)
+
+
+def _converted(
+    source: DataSource, location: str, cells: Mapping[str, Callable[[], Any]], bad_rows: BadRows
+) -> Mapping[str, Any] | None:
+    """A row whose columns are read one by one; None for an invalid one."""
+    values: dict[str, Any] = {}
+    unread: dict[str, Exception] = {}
+    for name, read in cells.items():
+        try:
+            values[name] = read()
+        except Exception as err:  # as in `_converted_rows`
+            unread[name] = err
+    for name, err in unread.items():
+        reason = _first_line(err)
+        error = DataError(
+            f"{location}: column {name!r} has a value that cannot be read ({reason}); fix the row, or write the file without "
+            "the column"
+        )
+        error.__cause__ = err
+        bad_rows.add(source.on_bad_row, error, values)
+        return None
+    return values
 
 
 def _load_directory(source: DataSource, path: Path) -> Any:
@@ -398,9 +455,66 @@ def _load_hub(source: DataSource) -> Any:
         ) from err
 
 
-def _dataset_rows(source: DataSource, dataset: Any) -> Iterator[Row]:
-    for number, values in enumerate(dataset, start=1):
-        yield f"{source.path}[{source.split}]: row {number}", values
+def _dataset_rows(source: DataSource, dataset: Any, bad_rows: BadRows) -> Iterator[Row]:
+    place, number = f"{source.path}[{source.split}]: row", 0
+    # A column of JSON texts, which `datasets` reads, has the nulls that were written.
+    types = {name: kind for name, kind in _types(dataset).items() if "Json(" not in kind}
+    tidy = _null_dropper(source, types, bad_rows)
+    try:
+        for number, values in enumerate(dataset, start=1):
+            yield f"{place} {number}", tidy(values)
+        return
+    except Exception as err:  # of a value, as in `_converted_rows`, or of what decodes an image
+        log.debug("%s: reading on row by row after row %d (%s)", source.path, number, _first_line(err))
+    for i in range(number, len(dataset)):
+        location = f"{place} {i + 1}"
+        try:
+            values = dataset[i]
+        except Exception:
+            cells = {name: partial(_cell, dataset, name, i) for name in dataset.column_names}
+            values = _converted(source, location, cells, bad_rows)
+        if values is not None:
+            yield location, tidy(values)
+
+
+def _types(dataset: Any) -> dict[str, str]:
+    """The type of each column, as text."""
+    return {name: repr(kind) for name, kind in (getattr(dataset, "features", None) or {}).items()}
+
+
+def _null_dropper(
+    source: DataSource, types: Mapping[str, str], bad_rows: BadRows
+) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Drops the null members of tools and calls from a row.
+
+    All records of an Arrow column have the members of all: a call of `{"city": "Paris"}` gets `"zone": null` where another call
+    has a zone, and a template would write it. Elsewhere nulls are read as what is missing.
+    """
+    keys = {*_TOOL_KEYS, source.fields.get("tools", "tools").rpartition(".")[2]}
+    columns = [name for name, kind in types.items() if any(key == name or key in kind for key in keys)]
+    if not columns:
+        return lambda values: values
+
+    def tidy(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        changed = {name: _without_nulls(values[name], keys, name in keys) for name in columns if name in values}
+        if any(changed[name] != values[name] for name in changed):
+            bad_rows.notes["null members of tools and calls, as Arrow adds them, which are dropped"] += 1
+            return {**values, **changed}
+        return values
+
+    return tidy
+
+
+def _without_nulls(value: Any, keys: Collection[str], inside: bool = False) -> Any:
+    """Without the null members of all that is below one of `keys`."""
+    if isinstance(value, Mapping):
+        kept = ((key, item) for key, item in value.items() if item is not None or not inside)
+        return {key: _without_nulls(item, keys, inside or key in keys) for key, item in kept}
+    return [_without_nulls(item, keys, inside) for item in value] if isinstance(value, list) else value
+
+
+def _cell(dataset: Any, column: str, row: int) -> Any:
+    return dataset.select_columns([column])[row][column]
 
 
 def _first_line(err: Exception) -> str:

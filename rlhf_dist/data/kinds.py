@@ -12,7 +12,7 @@ is what its class implements:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from rlhf_dist.config.data import DataSource, RecordKind
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.preferences import (
+    answerable,
     chat_messages,
     pair_by_rating,
     preference_messages,
@@ -70,9 +71,10 @@ class Kind:
 
 class InstructionKind(Kind):
     """User message: `demonstration` (a worked example), `instruction` and `input`, those there are, separated by empty lines.
-    Assistant message: `output`. With `templates`, rows of any columns are rendered into such records first."""
+    Assistant message: `output`. Before them: `system`, and the turns of `history`, which are not trained on. With
+    `templates`, rows of any columns are rendered into such records first."""
 
-    fields = ("instruction", "input", "output", "demonstration", "task")
+    fields = ("instruction", "input", "output", "demonstration", "system", "history", "tools", "task")
     uses = ("supervised training", "prompts")
 
     def subject(self, row: Fields) -> Hashable:
@@ -85,22 +87,26 @@ class InstructionKind(Kind):
     def sequence(self, row: Fields, task: str) -> Conversation:
         if (prompt := _before_completion(row, "instruction")) is not None:
             return _completed(row, prompt, task)
-        response = {"role": "assistant", "content": row.text("output")}
-        return Conversation((*self.prompt(row), response), row.location, task, row=_labeled_row(row))
+        prompt = self.prompt(row)
+        messages = (*prompt, {"role": "assistant", "content": row.text("output")})
+        targets = (len(prompt),) if any(message["role"] == "assistant" for message in prompt) else None
+        return Conversation(messages, row.location, task, targets, row.tools(), _labeled_row(row))
 
     def prompt(self, row: Fields) -> Messages:
         if (prompt := _before_completion(row, "instruction")) is not None:
-            return _ends_with_user(row, "prompt", prompt)
+            return answerable(row, "prompt", prompt)
         parts = (row.optional_text("demonstration"), row.text("instruction"), row.optional_text("input"))
-        return (_user("\n\n".join(part for part in parts if part)),)
+        user = _user("\n\n".join(part for part in parts if part))
+        return row.with_system((*_history(row), user))
 
 
 class MessagesKind(Kind):
     """A chat, as a list of messages or as text in the HH format. Trained on every assistant turn whose `weight` is not 0; as a
     prompt, what comes before the last one. In a column `conversations` (ShareGPT) the turns before the first user's are
-    dropped; `prompt` and `completion` (TRL) are a chat of which the completion is trained on."""
+    dropped; `prompt` and `completion` (TRL) are a chat of which the completion is trained on. `system` comes before a chat
+    that has no system turn, here and in the other kinds."""
 
-    fields = ("messages", "tools", "task")
+    fields = ("messages", "system", "tools", "task")
     uses = ("supervised training", "prompts")
 
     def subject(self, row: Fields) -> Hashable:
@@ -115,7 +121,7 @@ class MessagesKind(Kind):
         return Conversation(_plain(messages), row.location, task, targets, row.tools())
 
     def prompt(self, row: Fields) -> Messages:
-        return _ends_with_user(row, "messages", self._before_response(row))
+        return answerable(row, "messages", self._before_response(row))
 
     def _before_response(self, row: Fields) -> Messages:
         prompt = _before_completion(row, "messages")
@@ -129,20 +135,12 @@ class MessagesKind(Kind):
         messages = chat_messages(row, field, keep_weights)
         first = row.get(field)[0]
         if field == "messages" and not (isinstance(first, Mapping) and "from" in first):
-            return messages
+            return row.with_system(messages)
         leading = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
         dropped = [i for i in range(leading) if messages[i]["role"] == "assistant"]
         if dropped:
             row.note("assistant turns before the first user turn, which are dropped")
-        messages = tuple(message for i, message in enumerate(messages) if i not in dropped)
-        system = row.optional_text("system")
-        if not system:
-            return messages
-        if messages[0]["role"] == "system":
-            row.note("column 'system' beside a system turn, which is not used")
-            return messages
-        row.note("column 'system' taken for the system message")
-        return ({"role": "system", "content": system}, *messages)
+        return row.with_system([message for i, message in enumerate(messages) if i not in dropped])
 
 
 class TextKind(Kind):
@@ -164,7 +162,7 @@ class PreferenceKind(Kind):
     differences are the margins). Responses of equal rating are tied; one that equals a better one is dropped. The formats,
     and rows that could be both: `preferences.py`."""
 
-    fields = ("prompt", "chosen", "rejected", "margin", "responses", "ratings", "tools")
+    fields = ("prompt", "chosen", "rejected", "margin", "responses", "ratings", "system", "tools")
     uses = ("reward modeling", "prompts")
 
     def preference(self, row: Fields, use_margins: bool) -> Preference:
@@ -178,7 +176,7 @@ class PreferenceKind(Kind):
 class Rated:
     """A response with its rating."""
 
-    prompt: str
+    prompt: Messages
     response: str
     rating: float
     location: str
@@ -187,27 +185,29 @@ class Rated:
 class RatingsKind(Kind):
     """Rated responses, of which pairs of one prompt are made. Without a `prompt`, a response is rated as plain text."""
 
-    fields = ("prompt", "response", "rating")
+    fields = ("prompt", "response", "rating", "system")
     uses = ("reward modeling",)
 
     def subject(self, row: Fields) -> Hashable:
         rated = self.preference(row, use_margins=False)
-        return turns_of((_user(rated.prompt),)) if rated.prompt else rated.response.strip()
+        return turns_of(rated.prompt) if rated.prompt else rated.response.strip()
 
     def preference(self, row: Fields, use_margins: bool) -> Rated:
-        return Rated(row.optional_text("prompt"), row.text("response"), row.number("rating"), row.location)
+        prompt = row.optional_text("prompt")
+        messages = row.with_system((_user(prompt),)) if prompt else ()
+        return Rated(messages, row.text("response"), row.number("rating"), row.location)
 
     def paired(self, found: Iterable[Rated], source: DataSource, seed: int) -> list[Preference]:
-        groups: dict[str, list[Rated]] = {}
+        groups: dict[tuple[str, ...], list[Rated]] = {}
         for rated in found:
-            groups.setdefault(rated.prompt, []).append(rated)
+            groups.setdefault(tuple(message["content"] for message in rated.prompt), []).append(rated)
         pairs = []
-        for number, (prompt, group) in enumerate(groups.items()):
+        for number, group in enumerate(groups.values()):
             for i, j in pair_by_rating([rated.rating for rated in group], seed, source.min_margin, group=number):
                 better, worse = group[i], group[j]
                 pairs.append(
                     Preference(
-                        prompt=(_user(prompt),) if prompt else (),
+                        prompt=better.prompt,
                         responses=tuple(({"role": "assistant", "content": r.response},) for r in (better, worse)),
                         location=f"{better.location} over {worse.location}",
                         ratings=(better.rating, worse.rating),
@@ -222,9 +222,9 @@ class RatingsKind(Kind):
 
 
 class PromptKind(Kind):
-    """One user message, or a chat that ends with one."""
+    """One user message, or a chat that ends with one or with the result of a tool."""
 
-    fields = ("prompt", "tools")
+    fields = ("prompt", "system", "tools")
     uses = ("prompts",)
     line_field = "prompt"
 
@@ -232,13 +232,13 @@ class PromptKind(Kind):
         return turns_of(_string_or_chat(row))
 
     def prompt(self, row: Fields) -> Messages:
-        return _ends_with_user(row, "prompt", _string_or_chat(row))
+        return answerable(row, "prompt", _string_or_chat(row))
 
 
 class CandidatesKind(Kind):
     """A prompt with responses that nobody has judged yet; `curation/candidates.py` reads them."""
 
-    fields = ("prompt", "candidates")
+    fields = ("prompt", "candidates", "system", "tools")
 
     def subject(self, row: Fields) -> Hashable:
         row.items("candidates")
@@ -305,12 +305,29 @@ def _user(text: str) -> dict[str, str]:
 def _string_or_chat(row: Fields) -> Messages:
     if isinstance(row.required("prompt"), str):
         row.text("prompt")  # one that is blank is not absent
-    return prompt_messages(row)
+    return row.with_system(prompt_messages(row))
 
 
-def _ends_with_user(row: Fields, field: str, messages: Sequence[dict[str, str]]) -> Messages:
-    if not messages or messages[-1]["role"] != "user":
-        raise row.error(field, "does not end with a user message for the assistant to answer", "add one")
+def _history(row: Fields) -> Messages:
+    """The turns before an instruction: messages, or pairs of what the user and the assistant said (Alpaca)."""
+    value = row.get("history")
+    if not row.is_mapped("history") and not isinstance(value, (list, tuple)):
+        row.note_unused("history")
+        return ()
+    if value is None or len(turns := row.items("history")) == 0:
+        return ()
+    if not row.is_mapped("history"):
+        row.note("column 'history' taken for the turns before the instruction")
+    if all(isinstance(turn, Mapping) for turn in turns):
+        return row.messages("history")
+    messages: list[dict[str, str]] = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise row.error(
+                f"history[{i}]", "is no pair of what the user and the assistant said", "write it as [text, text]"
+            )
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": row.checked_text(f"history[{i}]", text)})
     return tuple(messages)
 
 

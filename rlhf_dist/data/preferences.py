@@ -61,7 +61,8 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
         dialogue, other = names[whole.index(True)], names[whole.index(False)]
         raise row.error(dialogue, f"is a whole dialogue and {other!r} is only a response", "write all in one format")
     if all(whole):
-        return _split(row, names, turns)
+        prompt, responses = _split(row, names, turns)
+        return row.with_system(prompt), responses
     prompt = prompt_messages(row)
     if not prompt:
         raise row.error(
@@ -69,9 +70,7 @@ def preference_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
             f"is missing, and {_listed(names)} are not whole dialogues",
             'add it, map it with fields: {prompt: <column>}, or write "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues',
         )
-    if prompt[-1]["role"] != "user":
-        raise row.error("prompt", "does not end with a user message", "add the message that is answered")
-    return prompt, tuple(turns)
+    return row.with_system(answerable(row, "prompt", prompt)), tuple(turns)
 
 
 def is_ranking(row: Fields) -> bool:
@@ -88,6 +87,7 @@ def is_ranking(row: Fields) -> bool:
                 f"is mapped in a row with {_listed(sides)}, and ratings belong to a ranking",
                 "map responses too if the record is a ranking; if it is a pair, remove the mapping and use margin",
             )
+        row.note_unused("responses", "ratings")
         return False
     # Half a pair beside an unmapped `responses` may be a broken pair of a file in which that column means something else.
     doubtful = [] if row.is_mapped("responses") else sides
@@ -103,6 +103,7 @@ def is_ranking(row: Fields) -> bool:
             "keep either responses (and ratings) or chosen and rejected (and margin), or map only those of one, "
             "as with fields: {responses: responses}",
         )
+    row.note_unused(*sides, "margin")
     return True
 
 
@@ -185,6 +186,19 @@ def prompt_messages(row: Fields) -> Messages:
         row.note("prompts in the HH format")
         return _dialogue(row, "prompt", _GENERATION_CUE.sub("", text))
     return row.messages("prompt")
+
+
+def answerable(row: Fields, field: str, messages: Messages) -> Messages:
+    """`messages`, if the assistant may speak next: after the user, or after the result of a tool.
+
+    Raises:
+        DataError: they end otherwise, or there are none.
+    """
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise row.error(
+            field, "does not end with a user message or the result of a tool", "add the message that is answered"
+        )
+    return messages
 
 
 def preference_of(row: Fields, use_margins: bool) -> Preference:

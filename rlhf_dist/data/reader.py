@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
@@ -10,13 +11,18 @@ from typing import TypeVar
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
-from rlhf_dist.data.fields import Fields
+from rlhf_dist.data.fields import Fields, unused_note
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.kinds import KINDS, kind_of
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
 from rlhf_dist.data.templates.render import templated_rows
 
 R = TypeVar("R")
+
+MAX_NOTED = 10
+"""Unused columns of a source that are noted by name."""
+MAX_COUNTED = 1000
+"""Unused columns of a source that are counted: some rows have keys of their own."""
 
 
 def read_fields(source: DataSource, bad_rows: BadRows | None = None) -> Iterator[Fields]:
@@ -40,11 +46,17 @@ def read_fields(source: DataSource, bad_rows: BadRows | None = None) -> Iterator
                 f"{', '.join(known)} to a column"
             )
     unseen = set(source.fields.values())
-    notes = None if bad_rows is None else bad_rows.notes
+    bad_rows = BadRows() if bad_rows is None else bad_rows
     for location, values in read_rows(source, bad_rows):
-        row = Fields(location, values, source.fields, notes)
+        row = Fields(location, values, source.fields, bad_rows.notes)
         unseen = {column for column in unseen if not row.has_column(column)}
-        yield row
+        valid = False
+        with bad_rows.guard(source.on_bad_row, values):
+            if source.templates is None and source.kind != "text":
+                row.check_is_text()
+            valid = True
+        if valid:
+            yield row
     if unseen:
         raise DataError(
             f"{source.path}: no row has the column {', '.join(map(repr, sorted(unseen)))} that fields names; give the "
@@ -106,6 +118,7 @@ def _read(source: DataSource, bad_rows: BadRows | None, record: Callable[[Fields
     bad_rows = BadRows() if bad_rows is None else bad_rows
     empty = True
     known = len(bad_rows)
+    unused: Counter[str] = Counter()
     rows = read_fields(source, bad_rows)
     for row in rows if source.templates is None else templated_rows(source, rows, bad_rows):
         found = None
@@ -113,9 +126,22 @@ def _read(source: DataSource, bad_rows: BadRows | None, record: Callable[[Fields
             found = record(row)
         if found is not None:
             empty = False
+            for column in row.unused(KINDS[source.kind].fields):
+                if column in unused or len(unused) < MAX_COUNTED:
+                    unused[column] += 1
             yield found
+    _note_unused(bad_rows, unused)
     if empty:
         bad = bad_rows.rows[known:]
         if not bad:
             raise DataError(f"{source.path}: all templates filter out every row; give others, or fix their `when`")
         raise DataError(f"{source.path}: no row is valid ({len(bad)} are bad, the first: {bad[0].reason})")
+
+
+def _note_unused(bad_rows: BadRows, unused: Counter[str]) -> None:
+    """Note the columns that most rows have, and how many more there are."""
+    columns = sorted(unused, key=lambda column: (-unused[column], column))
+    for column in columns[:MAX_NOTED]:
+        bad_rows.notes[unused_note(column)] += unused[column]
+    if more := columns[MAX_NOTED:]:
+        bad_rows.notes[f"{len(more)} more columns, which are not used"] += unused[more[0]]

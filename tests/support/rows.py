@@ -19,7 +19,9 @@ NUMBER = st.one_of(
     st.floats(),
     st.sampled_from([10**400, -(10**400), 1e308, float("nan"), float("inf"), True, False]),
 )
-ROLE = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function", "", None, 3])
+ROLE = st.sampled_from(
+    ["user", "assistant", "system", "tool", "human", "gpt", "User", "function", "function_call", "", None, 3]
+)
 MESSAGE = st.fixed_dictionaries(
     {},
     optional={
@@ -33,6 +35,8 @@ MESSAGE = st.fixed_dictionaries(
         "tool_calls": st.one_of(
             TEXT, st.lists(st.dictionaries(st.sampled_from(["function", "name", "arguments"]), TEXT), max_size=2)
         ),
+        "function_call": st.one_of(TEXT, st.dictionaries(st.sampled_from(["name", "arguments", "args"]), TEXT)),
+        "refusal": st.one_of(TEXT, NUMBER),
         "reasoning_content": st.one_of(TEXT, NUMBER),
         "other": TEXT,
     },
@@ -44,7 +48,17 @@ VALUE = st.recursive(
     max_leaves=4,
 )
 COLUMNS = sorted({field for kind in KINDS.values() for field in kind.fields})
-COLUMNS += ["conversations", "completion", "tools", "score_chosen", "score_rejected", "provenance"]
+COLUMNS += [
+    "conversations",
+    "completion",
+    "system_prompt",
+    "tools",
+    "functions",
+    "image",
+    "score_chosen",
+    "score_rejected",
+    "provenance",
+]
 ROW = st.dictionaries(st.one_of(st.sampled_from(COLUMNS), TEXT), VALUE, max_size=6)
 GOOD: dict[str, dict[str, Any]] = {
     "instruction": {"instruction": "i", "output": "o"},

@@ -214,6 +214,15 @@ def test_items_of_candidates_and_of_preferences(tmp_path: Path):
     assert all(len(item.id) == 16 and int(item.id, 16) >= 0 for item in found)
 
 
+def test_an_item_with_a_system_message_in_a_column_and_one_that_ends_with_the_result_of_a_tool(tmp_path: Path):
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}, {"role": "tool", "content": "4"}]
+    rows = [{"prompt": prompt, "candidates": ["x", "y"], "system": "s"} for prompt in ("p", turns)]
+    found = read_items([source(write(tmp_path / "c.jsonl", rows))])
+    assert [item.prompt for item in found] == [
+        ({"role": "system", "content": "s"}, *messages) for messages in (turns[:1], turns)
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

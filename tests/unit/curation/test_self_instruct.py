@@ -42,6 +42,12 @@ SEEDS = [
 # Reading
 
 
+def test_seeds_have_no_system_message_and_no_history() -> None:
+    assert seed_tasks([seed | {"system": "s"} for seed in SEEDS]) == seed_tasks(SEEDS)
+    with pytest.raises(DataError, match="seed 1: field 'history' has 3 turns; give"):
+        seed_tasks([SEEDS[0] | {"history": [["u", "a"]]}])
+
+
 def parsed(text: str, reason: Any = "eos") -> tuple[list[tuple[str, str, str]], int, int]:
     found = TaskParser(TaskFormat()).parse(Completion(text, reason))
     return [(t.instruction, t.input, t.output) for t in found.tasks], found.num_malformed, found.num_unfinished

@@ -13,8 +13,9 @@ import pytest
 from rlhf_dist.cli.main import main
 from rlhf_dist.config.data import DataSource
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.reader import read_preferences
+from rlhf_dist.data.reader import read_preferences, read_sequences
 
 ROWS = [{"text": "một"}, {"text": 'a "quote", b'}, {"text": "hai\nba"}]
 CSV = 'text,n\r\nmột,1\r\n"a ""quote"", b",2\r\n"hai\nba",3\r\n'
@@ -269,3 +270,109 @@ def test_hh_rlhf_as_it_is_published_is_one_line(tmp_path, write, tiny_lm, capsys
 def test_what_only_hub_names_take_is_rejected_for_files(write, key):
     with pytest.raises(DataError, match=rf"a\.jsonl is a local path and has {key},"):
         read(write("a.jsonl", JSONL), **{key: "x"})
+
+
+def arrow_strings(*contents: bytes) -> pa.Array:
+    """A string column as faulty writers make it: of any bytes."""
+    _, offsets, data = pa.array(contents, pa.binary()).buffers()
+    return pa.StringArray.from_buffers(len(contents), offsets, data)
+
+
+@pytest.mark.parametrize("store", ["parquet", "dataset"])
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (arrow_strings(b"ok", b"caf\xe9", b"x"), "0xe9"),
+        (pa.array([1, 2**62, 3], pa.duration("s")), "too large"),
+        (pa.array([[1], [2**62], []], pa.list_(pa.duration("s"))), "too large"),
+        (pa.array([{"at": 0}, {"at": 2**50}, None], pa.struct([("at", pa.timestamp("s"))])), ""),
+    ],
+)
+def test_a_value_that_python_cannot_hold_makes_its_row_invalid(tmp_path, store, column, words):
+    table = pa.table({"other": column, "text": ["a", "b", "c"]})
+    path = tmp_path / "a.parquet"
+    if store == "dataset":
+        path = tmp_path / "saved"
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pq.write_table(table, path)
+    with pytest.raises(DataError, match=rf"row 2: column 'other' has a value that cannot be read \(.*{words}.*; fix"):
+        read(path)
+    bad_rows = BadRows()
+    found = list(read_rows(DataSource(path=str(path), kind="text", on_bad_row="skip"), bad_rows))
+    assert [(location[-5:], values["text"]) for location, values in found] == [("row 1", "a"), ("row 3", "c")]
+    assert [bad.row for bad in bad_rows.rows] == [{"text": "b"}]
+
+
+def called(name: str, arguments: dict, **more) -> dict:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+    return {"role": "assistant", "content": "a", "tool_calls": [call]}
+
+
+def tool(name: str, **properties) -> dict:
+    return {"name": name, "parameters": {"properties": properties}}
+
+
+TOOL_ROWS = [
+    {
+        "messages": [{"role": "user", "content": "u"}, called("get", {"city": "Paris", "at": {"hour": 3}})],
+        "tools": [tool("get", city={"type": "string"}), tool("wait", seconds={"type": "number", "least": 0})],
+    },
+    {"messages": [{"role": "user", "content": "u"}, called("wait", {"seconds": 3, "at": {"day": 1}}, id="c")]},
+    {"messages": [{"role": "user", "content": "u"}, called("stop", {})], "tools": [tool("stop")]},
+]
+
+
+@pytest.mark.parametrize("store", ["parquet", "dataset"])
+@pytest.mark.parametrize("column", ["tools", "mine"])
+def test_tools_and_calls_of_arrow_are_those_that_were_written(tmp_path, write, store, column):
+    """Compared with the same rows as JSON lines, which have no nulls."""
+    rows = [{"messages": row["messages"]} | ({column: row["tools"]} if "tools" in row else {}) for row in TOOL_ROWS]
+    table = pa.Table.from_pylist([*rows[:1], rows[1] | {column: None}, rows[2]])
+    assert "None" in str(table.to_pylist()[2]["messages"])
+    path = tmp_path / "a.parquet"
+    if store == "dataset":
+        path = tmp_path / "saved"
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pq.write_table(table, path)
+    fields = {} if column == "tools" else {"tools": column}
+    bad_rows = BadRows()
+    found, expected = (
+        [
+            (record.messages, record.tools)
+            for record in read_sequences(DataSource(path=str(file), kind="messages", fields=fields), bad)
+        ]
+        for file, bad in ((path, bad_rows), (write("a.jsonl", rows), None))
+    )
+    assert found == expected
+    assert bad_rows.notes["null members of tools and calls, as Arrow adds them, which are dropped"] == 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_nulls_that_were_written_stay(tmp_path, write, name):
+    arguments: dict = {"zone": None}
+    message = called("get", arguments if name == "a.jsonl" else json.dumps(arguments))
+    row = {"messages": [{"role": "user", "content": "u"}, message], "tools": json.dumps([tool("get", zone=None)])}
+    path = write("a.jsonl", [row])
+    if name == "a.parquet":
+        path = tmp_path / name
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    [record] = read_sequences(DataSource(path=str(path), kind="messages"))
+    assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert record.tools == (tool("get", zone=None),)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("blank", ["", "\r\n"])
+def test_json_lines_in_a_json_file(write, name, blank):
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
+    content = f"{blank}\n".encode().join([lines[0], *lines[1:], b""])
+    path = write(name, gzip.compress(content) if name.endswith("gz") else content)
+    assert read(path) == [(location.replace("b.jsonl", name), row) for location, row in read(write("b.jsonl", content))]
+    broken = write("broken.json", b"\n".join([lines[0], b'{"text": ', lines[1], b"\xff"]))
+    with pytest.raises(DataError, match=r"broken\.json:2: not JSON"):
+        read(broken)
+    bad_rows = BadRows()
+    found = list(read_rows(DataSource(path=broken, kind="text", on_bad_row="skip"), bad_rows))
+    assert ([values for _, values in found], len(bad_rows)) == (ROWS[:2], 2)

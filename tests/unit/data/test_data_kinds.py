@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import datetime
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rows import GOOD
 
-from rlhf_dist.config.data import DataSource
+from rlhf_dist.config.data import DataSettings, DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.kinds import KINDS
-from rlhf_dist.data.reader import read_preferences, read_prompts, read_sequences
-from rlhf_dist.data.records import Prompt
+from rlhf_dist.data.loading import load_sequences
+from rlhf_dist.data.reader import read_fields, read_preferences, read_prompts, read_sequences
+from rlhf_dist.data.records import Conversation, Preference, Prompt
+from rlhf_dist.run.run_summary import describe_data
 
 
 def user(content: str) -> dict[str, str]:
@@ -429,6 +433,96 @@ def test_prompt_and_completion(source, kind, prompt, completion):
     assert asked.messages == found.messages[:-1]
 
 
+SYSTEM = {"role": "system", "content": "s"}
+CHATS = [USER, BOT, USER]
+PLAIN_CHAT = [*CHATS, BOT]
+
+
+def whole(record) -> tuple[Any, ...]:
+    """All messages of a record, of a preference with its best response."""
+    if isinstance(record, Preference):
+        return (*record.prompt, *record.responses[0])
+    return record.messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "read"),
+    [
+        ("instruction", {"instruction": "u", "output": "a"}, read_sequences),
+        ("instruction", {"prompt": "u", "completion": "a"}, read_sequences),
+        ("instruction", {"instruction": "u", "output": "a"}, read_prompts),
+        ("messages", {"messages": PLAIN_CHAT}, read_sequences),
+        ("messages", {"messages": PLAIN_CHAT}, read_prompts),
+        (
+            "messages",
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            read_sequences,
+        ),
+        ("messages", {"prompt": CHATS, "completion": [BOT]}, read_sequences),
+        ("preference", {"prompt": "u", "chosen": "a", "rejected": "b"}, partial(read_preferences, seed=0)),
+        ("preference", {"prompt": "u", "responses": ["a", "b"]}, partial(read_preferences, seed=0)),
+        ("preference", {"chosen": PLAIN_CHAT, "rejected": [*CHATS, bot("b")]}, partial(read_preferences, seed=0)),
+        ("preference", {"chosen": "Human: u\n\nAssistant: a", "rejected": "Human: u\n\nAssistant: b"}, read_prompts),
+        ("prompt", {"prompt": "u"}, read_prompts),
+        ("prompt", {"prompt": CHATS}, read_prompts),
+    ],
+)
+@pytest.mark.parametrize("column", ["system", "system_prompt", "mine"])
+def test_a_system_message_in_a_column_is_the_same_as_one_in_the_chat(source, kind, row, read, column):
+    settings = {"fields": {"system": "mine"}} if column == "mine" else {}
+    [without] = read(source(kind, [row]))
+    bad_rows = BadRows()
+    [found] = read(source(kind, [row | {column: "s"}], **settings), bad_rows=bad_rows)
+    assert whole(found) == (SYSTEM, *whole(without))
+    if isinstance(found, Conversation) and without.targets is not None:
+        assert [whole(found)[i] for i in found.targets] == [whole(without)[i] for i in without.targets]
+    taken = {f"column {column!r} taken for the system message": 1}
+    assert dict(bad_rows.notes).items() >= ({} if column == "mine" else taken).items()
+    for nothing in ("", None, " ", *([] if column == "mine" else [3, ["s"]])):
+        [same] = read(source(kind, [row | {column: nothing}, row | {column: "s"}], **settings, limit=1))
+        assert whole(same) == whole(without)
+
+
+@pytest.mark.parametrize(("turn", "notes"), [("other", 1), ("s", 0), ("", 0)])
+def test_a_system_message_in_a_column_and_in_the_chat(source, turn, notes):
+    found, said = noted(
+        source, "messages", {"messages": [{"role": "system", "content": turn}, USER, BOT], "system": "s"}
+    )
+    assert found.messages == ({"role": "system", "content": turn or "s"}, USER, BOT)
+    assert said.get("column 'system' beside a system turn, which is not used", 0) == notes
+
+
+def test_system_messages_of_ratings_belong_to_their_prompts(source):
+    rows = [{"prompt": "u", "response": r, "rating": i, "system": s} for s in "st" for i, r in enumerate("ab")]
+    pairs = list(read_preferences(source("ratings", rows), 0))
+    assert [pair.prompt for pair in pairs] == [(SYSTEM, USER), (SYSTEM | {"content": "t"}, USER)]
+    subjects = {KINDS["ratings"].subject(Fields("x", row, {})) for row in rows}
+    assert subjects == {pair.subject for pair in pairs}
+
+
+@pytest.mark.parametrize("history", [[["u", "a"], ["v", "b"]], [USER, BOT, user("v"), bot("b")]])
+@pytest.mark.parametrize("column", ["history", "before"])
+def test_the_turns_before_an_instruction(source, history, column):
+    settings = {"fields": {"history": "before"}} if column == "before" else {}
+    row = {"instruction": "i", "output": "o", "system": "s", column: history}
+    bad_rows = BadRows()
+    [found] = read_sequences(source("instruction", [row], **settings), bad_rows)
+    assert found.messages == (SYSTEM, USER, BOT, user("v"), bot("b"), user("i"), bot("o"))
+    assert found.targets == (6,)
+    assert bad_rows.notes["column 'history' taken for the turns before the instruction"] == (column == "history")
+    [prompt] = read_prompts(source("instruction", [row], **settings))
+    assert prompt.messages == found.messages[:-1]
+    for broken in ([["u"]], ["u", "a"], [["u", ""]], [["u", 1]]):
+        with pytest.raises(DataError, match=r"'history\[0\]'"):
+            one(source, [row | {column: broken}], "instruction", **settings)
+
+
+@pytest.mark.parametrize("history", [None, [], "of the library", 3])
+def test_no_turns_before_an_instruction(source, history):
+    found, _ = noted(source, "instruction", {"instruction": "u", "output": "a", "history": history})
+    assert (found.messages, found.targets) == ((USER, BOT), None)
+
+
 def test_weights_choose_what_is_trained_on(source):
     chat = [USER, BOT | {"weight": 0}, USER, BOT | {"weight": 1}, USER, BOT]
     found, notes = noted(source, "messages", {"messages": chat})
@@ -456,6 +550,126 @@ def test_tools(source):
     for calls in ("add", [{"function": {}}], [{"function": {"name": "add", "arguments": "{"}}]):
         with pytest.raises(DataError, match=r"tool_calls"):
             noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": calls}]})
+
+
+ARGUMENTS = {"city": "Paris", "days": [1, 2]}
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input"])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS)], ids=["object", "text"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_of_a_call_under_all_their_names(source, key, arguments, nested):
+    function = {"name": "get", key: arguments, "extra": None}
+    call = {"type": "function", "function": function, "id": None} if nested else function
+    found, _ = noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": [call]}]})
+    [made] = found.messages[1]["tool_calls"]
+    assert made == {"type": "function", "function": {"name": "get", "arguments": ARGUMENTS}}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"name": "get", "args": {"a": 1}}, r"has 'args', which a call does not have; give it a name and arguments"),
+        ({"name": "get", "arguments": {}, "kwargs": 1, "result": 2}, r"has 'kwargs', 'result', which"),
+        ({"function": {"name": "get", "argument": {}}}, r"has 'argument', which"),
+        ({"function": {"name": "get"}, "arguments": {"a": 1}}, r"has 'arguments', which"),
+        ({"name": "get", "arguments": {"a": 1}, "parameters": {"a": 2}}, "has arguments and parameters, which mean"),
+        ({"name": "get", "parameters": "{"}, "parameters' is no JSON"),
+    ],
+)
+def test_a_call_of_which_something_would_be_lost_is_invalid(source, call, words):
+    with pytest.raises(DataError, match=rf":1: field 'messages\[1\]\.tool_calls\[0\].*{words}"):
+        noted(source, "messages", {"messages": [USER, BOT | {"tool_calls": [call]}]})
+
+
+CALL = {"name": "get", "arguments": {"city": "Paris"}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+RESULT = {"role": "tool", "content": "9"}
+LEGACY = "function_call of messages (OpenAI), taken for a call of a tool"
+
+
+@pytest.mark.parametrize(
+    ("turns", "note"),
+    [
+        (
+            [
+                {"from": "human", "value": "u"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "9"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "turns of the role 'function_call', taken for calls of tools",
+        ),
+        (
+            [USER, {"role": "tool_call", "content": CALL}, {"role": "tool_response", "content": "9"}, BOT],
+            "turns of the role 'tool_call', taken for calls of tools",
+        ),
+        (
+            [
+                {"role": "User", "content": "u"},
+                {"role": "ASSISTANT", "content": None, "tool_calls": [{"function": CALL}]},
+                {"role": " Tool", "content": "9"},
+                {"role": "Assistant", "content": "a"},
+            ],
+            None,
+        ),
+        (
+            [
+                USER,
+                {"role": "assistant", "content": None, "function_call": CALL | {"arguments": '{"city": "Paris"}'}},
+                {"role": "function", "content": "9"},
+                BOT | {"function_call": None},
+            ],
+            LEGACY,
+        ),
+        ([USER, {"role": "assistant", "function_call": CALL}, {"role": "ipython", "content": "9"}, BOT], LEGACY),
+    ],
+)
+def test_published_shapes_of_calls_are_the_same_conversation(source, turns, note):
+    found, notes = noted(source, "messages", {"messages": turns})
+    assert found.messages == (USER, CALLING, RESULT, BOT)
+    assert note is None or notes[note] == 1
+
+
+def test_several_calls_in_a_sharegpt_turn(source):
+    turns = [USER, {"role": "function_call", "content": json.dumps([CALL, CALL | {"name": "put"}])}]
+    found, _ = noted(source, "messages", {"messages": turns})
+    assert [call["function"]["name"] for call in found.messages[1]["tool_calls"]] == ["get", "put"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "function_call", "content": "get(Paris)"}, r"content' is 'get\(Paris\)', no JSON, .*; write it as"),
+        ({"role": "function_call", "content": None}, "is None, without the name of a function"),
+        ({"role": "function_call", "content": "[]"}, r"is \[\], without the name of a function"),
+        (CALLING | {"function_call": CALL}, "has tool_calls and function_call, which mean the same; keep one"),
+        (CALLING | {"role": "function_call"}, "has tool_calls and the role function_call"),
+        ({"role": "user", "content": "u", "function_call": CALL}, "of a user message"),
+        ({"role": "assistant"}, 'without "role" and "content"'),
+        ({"role": "assistant", "content": None, "refusal": 3}, r"refusal' is 3, a int"),
+    ],
+)
+def test_published_shapes_of_calls_that_are_invalid(source, turn, words):
+    with pytest.raises(DataError, match=rf":1: field 'messages\[1\].*{words}"):
+        noted(source, "messages", {"messages": [USER, turn]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "content", "note"),
+    [
+        ({"content": None, "refusal": "No."}, "No.", "refusals taken for content"),
+        ({"refusal": "No."}, "No.", "refusals taken for content"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No.", "content in parts"),
+        ({"content": "Yes.", "refusal": None}, "Yes.", None),
+        ({"content": "Yes.", "refusal": ""}, "Yes.", None),
+        ({"content": "Yes.", "refusal": "No."}, "Yes.", "key 'refusal' of messages, which is not used"),
+    ],
+)
+def test_refusals(source, answer, content, note):
+    found, notes = noted(source, "messages", {"messages": [USER, {"role": "assistant", **answer}]})
+    assert found.messages == (USER, bot(content))
+    assert notes == ({note: 1} if note else {})
 
 
 def test_sharegpt_turns_keep_their_other_keys(source):
@@ -487,6 +701,30 @@ def test_weights_of_a_completion(source, kind):
     found, _ = noted(source, kind, {"prompt": [user("p")], "completion": completion})
     assert found.targets == (3,)
     assert found.messages == (user("p"), bot("no"), user("u"), bot("yes"))
+
+
+CALLED = [USER, bot("") | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}]
+CALLED += [{"role": "tool", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("prompt", {"prompt": CALLED}),
+        ("messages", {"messages": [*CALLED, BOT]}),
+        ("messages", {"prompt": CALLED, "completion": [BOT]}),
+        ("instruction", {"prompt": CALLED, "completion": "a"}),
+        ("preference", {"prompt": CALLED, "chosen": "a", "rejected": "b"}),
+        ("preference", {"prompt": CALLED, "responses": ["a", [bot("b")]]}),
+        ("preference", {"chosen": [*CALLED, BOT], "rejected": [*CALLED, bot("b")]}),
+    ],
+)
+def test_prompts_that_end_with_the_result_of_a_tool(source, kind, row):
+    [prompt] = read_prompts(source(kind, [row]))
+    assert prompt.messages == tuple(CALLED)
+    if kind == "preference":
+        [pair] = read_preferences(source(kind, [row]), 0)
+        assert (pair.prompt, pair.responses) == (tuple(CALLED), ((BOT,), (bot("b"),)))
 
 
 def test_tools_and_weights_of_preferences(source):
@@ -564,3 +802,125 @@ def test_a_number_that_is_missing_in_a_table_is_absent(source):
     record = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}
     [pair] = read_preferences(source("preference", [record]), seed=0)
     assert pair.ratings is None
+
+
+def unused(*columns: str) -> dict[str, int]:
+    return {f"column {column!r}, which is not used": 1 for column in columns}
+
+
+KEPT = {
+    "prompt_id": "x",
+    "id": 1,
+    "source": "web",
+    "Task": "t",
+    "created_at": "2026",
+    "url": "u",
+    "provenance": {"a": 1},
+}
+"""Where rows are from."""
+EMPTY = {"a": None, "b": "", "c": " ", "d": [], "e": {}, "f": {"x": None}, "g": [""], "h": float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "columns"),
+    [
+        ("instruction", {"instruction": "i", "output": "o", "answer": "x", "score": 0.0}, ["answer", "score"]),
+        ("instruction", {"instruction": "i", "output": "o", "task": 3, "history": "of it"}, ["history"]),
+        ("messages", {"messages": [USER, BOT], "prompt": "u"}, ["prompt"]),
+        (
+            "messages",
+            {"messages": [USER, BOT], "conversations": [USER], "completion": "a"},
+            ["completion", "conversations"],
+        ),
+        (
+            "messages",
+            {"messages": [USER, BOT], "chat_template_kwargs": {"enable_thinking": False}},
+            ["chat_template_kwargs"],
+        ),
+        ("messages", {"prompt": "u", "completion": "a", "response": "b"}, ["response"]),
+        ("messages", {"messages": [USER, BOT], "functions": "of the liver"}, ["functions"]),
+        ("messages", {"messages": [USER, BOT], "system": 3, "system_prompt": ["s"]}, ["system", "system_prompt"]),
+        ("text", {"text": "t", "title": "x", "image": "x.png"}, ["image", "title"]),
+        ("preference", PAIR | {"score_chosen": 2.0, "score_rejected": 1.0}, []),
+        (
+            "preference",
+            PAIR | {"responses": ["c", "d"], "ratings": [1, 5], "rank": 1},
+            ["rank", "ratings", "responses"],
+        ),
+        ("preference", {"prompt": "p", "responses": ["a", "b"], "margin": 2}, ["margin"]),
+        ("prompt", {"prompt": "p", "answer": "a"}, ["answer"]),
+    ],
+)
+def test_columns_that_nothing_uses_are_noted(source, kind, row, columns):
+    read = {"preference": partial(read_preferences, seed=0), "prompt": read_prompts}.get(kind, read_sequences)
+    _, notes = noted(source, kind, row | KEPT | EMPTY, read)
+    said = {note: number for note, number in notes.items() if "which is not used" in note}
+    assert said == unused(*columns)
+
+
+def test_columns_of_a_kind_that_one_use_does_not_need_are_not_noted(source):
+    _, notes = noted(source, "instruction", {"instruction": "i", "output": "o"}, read_prompts)
+    assert notes == {}
+    mapped = source("instruction", [{"q": "i", "cases": [{"out": "o"}], "output": "x"}])
+    bad_rows = BadRows()
+    fields = {"instruction": "q", "output": "cases.0.out"}
+    list(read_sequences(mapped.model_copy(update={"fields": fields}), bad_rows))
+    assert dict(bad_rows.notes) == unused("output")
+
+
+def test_of_many_unused_columns_the_commonest_are_named(source):
+    rows = [{"text": "t", **{f"c{i:02}": 1 for i in range(number)}} for number in (15, 14, 2)]
+    bad_rows = BadRows()
+    assert len(list(read_sequences(source("text", rows), bad_rows))) == 3
+    expected = {f"column 'c{i:02}', which is not used": 3 if i < 2 else 2 for i in range(10)}
+    assert dict(bad_rows.notes) == expected | {"5 more columns, which are not used": 2}
+
+
+def test_unused_columns_of_bad_rows_are_not_counted_and_all_are_in_the_run_summary(source, tokenizer):
+    rows = [{"text": "t", "title": "x"}, {"text": "", "title": "y", "other": 1}, {"text": "u", "title": "z"}]
+    data = load_sequences([source("text", rows, on_bad_row="skip")], DataSettings(), tokenizer)
+    assert data.report.notes == (("column 'title', which is not used", 2),)
+    assert describe_data(training_records=data)["training records: column 'title', which is not used"] == "2 rows"
+
+
+@pytest.mark.parametrize("kind", ["instruction", "messages", "preference", "ratings", "prompt", "candidates"])
+@pytest.mark.parametrize("column", ["image", "images", "audio", "video"])
+def test_rows_about_what_a_model_does_not_get_are_invalid(source, kind, column):
+    for value in ("x.png", ["x.png"], {"bytes": "x", "path": None}):
+        with pytest.raises(DataError, match=rf":1: field '{column}' is .*, and only text is supported; remove the row"):
+            list(read_fields(source(kind, [GOOD[kind] | {column: value}])))
+    for value in (None, "", [], {"bytes": None, "path": None}, [None]):
+        assert len(list(read_fields(source(kind, [GOOD[kind] | {column: value}])))) == 1
+    bad_rows = BadRows()
+    rows = [GOOD[kind] | {column: "x.png"}, GOOD[kind]]
+    assert [row.location[-2:] for row in read_fields(source(kind, rows, on_bad_row="skip"), bad_rows)] == [":2"]
+    assert len(bad_rows) == 1
+
+
+def test_a_column_of_that_name_that_is_mapped_is_read(source):
+    row = {"image": "of a tree", "output": "o"}
+    assert one(source, [row], "instruction", fields={"instruction": "image"}).messages[0] == user("of a tree")
+
+
+FUNCTION = {"name": "get", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize("written", [[FUNCTION], json.dumps([FUNCTION])], ids=["list", "text"])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("messages", {"messages": [USER, BOT]}),
+        ("instruction", {"instruction": "u", "output": "a"}),
+        ("preference", PAIR),
+        ("prompt", {"prompt": "p"}),
+    ],
+)
+def test_functions_are_tools(source, kind, row, written):
+    read = {"preference": partial(read_preferences, seed=0), "prompt": read_prompts}.get(kind, read_sequences)
+    found, notes = noted(source, kind, row | {"functions": written}, read)
+    expected, _ = noted(source, kind, row | {"tools": [{"type": "function", "function": FUNCTION}]}, read)
+    assert found == expected
+    assert notes["column 'functions' (OpenAI) taken for tools"] == 1
+    both, notes = noted(source, kind, row | {"functions": written, "tools": [{"name": "put"}]}, read)
+    assert both.tools == ({"name": "put"},)
+    assert notes == unused("functions")
