@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from data_support import CHATML, train_tokenizer
+from support.families import FAMILIES, MISTRAL
+from support.tiny import tiny_tokenizer
 from test_data_encoding import MARKS, TOOLS, bot, trained, user
 from test_data_encoding_multi_turn import FORMATS
 from tokenizers import AddedToken
@@ -19,7 +21,8 @@ from rlhf_dist.config.data import DataSource, SFTData
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.encoding import encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.loading import load_sft
-from rlhf_dist.data.rendering import render_conversation
+from rlhf_dist.data.records import arranged
+from rlhf_dist.data.rendering import render_conversation, stop_token_ids
 
 ASSISTANT_CUE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
@@ -315,3 +318,35 @@ def test_what_the_prompt_has_and_a_finished_turn_lacks_is_in_every_report(
         assert r"without '<think>\n'" in note
         assert shown == "3 rows"
     assert render_conversation(chatml, [user("u"), bot("a")]).notes
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.template])
+@pytest.mark.parametrize("with_system", [False, True])
+def test_templates_of_the_model_tests_render_all_or_nothing(family: str, with_system: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = FAMILIES[family].template
+    messages = [system("Be brief.")] * with_system + [user("u1"), bot("a1"), user("u2"), bot("a2")]
+    if with_system and "Gemma" in family:
+        with pytest.raises(DataError, match="System role not supported"):
+            encode_conversation(tokenizer, messages)
+        return
+    ids, mask = encode_conversation(tokenizer, messages)
+    whole = tokenizer.decode(ids)
+    assert all(message["content"] in whole for message in messages)
+    read = tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if not target])
+    assert ("Be brief." in read) == with_system
+    assert sum(i in stop_token_ids(tokenizer) for i, target in zip(ids, mask, strict=True) if target) == 2
+
+
+def test_a_system_message_before_the_first_user_text_is_that_of_mistral() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MISTRAL
+    messages = [system("Be brief."), user("u1"), bot("a1"), user("u2"), bot("a2")]
+    eos = tokenizer.eos_token
+    text = f"[INST] Be brief.\n\nu1 [/INST] a1{eos}[INST] u2 [/INST] a2{eos}"
+    assert tokenizer.decode(encode_conversation(tokenizer, messages)[0]) == text
+    merged, _ = arranged(tuple(messages), "merge_into_user", "keep")
+    assert encode_conversation(tokenizer, merged) == encode_conversation(tokenizer, messages)
+    with pytest.raises(DataError, match=r"Only user and assistant roles|must alternate"):
+        encode_conversation(tokenizer, [user("u"), bot("a"), tool("t"), bot("b")])
