@@ -144,15 +144,17 @@ def in_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], too
 def _call_form(tokenizer: PreTrainedTokenizerBase, template: str, has_tools: bool) -> tuple[bool, bool]:
     call = {"type": "function", "id": CALL_ID, "function": {"name": "zqname", "arguments": {"zqkey": "zqvalue"}}}
     probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    for no_text, as_text in ((False, False), (True, False), (False, True), (True, True)):
-        messages = [_with_calls(message, no_text, as_text) for message in probe]
+    lengths: dict[tuple[bool, bool], int] = {}
+    for form in ((False, False), (True, False), (True, True), (False, True)):
+        messages = [_with_calls(message, *form) for message in probe]
         try:
             text = render(tokenizer, messages, tools=NEUTRAL_TOOLS if has_tools else ())
         except DataError:
             continue
         if all(name in text for name in ("zqname", "zqkey", "zqvalue")):
-            return no_text, as_text
-    return False, False
+            lengths[form] = len(text)
+    # Of a form that is not meant, something is rendered besides: "None", an empty turn, quotes in quotes.
+    return min(lengths, key=lengths.__getitem__, default=(False, False))
 
 
 def _with_calls(message: Message, no_text: bool, as_text: bool) -> Message:
