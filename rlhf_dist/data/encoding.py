@@ -18,7 +18,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.core.errors import DataError
-from rlhf_dist.data.rendering import Message, Rendered, Span, render_conversation, render_prompt, stop_token_ids
+from rlhf_dist.data.chat_template import Message, stop_token_ids
+from rlhf_dist.data.rendering import Rendered, Span, render_conversation, render_prompt
+from rlhf_dist.data.special_tokens import special_pattern
 
 Encoded = tuple[list[int], list[bool]]
 """Token ids of a sequence and its loss mask."""
@@ -148,12 +150,23 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     eos = cast(int, tokenizer.eos_token_id)  # `load_tokenizer` requires one
     text = text.removesuffix(str(tokenizer.eos_token))  # the end of a text, where one writes it out
-    ids: list[int] = list(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
+    ids: list[int]
+    if literals := tuple(found.span() for found in special_pattern(tokenizer).finditer(text)):
+        # Piece by piece, for turn marks that are no special tokens to the tokenizer are not split by `split_special_tokens`.
+        ids = [*_beginning(tokenizer), *_in_pieces(tokenizer, Rendered(text, (), literals))[0]]
+    else:
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
     if ids and ids[-1] == eos:
         ids.pop()
     if not ids:
         raise DataError(f"the text {text[:40]!r} tokenizes to nothing; give it text")
     return [*ids, eos]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer begins a text with."""
+    ids, own = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    return list(ids[: ids.index(own[0])])
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_dist.config.data import DataSettings, SFTData
 from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import DataError, TooLongError
-from rlhf_dist.data import encoding, lengths, rendering
+from rlhf_dist.data import chat_template, encoding, lengths, rendering, special_tokens, template_checks
 from rlhf_dist.data.bad_rows import Tally
 from rlhf_dist.data.datasets import Ragged
 from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
@@ -51,6 +51,7 @@ _FEATURES = datasets.Features(
         "response_tokens": datasets.List(datasets.Value("int32")),
         "error": datasets.Value("string"),
         "is_too_long": datasets.Value("bool"),
+        "notes": datasets.List(datasets.Value("string")),
     }
 )
 
@@ -73,6 +74,8 @@ class _Tokenized:
     """Why the record is invalid."""
     is_too_long: bool = False
     """Whether `error` is `on_too_long: error`."""
+    notes: list[str] = field(default_factory=list)
+    """How it differs from what a response follows in use; kept, so that a run that tokenizes nothing says it too."""
 
     def add(
         self, ids: list[int], mask: list[bool], cut: bool = False, response_tokens: int = 0, response: int = 0
@@ -109,7 +112,7 @@ class Tokens:
     rows: datasets.Dataset
 
     def usable(self, records: Sequence[Record], tally: Tally) -> Iterator[Usable]:
-        """The records that have sequences, in order; counts valid records, skipped and bad ones in `tally`.
+        """The records that have sequences, in order; counts valid records, skipped and bad ones, and notes, in `tally`.
 
         Raises:
             DataError: a record that is invalid under `on_bad_row: error`, or too long under `on_too_long: error`.
@@ -126,6 +129,7 @@ class Tokens:
             if not sequences:
                 tally.skip(record.location)
                 continue
+            tally.bad_rows.notes.update(row["notes"])
             yield Usable(
                 number,
                 sequences,
@@ -137,7 +141,9 @@ class Tokens:
 
     def _columns(self) -> Iterator[dict[str, Any]]:
         """What is not tokens, record by record."""
-        rows = self.rows.select_columns(["kept", "cut", "response_tokens", "error", "is_too_long"]).with_format("arrow")
+        rows = self.rows.select_columns(
+            ["kept", "cut", "response_tokens", "error", "is_too_long", "notes"]
+        ).with_format("arrow")
         for table in rows.iter(batch_size=4096):
             yield from cast(Any, table).to_pylist()
 
@@ -245,6 +251,8 @@ def _tokenize_batch(
             content, results = _without_oldest_turns(tokenizer, content, results, settings.max_length_tokens)
         try:
             found.append(_tokenized(content, results, tokenizer, settings))
+            notes = [note for one in of_record if isinstance(one, Rendered) for note in one.notes]
+            found[-1].notes += dict.fromkeys(notes)
         except DataError as err:
             found.append(_Tokenized(error=str(err), is_too_long=isinstance(err, TooLongError)))
     return {name: [getattr(one, name) for one in found] for name in _FEATURES}
@@ -427,7 +435,8 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 @cache
 def _code_digest() -> str:
     """Of what tokenizes: this package's code, and the versions of the libraries."""
-    modules = (__file__, *(str(module.__file__) for module in (encoding, lengths, rendering)))
+    others = (chat_template, encoding, lengths, rendering, special_tokens, template_checks)
+    modules = (__file__, *(str(module.__file__) for module in others))
     code = [Path(module).read_text(encoding="utf-8") for module in modules]
     return _digest([*code, transformers.__version__, tokenizers.__version__, jinja2.__version__])
 

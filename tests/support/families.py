@@ -36,9 +36,13 @@ QWEN3 = (  # the last turn only has its reasoning, an empty one too
     "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
     "{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-MISTRAL = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+MISTRAL = (  # the system turn is put before the first user text, roles alternate
+    "{% set system = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ system if loop.first }}{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}"
 )
 GEMMA = (  # no system turn, roles alternate, the assistant is the model
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

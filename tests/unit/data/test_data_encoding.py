@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_dist.core.errors import DataError
 from rlhf_dist.data.encoding import _mask, encode_conversation, encode_prompt, encode_text
-from rlhf_dist.data.rendering import stop_token_ids
+from rlhf_dist.data.rendering import render_conversation, stop_token_ids
 
 MARKS = ("<|im_start|>", "<|im_end|>")
 
@@ -117,7 +117,7 @@ def test_what_follows_the_last_assistant_turn_is_skipped(tokenizer):
 
 def test_template_that_rewrites_the_past_is_invalid(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '[' ~ (m.content if loop.last else m.content[:1]) ~ ']' }}{% endfor %}"
+        "{% for m in messages %}{{ '[' ~ m.content ~ ('!' if loop.last else '') ~ ']' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[' }}{% endif %}"
     )
     with pytest.raises(DataError, match=r"renders the messages before assistant turn 1 .* \{% generation %\}"):
@@ -164,7 +164,9 @@ def test_each_target_touches_its_span_and_no_character_is_missed(tokenizer_sessi
 
 
 def test_response_without_anything_before_it(tokenizer):
-    tokenizer.chat_template = "{% for m in messages if m.role == 'assistant' %}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ eos_token if m.role == 'assistant' else m.content }}{% endfor %}"
+    )
     with pytest.raises(DataError, match=r"cuts the assistant's message 'a' to '</s>'"):
         encode_conversation(tokenizer, [user("u"), bot("a")])
 
@@ -293,10 +295,11 @@ def test_reasoning_of_earlier_turns(chatml):
         encode_prompt(chatml, [user("u1"), first, user("u2")])
 
 
-def test_a_template_whose_prompt_opens_the_reasoning(chatml, caplog):
+def test_a_template_whose_prompt_opens_the_reasoning(chatml):
     chatml.chat_template = DEEPSEEK_R1
     assert trained(chatml, [user("u1"), bot("a1"), user("u2"), bot("a2")]) == "a1<|im_end|>a2<|im_end|>"
-    assert "<think>" in caplog.text
+    [note] = render_conversation(chatml, [user("u1"), bot("a1"), user("u2"), bot("a2")]).notes
+    assert r"without '<think>\n'" in note
 
 
 @pytest.mark.parametrize("tags", [False, True])
