@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -31,10 +31,13 @@ def before_last_response(messages: Messages) -> Messages:
 
 
 def arranged(
-    messages: Messages, system: Literal["keep", "merge_into_user"], same_role_turns: Literal["keep", "merge"]
+    messages: Messages,
+    system: Literal["keep", "merge_into_user"],
+    same_role_turns: Literal["keep", "merge"],
+    targets: Collection[int] | None = None,
 ) -> tuple[Messages, list[int]]:
     """(messages as a chat template is to get them, where each is among them): see `DataSettings`. A system message that no user
-    message follows stays."""
+    message follows stays. A message of `targets` is not joined with one that is not learnt from."""
     found: list[Message] = []
     moved: list[int] = []
     waiting: list[str] = []
@@ -46,7 +49,8 @@ def arranged(
             if message["role"] == "user" and waiting:
                 message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
                 waiting = []
-            if same_role_turns == "merge" and found and _joinable(found[-1], message):
+            is_alike = targets is None or (i in targets) == (i - 1 in targets)
+            if same_role_turns == "merge" and found and is_alike and _joinable(found[-1], message):
                 found[-1] = {**message, "content": "\n\n".join([found[-1]["content"], message["content"]])}
             else:
                 found.append(message)

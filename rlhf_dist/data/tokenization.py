@@ -220,7 +220,7 @@ def _content(record: Record, settings: DataSettings) -> str:
     if isinstance(record, Text):
         content: Any = {"text": record.text}
     elif isinstance(record, Conversation):
-        messages, moved = arranged(record.messages, settings.system, settings.same_role_turns)
+        messages, moved = arranged(record.messages, settings.system, settings.same_role_turns, record.targets)
         targets = record.targets
         if isinstance(settings, SFTData) and settings.train_on == "last":
             targets = targets if targets is not None else range(len(record.messages))
@@ -229,7 +229,8 @@ def _content(record: Record, settings: DataSettings) -> str:
         content = {"messages": messages, "targets": targets, "tools": record.tools}
     elif isinstance(record, Preference):
         prompt, _ = arranged(record.prompt, settings.system, settings.same_role_turns)
-        content = {"prompt": prompt, "responses": record.responses, "tools": record.tools}
+        responses = [arranged(response, "keep", settings.same_role_turns)[0] for response in record.responses]
+        content = {"prompt": prompt, "responses": responses, "tools": record.tools}
     else:
         prompt, _ = arranged(record.messages, settings.system, settings.same_role_turns)
         content = {"prompt": prompt, "tools": record.tools}

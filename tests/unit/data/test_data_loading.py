@@ -414,6 +414,21 @@ def test_turns_of_one_role_are_merged_on_request(source, tokenizer):
     batch = merged.batch(torch.tensor([0]))
     assert tokenizer.decode(batch.tokens[0]) == "<user>a\n\nb<assistant>c\n\nd</s>"
     assert tokenizer.decode(batch.tokens[0][batch.loss_mask[0]]) == "c\n\nd</s>"
+    # What is not to be learnt from is not joined with what is.
+    rows[0]["messages"][2]["weight"] = 0
+    with pytest.raises(DataError, match="roles must alternate"):
+        load_sequences([source("messages", rows)], DataSettings(same_role_turns="merge"), tokenizer)
+    rows[0]["messages"][3]["weight"] = 0
+    rows[0]["messages"] += [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]
+    merged = load_sequences([source("messages", rows)], DataSettings(same_role_turns="merge"), tokenizer)
+    batch = merged.batch(torch.tensor([0]))
+    assert tokenizer.decode(batch.tokens[0][batch.loss_mask[0]]) == "f</s>"
+    assert "c\n\nd" in tokenizer.decode(batch.tokens[0])
+    # So it is with the responses of preferences.
+    turns = [{"role": "assistant", "content": text} for text in "cd"]
+    pairs = [{"prompt": "a", "chosen": turns, "rejected": turns[:1]}]
+    merged = load_pairs([source("preference", pairs)], DataSettings(same_role_turns="merge"), tokenizer, 0)
+    assert tokenizer.decode(merged.batch(torch.tensor([0])).tokens[0, 0]) == "<user>a<assistant>c\n\nd</s>"
 
 
 def test_a_prompt_of_one_long_turn_keeps_its_end_and_a_long_response_its_beginning(source, tokenizer):
