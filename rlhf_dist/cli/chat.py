@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from rlhf_dist.core.errors import ConfigError
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.encoding import encode_prompt
-from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.models.generation_config import check_generation_config, stop_tokens
 from rlhf_dist.models.loading import load_causal_lm, load_model_config

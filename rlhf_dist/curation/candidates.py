@@ -16,10 +16,10 @@ from typing import Any
 from rlhf_dist.config.data import BadRowPolicy, DataSource
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.chat_template import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.preferences import answerable, preference_messages
 from rlhf_dist.data.reader import read_fields
-from rlhf_dist.data.rendering import Message
 
 Messages = tuple[Message, ...]
 

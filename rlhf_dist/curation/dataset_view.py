@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.data import DataSource, source_names
 from rlhf_dist.curation.candidates import shown_text
+from rlhf_dist.data.chat_template import Message, stop_token_ids
 from rlhf_dist.data.datasets import PreferenceDataset, PromptDataset, SequenceDataset
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Text
-from rlhf_dist.data.rendering import Message, stop_token_ids
 
 AnyDataset = SequenceDataset | PreferenceDataset | PromptDataset
 Kind = Literal["sequences", "preferences", "prompts"]

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.core.random import derived_seed
 from rlhf_dist.curation.config.generator import GeneratorConfig, Sampling
+from rlhf_dist.data.chat_template import Message
 from rlhf_dist.data.records import arranged
-from rlhf_dist.data.rendering import Message
 
 STREAM = "curation/generate"
 """Stream of the counter-based random numbers that completions are drawn with."""

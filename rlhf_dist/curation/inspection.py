@@ -31,7 +31,7 @@ from rlhf_dist.curation.examples import Example, draw_examples
 from rlhf_dist.curation.fingerprints import encoded, normalized
 from rlhf_dist.curation.text_quality import MEANINGS, MOJIBAKE, count_oddities, looks_for_mojibake, printable, scripts
 from rlhf_dist.data.bad_rows import BadRow
-from rlhf_dist.data.rendering import special_pattern
+from rlhf_dist.data.special_tokens import special_pattern
 
 MAX_LISTED = 20
 """Duplicates, tasks, places and bad rows that a report lists; the rest is only counted."""

@@ -11,8 +11,8 @@ from rlhf_dist.core.batches import TRUNCATED, PromptBatch, pad_rows
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.config.generator import GeneratorConfig
 from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop, request_seed
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.encoding import encode_prompt
-from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.models.generation_config import check_generation_config, stop_tokens
 from rlhf_dist.models.loading import (

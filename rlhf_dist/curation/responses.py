@@ -20,9 +20,9 @@ from rlhf_dist.curation.candidates import identity_of_messages, is_text, item_id
 from rlhf_dist.curation.config.responses import ResponsesConfig
 from rlhf_dist.curation.generators import Completion, Request
 from rlhf_dist.data.bad_rows import BadRows
+from rlhf_dist.data.chat_template import Message
 from rlhf_dist.data.reader import read_prompts
 from rlhf_dist.data.records import Prompt
-from rlhf_dist.data.rendering import Message
 
 
 class Slot(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_dist.core.errors import DataError
-from rlhf_dist.data.rendering import Message
+from rlhf_dist.data.chat_template import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {
@@ -38,7 +38,7 @@ ARGUMENT_KEYS = ("arguments", "parameters", "input")
 FUNCTION_KEYS = frozenset({"name", *ARGUMENT_KEYS})
 CALL_KEYS = frozenset({"id", "type", "index"})
 MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
-ACCOUNT_COLUMNS = frozenset(
+METADATA_COLUMNS = frozenset(
     {
         "id",
         "idx",
@@ -57,7 +57,7 @@ ACCOUNT_COLUMNS = frozenset(
     }
     | {"created", "created_at", "updated_at", "date", "timestamp", "url", "provenance"}
 )
-"""Columns that say where a row is from; that no field has them needs no note."""
+"""Columns that say where a row is from; that nothing uses them needs no note."""
 
 MAX_DEPTH = 50
 """Of tools and of the arguments of their calls: deeper ones end in the limit of Python's own reader and writer of JSON."""
@@ -98,12 +98,12 @@ class Fields:
         return self._values
 
     def unused(self, fields: Iterable[str]) -> list[str]:
-        """Columns with content that are none of `fields`, that nothing has read, and that do not keep account of rows."""
+        """Columns with content that are none of `fields`, that nothing has read, and that are no metadata of the row."""
         columns = {_column(self._values, self._mapping.get(field, field)) for field in fields}
         return [
             name
             for name, value in self._values.items()
-            if name not in columns and name not in self._read and not _keeps_account(name) and not _is_empty(value)
+            if name not in columns and name not in self._read and not _is_metadata(name) and not _is_empty(value)
         ]
 
     def check_is_text(self) -> None:
@@ -454,9 +454,9 @@ def _column(values: Mapping[str, Any], path: str) -> str:
     return path if path in values else path.partition(".")[0]
 
 
-def _keeps_account(column: str) -> bool:
+def _is_metadata(column: str) -> bool:
     name = column.lower()
-    return name in ACCOUNT_COLUMNS or name.endswith(("_id", "_idx", "_index")) or name.startswith("__index_level_")
+    return name in METADATA_COLUMNS or name.endswith(("_id", "_idx", "_index")) or name.startswith("__index_level_")
 
 
 def _is_empty(value: Any) -> bool:

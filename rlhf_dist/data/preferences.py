@@ -20,9 +20,9 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf_dist.core.random import permutation
+from rlhf_dist.data.chat_template import Message
 from rlhf_dist.data.fields import Fields
 from rlhf_dist.data.records import Messages, Preference
-from rlhf_dist.data.rendering import Message
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _GENERATION_CUE = re.compile(r"\n\nAssistant:\s*$")

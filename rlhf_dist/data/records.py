@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from rlhf_dist.config.data import BadRowPolicy
-from rlhf_dist.data.rendering import Message
+from rlhf_dist.data.chat_template import Message
 
 Messages = tuple[Message, ...]
 

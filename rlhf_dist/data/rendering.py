@@ -23,21 +23,18 @@ from rlhf_dist.data.chat_template import (
     in_form,
     opening,
     render,
-    stop_token_ids,
     stops,
     template_for,
     unsupported,
     without_eos,
 )
-from rlhf_dist.data.special_tokens import literals_of, marked, special_pattern
+from rlhf_dist.data.special_tokens import literals_of, marked
 from rlhf_dist.data.template_checks import (
     check_all_is_rendered,
     check_content,
     check_generation_prompt,
     check_reasoning,
 )
-
-__all__ = ["Message", "Rendered", "Span", "render_conversation", "render_prompt", "special_pattern", "stop_token_ids"]
 
 Span = tuple[int, int]
 """Characters start..end-1 of a rendered conversation."""

@@ -30,11 +30,12 @@ from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import DataError, TooLongError
 from rlhf_dist.data import chat_template, encoding, lengths, rendering, special_tokens, template_checks
 from rlhf_dist.data.bad_rows import Tally
+from rlhf_dist.data.chat_template import Message
 from rlhf_dist.data.datasets import Ragged
 from rlhf_dist.data.encoding import Encoded, encode_prompt, encode_rendered, encode_text
 from rlhf_dist.data.lengths import all_targets, fit, fit_prompt, fit_text, longest_response, prompt_room
 from rlhf_dist.data.records import Conversation, Preference, Prompt, Record, Text, arranged
-from rlhf_dist.data.rendering import Message, Rendered, render_conversation
+from rlhf_dist.data.rendering import Rendered, render_conversation
 from rlhf_dist.data.spool import cache_dir, full_cache_named
 
 MIN_RECORDS_PER_PROCESS = 5_000

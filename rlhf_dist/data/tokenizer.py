@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.rendering import stop_token_ids
+from rlhf_dist.data.chat_template import stop_token_ids
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from rlhf_dist.config.data import DataSettings
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, RolloutBatch, SequenceBatch, pad_rows
 from rlhf_dist.core.errors import DataError, ModelError
+from rlhf_dist.data.chat_template import Message, stop_token_ids
 from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.encoding import encode_rendered
 from rlhf_dist.data.records import Prompt
-from rlhf_dist.data.rendering import Message, render_conversation, stop_token_ids
 from rlhf_dist.data.rendering import Rendered as Rendering
+from rlhf_dist.data.rendering import render_conversation
 from rlhf_dist.data.tokenization import used_prompt
 
 RewardInput = Callable[[RolloutBatch], SequenceBatch]

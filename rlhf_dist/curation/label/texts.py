@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from nicegui import ui
 
 from rlhf_dist.curation.candidates import shown_text
-from rlhf_dist.data.rendering import Message
+from rlhf_dist.data.chat_template import Message
 
 _FENCE = re.compile(
     r"^(?P<fence>`{3,}|~{3,})[ ]*(?P<name>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[`~]*[ ]*$\n?", re.DOTALL | re.MULTILINE

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch, concat_rows
-from rlhf_dist.data.rendering import stop_token_ids
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.weight_sync import WeightTarget

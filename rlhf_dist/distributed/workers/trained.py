@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_dist.config.hosting import TrainedModel
 from rlhf_dist.core.random import derived_seed
-from rlhf_dist.data.rendering import stop_token_ids
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.distributed.deepspeed import process_group as distributed
 from rlhf_dist.distributed.deepspeed import zero
 from rlhf_dist.distributed.deepspeed.process_group import RankContext

@@ -23,8 +23,8 @@ from rlhf_dist.curation.config.generator import GeneratorConfig, Sampling
 from rlhf_dist.curation.endpoint import EndpointGenerator
 from rlhf_dist.curation.generators import Completion, Request, batches, check_some_answered, cut_at_stop, load_generator
 from rlhf_dist.curation.local_models import HFGenerator
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.encoding import encode_prompt
-from rlhf_dist.data.rendering import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 
 GREEDY = Sampling(max_response_tokens=8, temperature=0)

@@ -19,10 +19,11 @@ from tokenizers.processors import TemplateProcessing
 
 from rlhf_dist.config.data import DataSource, SFTData
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.encoding import encode_conversation, encode_prompt, encode_text
 from rlhf_dist.data.loading import load_sft
 from rlhf_dist.data.records import arranged
-from rlhf_dist.data.rendering import render_conversation, stop_token_ids
+from rlhf_dist.data.rendering import render_conversation
 
 ASSISTANT_CUE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 

@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_dist.core.errors import DataError
+from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.encoding import _mask, encode_conversation, encode_prompt, encode_text
-from rlhf_dist.data.rendering import render_conversation, stop_token_ids
+from rlhf_dist.data.rendering import render_conversation
 
 MARKS = ("<|im_start|>", "<|im_end|>")
 

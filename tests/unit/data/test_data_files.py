@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -278,6 +279,17 @@ def arrow_strings(*contents: bytes) -> pa.Array:
     return pa.StringArray.from_buffers(len(contents), offsets, data)
 
 
+def stored(table: pa.Table, store: str, folder: Path) -> Path:
+    """As a Parquet file, or as a saved data set."""
+    path = folder / store
+    if store == "dataset":
+        datasets.Dataset(table).save_to_disk(path)
+        return path
+    path = path.with_suffix(".parquet")
+    pq.write_table(table, path)
+    return path
+
+
 @pytest.mark.parametrize("store", ["parquet", "dataset"])
 @pytest.mark.parametrize(
     ("column", "words"),
@@ -290,12 +302,7 @@ def arrow_strings(*contents: bytes) -> pa.Array:
 )
 def test_a_value_that_python_cannot_hold_makes_its_row_invalid(tmp_path, store, column, words):
     table = pa.table({"other": column, "text": ["a", "b", "c"]})
-    path = tmp_path / "a.parquet"
-    if store == "dataset":
-        path = tmp_path / "saved"
-        datasets.Dataset(table).save_to_disk(path)
-    else:
-        pq.write_table(table, path)
+    path = stored(table, store, tmp_path)
     with pytest.raises(DataError, match=rf"row 2: column 'other' has a value that cannot be read \(.*{words}.*; fix"):
         read(path)
     bad_rows = BadRows()
@@ -330,12 +337,7 @@ def test_tools_and_calls_of_arrow_are_those_that_were_written(tmp_path, write, s
     rows = [{"messages": row["messages"]} | ({column: row["tools"]} if "tools" in row else {}) for row in TOOL_ROWS]
     table = pa.Table.from_pylist([*rows[:1], rows[1] | {column: None}, rows[2]])
     assert "None" in str(table.to_pylist()[2]["messages"])
-    path = tmp_path / "a.parquet"
-    if store == "dataset":
-        path = tmp_path / "saved"
-        datasets.Dataset(table).save_to_disk(path)
-    else:
-        pq.write_table(table, path)
+    path = stored(table, store, tmp_path)
     fields = {} if column == "tools" else {"tools": column}
     bad_rows = BadRows()
     found, expected = (

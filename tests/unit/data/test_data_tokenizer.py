@@ -8,7 +8,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from rlhf_dist.core.errors import ConfigError, ModelError
-from rlhf_dist.data.rendering import render_conversation, stop_token_ids
+from rlhf_dist.data.chat_template import stop_token_ids
+from rlhf_dist.data.rendering import render_conversation
 from rlhf_dist.data.tokenization import _tokenizer_identity
 from rlhf_dist.data.tokenizer import add_pad_token, load_tokenizer
 
