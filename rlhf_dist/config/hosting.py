@@ -98,6 +98,11 @@ class Placement(Schema):
     other roles; `STRICT_PACK` on one, or the run is rejected; `SPREAD` on as many as possible; `STRICT_SPREAD` each on another.
     Roles that share GPUs must agree."""
 
+    @property
+    def ranks_together(self) -> int:
+        """Neighboring ranks that must lie on one node."""
+        return 1
+
 
 class OptimizerConfig(Schema):
     """AdamW with a learning-rate schedule."""

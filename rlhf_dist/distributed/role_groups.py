@@ -29,6 +29,7 @@ from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.group import WorkerGroup
 from rlhf_dist.distributed.metrics_reduce import MetricNames, Shares, update_report
 from rlhf_dist.distributed.partition import MicroBatching, partition
+from rlhf_dist.rollout.config import RolloutConfig
 
 
 class Role:
@@ -123,16 +124,27 @@ class RewardRole(Role):
 
 
 class RolloutRole(Role):
-    """`roles.RolloutEngine`."""
+    """`roles.RolloutEngine`: prompts are divided among engines, each of `tensor_parallel_size` neighboring ranks that get the
+    same prompts and give the same answer."""
+
+    def __init__(self, group: WorkerGroup, batch_size: int, tensor_parallel_size: int = 1) -> None:
+        super().__init__(group, batch_size)
+        self.tensor_parallel_size = tensor_parallel_size
+
+    @classmethod
+    def of_config(cls, group: WorkerGroup, config: RolloutConfig) -> Self:
+        """The role of hosted engines. (A session that hosts one rank a role hosts one engine.)"""
+        return cls(group, config.batch_size, min(config.tensor_parallel_size, group.num_ranks))
 
     def generate(self, prompts: PromptBatch, *, stream: str, iteration: int) -> Future[RolloutBatch]:
         """See `roles.RolloutEngine`."""
-        picks = [pick_rows([share]) for share in self.split(prompts.lengths)]
+        num_engines = self.group.num_ranks // self.tensor_parallel_size
+        picks = [pick_rows([share]) for share in partition(prompts.lengths, num_engines, self.micro_batches)]
         calls = [(prompts.rows(rows), local[0], stream, iteration) for rows, local in picks]
         order = torch.argsort(torch.tensor([row for rows, _ in picks for row in rows]))
 
         def merge(parts: list[RolloutBatch | None]) -> RolloutBatch:
-            whole = [part for part in parts if part is not None]
+            whole = [part for part in parts[:: self.tensor_parallel_size] if part is not None]
             versions = {part.policy_version for part in whole}
             if len(versions) != 1:
                 raise TrainingError(
@@ -140,7 +152,8 @@ class RolloutRole(Role):
                 )
             return concat_rows(whole).rows(order)
 
-        return mapped(self.group.scatter("generate", calls), merge)
+        each = [call for call in calls for _ in range(self.tensor_parallel_size)]
+        return mapped(self.group.scatter("generate", each), merge)
 
 
 class GroupWeightSync:

@@ -119,7 +119,7 @@ def run_eval(
             if name in groups and model is not None:
                 roles[name] = role.of(groups[name], model)
         if "rollout" in groups:
-            roles["rollout"] = RolloutRole(groups["rollout"], config.rollout.batch_size)
+            roles["rollout"] = RolloutRole.of_config(groups["rollout"], config.rollout)
         summary = evaluate_all(run, roles, prepared.data)
         if prepared.data["preferences"] and "reward" in roles:
             report = evaluation(

@@ -202,7 +202,7 @@ def run_ppo(
             reference=ReferenceRole.of(groups["reference"], config.reference),
             reward=RewardRole.of(groups["reward"], config.reward),
             value=ValueRole.of(groups["value"], config.value),
-            rollout=RolloutRole(groups["rollout"], config.rollout.batch_size),
+            rollout=RolloutRole.of_config(groups["rollout"], config.rollout),
             weight_sync=GroupWeightSync(groups["policy"], groups["rollout"]),
         )
         trainer = PPOTrainer(
