@@ -10,7 +10,7 @@ import torch
 from rlhf_dist.core.batches import TRUNCATED, PromptBatch, pad_rows
 from rlhf_dist.core.errors import ConfigError, DataError
 from rlhf_dist.curation.config.generator import GeneratorConfig
-from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop, request_seed
+from rlhf_dist.curation.generators import STREAM, Completion, Request, batches, cut_at_stop
 from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.encoding import encode_prompt
 from rlhf_dist.data.tokenizer import load_tokenizer
@@ -22,13 +22,17 @@ from rlhf_dist.models.loading import (
     context_length,
     load_causal_lm,
     load_model_config,
+    skeleton,
 )
 from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
+from rlhf_dist.rollout.engine import Engine
 from rlhf_dist.rollout.hf import HFEngine
 
 
 class _Local:
-    """What local engines share: requests become token ids, or the reason why not."""
+    """What local engines share: requests become token ids, or the reason why not; what an engine writes becomes text."""
+
+    engine: Engine
 
     def __init__(self, settings: GeneratorConfig) -> None:
         self.settings = settings
@@ -39,9 +43,31 @@ class _Local:
         self.context = context_length(model_config)
         self.tokenizer: Any = load_tokenizer(settings.model_path, settings.template_path)
         check_embeddings(model_config, self.tokenizer, "generating", "use the tokenizer that it was trained with")
-        self.stop_ids = stop_token_ids(self.tokenizer)
+        self.num_tokens = num_token_ids(self.tokenizer)
 
-    def encode(self, request: Request) -> list[int] | Completion:
+    def stop_ids(self, model: Any) -> list[int]:
+        """Tokens that end a response of `model`."""
+        return stop_tokens(model, stop_token_ids(self.tokenizer))
+
+    @property
+    def at_once(self) -> int:
+        """Requests that the engine is given at a time."""
+        return self.settings.batch_size
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request; the same on every run for the same requests in the same order."""
+        encoded = [self._encode(request) for request in requests]
+        done: dict[int, Completion] = {row: found for row, found in enumerate(encoded) if isinstance(found, Completion)}
+        rows = [row for row in range(len(requests)) if row not in done]
+        for batch in batches([requests[row] for row in rows], self.at_once):
+            done.update(self._decode([rows[i] for i in batch], requests, encoded))
+        return [done[row] for row in range(len(requests))]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.engine.close()
+
+    def _encode(self, request: Request) -> list[int] | Completion:
         """Ids of the prompt; a failed completion where the model cannot take it."""
         request = request.arranged(self.settings)
         try:
@@ -59,7 +85,22 @@ class _Local:
             )
         return ids
 
-    def completion(self, ids: Sequence[int], request: Request, truncated: bool) -> Completion:
+    def _decode(self, rows: list[int], requests: Sequence[Request], encoded: Sequence[Any]) -> dict[int, Completion]:
+        """Completions of requests with one sampling setting."""
+        prompts = PromptBatch(
+            tokens=pad_rows([torch.tensor(encoded[row]) for row in rows]),
+            lengths=torch.tensor([len(encoded[row]) for row in rows]),
+            sample_ids=torch.tensor([requests[row].key for row in rows]),
+        )
+        out = self.engine.generate(prompts, requests[rows[0]].sampling, stream=STREAM, iteration=0)
+        made = {}
+        for i, row in enumerate(rows):
+            start, length = int(out.prompt_lengths[i]), int(out.response_lengths[i])
+            ids = out.tokens[i, start : start + length].tolist()
+            made[row] = self._completion(ids, requests[row], int(out.finish_reasons[i]) == TRUNCATED)
+        return made
+
+    def _completion(self, ids: Sequence[int], request: Request, truncated: bool) -> Completion:
         """The text of response tokens."""
         whole = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         text, stopped = cut_at_stop(whole, request.sampling.stop)
@@ -71,56 +112,14 @@ class HFGenerator(_Local):
 
     def __init__(self, settings: GeneratorConfig, seed: int) -> None:
         super().__init__(settings)
-        self.seed = seed
-        device = settings.device
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is cuda, but torch finds no GPU here; set device to cpu or auto")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = load_causal_lm(settings.model_path, DTYPES[settings.precision]).to(torch.device(device))
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request; the same on every run for the same requests in the same order."""
-        encoded = [self.encode(request) for request in requests]
-        done: dict[int, Completion] = {row: found for row, found in enumerate(encoded) if isinstance(found, Completion)}
-        rows = [row for row in range(len(requests)) if row not in done]
-        for batch in batches([requests[row] for row in rows], self.settings.batch_size):
-            done.update(self._decode([rows[i] for i in batch], requests, encoded))
-        return [done[row] for row in range(len(requests))]
-
-    def close(self) -> None:
-        """Drop the model."""
-        self.model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _decode(self, rows: list[int], requests: Sequence[Request], encoded: Sequence[Any]) -> dict[int, Completion]:
-        sampling = requests[rows[0]].sampling
-        prompts = PromptBatch(
-            tokens=pad_rows([torch.tensor(encoded[row]) for row in rows]),
-            lengths=torch.tensor([len(encoded[row]) for row in rows]),
-            sample_ids=torch.tensor([requests[row].key for row in rows]),
+        model: Any = load_causal_lm(settings.model_path, DTYPES[settings.precision]).to(torch.device(_device(settings)))
+        self.engine = HFEngine(
+            model, self.stop_ids(model), seed=seed, num_tokens=self.num_tokens, tokenizer=self.tokenizer
         )
-        engine = HFEngine(
-            self.model,
-            stop_tokens(self.model, self.stop_ids),
-            max_response_tokens=sampling.max_response_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=self.seed,
-            num_tokens=num_token_ids(self.tokenizer),
-        )
-        out = engine.generate(prompts, stream=STREAM, iteration=0, policy_version=0)
-        made = {}
-        for i, row in enumerate(rows):
-            start, length = int(out.prompt_lengths[i]), int(out.response_lengths[i])
-            ids = out.tokens[i, start : start + length].tolist()
-            made[row] = self.completion(ids, requests[row], int(out.finish_reasons[i]) == TRUNCATED)
-        return made
 
 
 class VLLMGenerator(_Local):
-    """A Hugging Face model under vLLM. Every request has a seed of its own; vLLM batches them as it sees fit."""
+    """A Hugging Face model under vLLM, with the same counter-based draws; vLLM batches requests as it sees fit."""
 
     def __init__(self, settings: GeneratorConfig, seed: int) -> None:
         super().__init__(settings)
@@ -128,32 +127,31 @@ class VLLMGenerator(_Local):
 
         longest = settings.vllm_options.get("max_model_len")
         self.context = min((n for n in (self.context, longest) if isinstance(n, int)), default=None)
-        self.seed = seed
+        model = skeleton(settings.model_path)
         self.engine = VLLMEngine(
             settings.model_path,
-            self.stop_ids,
+            self.stop_ids(model),
+            {name: parameter.shape for name, parameter in model.named_parameters()},
             precision=settings.precision,
+            seed=seed,
+            device=_device(settings),
             max_sequences=settings.batch_size,
+            num_tokens=self.num_tokens,
+            stop_texts=True,
             options=settings.vllm_options,
         )
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request."""
-        encoded = [self.encode(request) for request in requests]
-        rows = [row for row, found in enumerate(encoded) if not isinstance(found, Completion)]
-        drawn = self.engine.generate(
-            [encoded[row] for row in rows],  # pyright: ignore[reportArgumentType]
-            [requests[row].sampling for row in rows],
-            [request_seed(self.seed, requests[row].key) for row in rows],
-        )
-        done: dict[int, Completion] = {row: found for row, found in enumerate(encoded) if isinstance(found, Completion)}
-        for row, response in zip(rows, drawn, strict=True):
-            done[row] = self.completion(response.token_ids, requests[row], response.truncated)
-        return [done[row] for row in range(len(requests))]
+    @property
+    def at_once(self) -> int:
+        """All: vLLM keeps `batch_size` of them under way."""
+        return 2**31
 
-    def close(self) -> None:
-        """Stop the engine."""
-        self.engine.close()
+
+def _device(settings: GeneratorConfig) -> str:
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
+        raise ConfigError("device is cuda, but torch finds no GPU here; set device to cpu or auto")
+    return "cuda" if there and settings.device != "cpu" else "cpu"
 
 
 def _encode_open_text(tokenizer: Any, text: str) -> list[int]:

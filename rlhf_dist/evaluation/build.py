@@ -81,6 +81,7 @@ def _worker_specs(config: EvalConfig, tokenizer: Any) -> list[WorkerSpec]:
             rollout,
             model_path=policy.model_path,
             precision=rollout.precision or policy.precision,
+            max_length_tokens=config.data.max_length_tokens,
             template_path=config.data.template_path,
         )
         specs.append(WorkerSpec("rollout", rollout, worker))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
 )
 from transformers.models.auto.modeling_auto import (
@@ -22,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 
 from rlhf_dist.core.errors import ModelError
@@ -136,6 +137,26 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def skeleton(path: str) -> Any:
+    """A causal LM without weights (on torch's meta device), with its config and generation config.
+
+    Raises:
+        ModelError: transformers has no causal LM of that type.
+    """
+    config = load_model_config(path)
+    try:
+        with torch.device("meta"), _quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"no language model can be made of {path!r} ({str(error).splitlines()[0]}); give a causal language model"
+        ) from error
+    if (Path(path) / GENERATION_CONFIG_NAME).is_file() or not Path(path).is_dir():
+        with contextlib.suppress(OSError):  # a hub name may have none
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
 def load_scalar_model(path: str, dtype: torch.dtype, pad_token_id: int | None) -> tuple[Any, bool]:
     """A sequence-classification model with one output.
 
@@ -229,7 +250,7 @@ def _check_info(path: str, info: dict[str, Any], *, scalar: bool, head_is_new: b
     _check_names(path, missing, unexpected)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bar and report of what is missing: a check speaks through its error."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -171,6 +171,7 @@ def worker_specs(config: PPOConfig, num_tokens: int | None = None) -> list[Worke
                 config.rollout,
                 model_path=policy.model_path,
                 precision=config.rollout.precision or policy.precision,
+                max_length_tokens=config.data.max_length_tokens,
                 template_path=template_path,
             ),
         ),

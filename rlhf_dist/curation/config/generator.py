@@ -11,26 +11,16 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_dist.config.base import AbsolutePath, Count, NonNegative, Positive, PositiveInt, Schema
 from rlhf_dist.config.hosting import Precision
+from rlhf_dist.rollout.config import SamplingConfig
 
 
-class Sampling(Schema):
-    """How a completion is drawn."""
+class Sampling(SamplingConfig):
+    """How a completion is drawn. What ends it at a text of `stop` is no part of it."""
 
     max_response_tokens: PositiveInt = 512
     """Longest completion in tokens."""
     temperature: NonNegative = 1.0
     """Softmax temperature; 0 takes the likeliest token."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the likeliest tokens only, as many as make up this probability."""
-    stop: tuple[str, ...] = ()
-    """A completion ends before the first of these texts. A local `hf` model is cut there after it has written on."""
-
-    @field_validator("stop")
-    @classmethod
-    def _stops_hold_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in stop:
-            raise ValueError("stop holds an empty text, which is found before every completion; remove it")
-        return stop
 
 
 class Endpoint(Schema):

@@ -78,16 +78,7 @@ def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         timeout = timedelta(seconds=timeout_s)
-        store = _rendezvous
-        if store is None or store.port != context.master_port:
-            store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-                context.master_address,
-                context.master_port,
-                context.world_size,
-                is_master=context.rank == 0,
-                timeout=timeout,
-                wait_for_workers=False,
-            )
+        store = _role_store(context, timeout)
         dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timeout)
     # Here and not at the top: DeepSpeed reads DS_ACCELERATOR when it is imported, and a driver never needs it at all.
     import deepspeed
@@ -96,6 +87,31 @@ def join_process_group(context: RankContext, timeout_s: float = 1800) -> None:
     # start. It serves tensor-parallel inference only, which nothing here uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+
+
+def join_part(context: RankContext, size: int, timeout_s: float = 1800) -> None:
+    """Join a default process group of `size` neighboring ranks of a role, this one among them, and have the environment say so:
+    for engines that several ranks of a role make up."""
+    part, rank = divmod(context.rank, size)
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.PrefixStore(f"part {part}", _role_store(context, timeout))  # pyright: ignore[reportPrivateImportUsage]
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    backend = "nccl" if context.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _role_store(context: RankContext, timeout: timedelta) -> Any:
+    """The store at which the ranks of a role meet."""
+    if _rendezvous is not None and _rendezvous.port == context.master_port:
+        return _rendezvous
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        context.master_address,
+        context.master_port,
+        context.world_size,
+        is_master=context.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
 
 
 def barrier() -> None:

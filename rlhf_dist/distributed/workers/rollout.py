@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from rlhf_dist.config.hosting import Precision
-from rlhf_dist.core.batches import PromptBatch, RolloutBatch, concat_rows
+from rlhf_dist.core.batches import PromptBatch, RolloutBatch
 from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
-from rlhf_dist.distributed.deepspeed.process_group import RankContext
-from rlhf_dist.distributed.weight_sync import WeightTarget
+from rlhf_dist.distributed.deepspeed.process_group import RankContext, join_part
 from rlhf_dist.distributed.workers.inference import MicroBatches
 from rlhf_dist.models.generation_config import stop_tokens
-from rlhf_dist.models.loading import DTYPES, load_causal_lm
+from rlhf_dist.models.loading import DTYPES, load_causal_lm, skeleton
 from rlhf_dist.models.vocabulary import num_token_ids
 from rlhf_dist.rollout.config import RolloutConfig
+from rlhf_dist.rollout.engine import Engine
 from rlhf_dist.rollout.hf import HFEngine
 
 
 class RolloutWorker:
-    """Generates with a whole copy of the policy; each rank is an engine of its own."""
+    """Generates with a copy of the policy: one rank of an engine."""
 
     def __init__(
         self,
@@ -31,43 +31,59 @@ class RolloutWorker:
         *,
         model_path: str,
         precision: Precision,
+        max_length_tokens: int | None = None,
         template_path: Path | None = None,
     ) -> None:
+        """`max_length_tokens`: longest prompt and response; None: the model's context."""
+        self.config = config
         tokenizer: Any = load_tokenizer(model_path, template_path)
-        model = load_causal_lm(model_path, DTYPES[precision]).to(torch.device(context.device)).requires_grad_(False)
-        self.engine = HFEngine(
-            model,
+        self.engine: Engine
+        if config.engine == "hf":
+            model = load_causal_lm(model_path, DTYPES[precision]).to(torch.device(context.device)).requires_grad_(False)
+            self.engine = HFEngine(
+                model,
+                stop_tokens(model, stop_token_ids(tokenizer)),
+                seed=context.seed,
+                num_tokens=num_token_ids(tokenizer),
+                tokenizer=tokenizer,
+            )
+            return
+        from rlhf_dist.rollout.vllm import VLLMEngine
+
+        tensor_parallel_size = min(config.tensor_parallel_size, context.world_size)
+        if tensor_parallel_size > 1:
+            join_part(context, tensor_parallel_size)
+        model = skeleton(model_path)
+        self.engine = VLLMEngine(
+            model_path,
             stop_tokens(model, stop_token_ids(tokenizer)),
-            max_response_tokens=config.max_response_tokens,
-            temperature=config.temperature,
+            {name: parameter.shape for name, parameter in model.named_parameters()},
+            precision=precision,
             seed=context.seed,
+            device=context.device,
+            max_sequences=config.batch_size,
+            max_length_tokens=max_length_tokens,
+            draws=config.draws,
             num_tokens=num_token_ids(tokenizer),
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_share=config.gpus_per_rank,
+            stop_texts=bool(config.stop),
+            options=config.vllm_options,
         )
-        self.target = WeightTarget(model)
-        self.policy_version = 0
 
     def generate(
         self, prompts: PromptBatch, micro_batches: MicroBatches, stream: str, iteration: int
     ) -> RolloutBatch | None:
         """Responses to this rank's prompts, in their order; None when there are none."""
-        parts = [
-            self.engine.generate(
-                prompts.rows(rows), stream=stream, iteration=iteration, policy_version=self.policy_version
-            )
-            for rows in micro_batches
-            if rows
-        ]
-        if not parts:
+        if not len(prompts):
             return None
-        order = torch.tensor([row for rows in micro_batches for row in rows])
-        return concat_rows(parts).rows(torch.argsort(order))
+        return self.engine.generate(prompts, self.config, stream=stream, iteration=iteration, batches=micro_batches)
 
     def load_bucket(self, bucket: Any) -> None:
         """Copy a bucket of weights into the model."""
-        self.target.load_bucket(bucket)
+        self.engine.load_bucket(bucket)
 
     def finish_sync(self, version: int) -> tuple[int, int]:
         """Label the weights; returns (version, checksum)."""
-        total = self.target.finish()
-        self.policy_version = version
-        return self.policy_version, total
+        total = self.engine.finish_update(version)
+        return self.engine.policy_version, total

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny import prompt_batch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch
 from rlhf_dist.core.random import uniforms
 from rlhf_dist.models.forward import TargetLogprobs, response_target_mask, scatter_responses
+from rlhf_dist.rollout.config import SamplingConfig
 from rlhf_dist.rollout.hf import HFEngine
 from rlhf_dist.rollout.sampling import sample_tokens
 
@@ -26,12 +27,19 @@ def lm(tiny_lm: Path):
     return AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
 
 
-def engine(lm, stop: list[int] = STOP, temperature: float = 0.9) -> HFEngine:
-    return HFEngine(lm, stop, max_response_tokens=LIMIT, temperature=temperature, seed=11)
-
-
-def generate(lm, prompts: PromptBatch, iteration: int = 0, stream: str = "rollout", **kwargs) -> RolloutBatch:
-    return engine(lm, **kwargs).generate(prompts, stream=stream, iteration=iteration, policy_version=4)
+def generate(
+    lm,
+    prompts: PromptBatch,
+    iteration: int = 0,
+    stream: str = "rollout",
+    stop: list[int] = STOP,
+    batches: list[list[int]] | None = None,
+    **sampling,
+) -> RolloutBatch:
+    engine = HFEngine(lm, stop, seed=11)
+    engine.policy_version = 4
+    settings = SamplingConfig(**({"max_response_tokens": LIMIT, "temperature": 0.9} | sampling))
+    return engine.generate(prompts, settings, stream=stream, iteration=iteration, batches=batches)
 
 
 def responses(rollout: RolloutBatch) -> list[list[int]]:
@@ -48,7 +56,9 @@ def one_by_one(lm, prompts: PromptBatch, temperature: float) -> list[list[int]]:
     for row, n in enumerate(prompts.lengths.tolist()):
         tokens, response = prompts.tokens[row, :n], []
         for t in range(LIMIT):
-            token = sample_tokens(lm(tokens[None]).logits[:, -1], noise[row, t : t + 1], temperature)[0]
+            token = sample_tokens(
+                lm(tokens[None]).logits[:, -1], noise[row, t : t + 1], SamplingConfig(temperature=temperature)
+            )[0]
             tokens, response = torch.cat([tokens, token]), [*response, int(token)]
             if response[-1] in STOP:
                 break
@@ -136,7 +146,50 @@ def test_a_stop_token_at_the_very_limit_is_an_end(lm):
     whole = generate(lm, PROMPTS, stop=[299_999])
     last = responses(whole)[0][-1]
     first = responses(whole)[0].index(last) + 1
-    cut = HFEngine(lm, [last], max_response_tokens=first, temperature=0.9, seed=11)
-    rollout = cut.generate(PROMPTS.rows([0]), stream="rollout", iteration=0, policy_version=0)
+    rollout = generate(lm, PROMPTS.rows([0]), stop=[last], max_response_tokens=first)
     assert rollout.response_lengths.tolist() == [first]
     assert rollout.finish_reasons.tolist() == [FINISHED]
+
+
+def test_batches_are_put_back_in_order(lm):
+    whole, parts = generate(lm, PROMPTS), generate(lm, PROMPTS, batches=[[4, 1], [], [5], [0, 3, 2]])
+    assert responses(parts) == responses(whole)
+    assert torch.allclose(parts.rollout_logprobs, whole.rollout_logprobs, atol=1e-4)
+
+
+def test_prompts_that_are_shared_run_once_and_change_no_token(lm, monkeypatch: pytest.MonkeyPatch):
+    rows = [0, 3, 0, 0, 1, 3]
+    shared = PromptBatch(PROMPTS.tokens[rows], PROMPTS.lengths[rows], torch.arange(6))
+    sizes, forward = [], HFEngine._forward
+    monkeypatch.setattr(
+        HFEngine, "_forward", lambda self, ids, *args: sizes.append(len(ids)) or forward(self, ids, *args)
+    )
+    together = generate(lm, shared)
+    assert sizes[:2] == [3, 6]  # three prompts are read, six responses are written
+    apart = [responses(generate(lm, shared.rows([row])))[0] for row in range(6)]
+    assert responses(together) == apart
+
+
+def test_further_stop_tokens(lm):
+    whole = generate(lm, PROMPTS, stop=[299_999])
+    token = responses(whole)[0][3]
+    first = responses(whole)[0].index(token) + 1
+    cut = generate(lm, PROMPTS, stop=[299_999], stop_token_ids=(token,))
+    assert responses(cut)[0] == responses(whole)[0][:first]
+    assert cut.finish_reasons[0] == FINISHED
+
+
+def test_stop_texts_end_a_response_with_the_token_that_completes_them(lm, tiny_lm: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    whole = responses(generate(lm, PROMPTS, stop=[299_999]))
+    text = tokenizer.decode(whole[0])
+    stop = next(text[i : i + 3] for i in range(4, len(text)) if len(text[i : i + 3].strip()) == 3)
+    cut = HFEngine(lm, [299_999], seed=11, tokenizer=tokenizer).generate(
+        PROMPTS, SamplingConfig(max_response_tokens=LIMIT, temperature=0.9, stop=(stop,)), stream="rollout", iteration=0
+    )
+    for i, (before, after) in enumerate(zip(whole, responses(cut), strict=True)):
+        # The first prefix whose text holds the stop text; else all of it.
+        ends = next((n for n in range(1, LIMIT + 1) if stop in tokenizer.decode(before[:n])), None)
+        assert after == before[:ends], i
+        assert cut.finish_reasons[i] == (TRUNCATED if ends is None else FINISHED)
+    assert cut.finish_reasons[0] == FINISHED
