@@ -34,13 +34,13 @@ class HFEngine:
     ) -> None:
         """`num_tokens`: ids from here on are never drawn (rows of a padded vocabulary that no token has). `tokenizer`: needed
         for stop texts only."""
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.stop_token_ids = tuple(stop_token_ids)
         self.num_tokens = num_tokens
         self.tokenizer = tokenizer
         self.seed = seed
         self.policy_version = 0
-        self._target = WeightTarget(model)
+        self._target: Any = WeightTarget(model)
 
     def generate(
         self,

@@ -49,7 +49,7 @@ class _Row:
     def __init__(self, draw: Draw, response: list[int]) -> None:
         numbers = uniforms(draw.seed, draw.stream, draw.iteration, [draw.sample_id], draw.sampling.max_response_tokens)
         self._uniforms: list[float] = numbers[0].tolist()
-        # vLLM appends to this list. Its length is the position, also after a pre-emption, whose draw is then repeated.
+        # vLLM appends to this list. Its length is the position, also where a pre-empted draw is repeated.
         self._response = response
         self.kind = (draw.sampling, draw.num_tokens)
 
