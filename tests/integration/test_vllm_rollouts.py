@@ -50,6 +50,7 @@ def test_the_run_of_hf_token_for_token(
         config = make_config("ppo", tmp_path / engine)
         config["policy"] |= {"model_path": str(lm), "num_ranks": 1, "zero_stage": 2} | policy
         config["rollout"] = {"max_response_tokens": 12, "engine": engine, "temperature": 0.9, **placement}
+        config["data"]["max_length_tokens"] = 96
         config["ppo"] |= {"num_iterations": 3, "eval_every_iterations": 1}
         config["tracking"] = {"num_samples": 6}
         run_ppo(PPOConfig(**config), session)

@@ -111,6 +111,11 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the parameter as it is when it is whole."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 @contextlib.contextmanager
 def whole(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
     """Inside, the parameters are whole on every rank. With `modifier_rank`, what that rank wrote is kept on all."""
