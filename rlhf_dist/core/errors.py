@@ -55,6 +55,21 @@ class WorkerError(RlhfDistError):
     exit_code = 7
 
 
+class WorkerDied(WorkerError):  # noqa: N818 (what happened)
+    """The process of a rank ended, or its node did; what the rank held is lost."""
+
+    def __init__(self, message: str, role: str = "", rank: int = 0) -> None:
+        """`role`, `rank`: whose process it was."""
+        super().__init__(message)
+        self.role = role
+        self.rank = rank
+
+
+class EngineError(WorkerDied):
+    """The generation engine of a rank failed, such as by the death of a process of its own, and can be started again. Not for
+    what a new engine would meet again, such as bad data. A worker raises it with a message; the driver adds role and rank."""
+
+
 class TrainingError(RlhfDistError):
     """A training step that must not be taken (non-finite loss, stale weights in a rollout engine)."""
 
