@@ -123,8 +123,8 @@ class Engines:
         while True:
             if self.restarts[engine] >= self.max_restarts:
                 raise WorkerError(
-                    f"rollout engine {engine} died {self.restarts[engine] + 1} times in this run, and rollout.max_restarts is "
-                    f"{self.max_restarts}; fix the cause, or raise it, and continue with --resume auto. {death}"
+                    f"rollout engine {engine} died after {self.restarts[engine]} restarts in this run, and rollout.max_restarts "
+                    f"is {self.max_restarts}; fix the cause, or raise it, and continue with --resume auto. {death}"
                 ) from death
             self.restarts[engine] += 1
             log.warning(
@@ -163,11 +163,8 @@ class GroupWeightSync:
     def push(self, version: int) -> Future[None]:
         """See `roles.WeightSync`. Engines that died are started again, and get the weights once the others have them."""
         self._version, self._checksum = version, None
-        engines = range(self.engines.num_engines)
-        restarts = list(self.engines.restarts)
-        for engine, death in self._send(engines).items():
-            if self.engines.restarts[engine] == restarts[engine]:
-                self.engines.start_again(engine, death)
+        for engine, death in self._send(range(self.engines.num_engines)).items():
+            self.engines.start_again(engine, death)
         return completed(None)
 
     def _reload(self, engine: int) -> None:
