@@ -30,7 +30,6 @@ from rlhf_dist.rollout.config import RolloutConfig
 
 log = logging.getLogger(__name__)
 
-
 FIRST_CAUSE_S = 10.0
 """Longest wait for the death that may be behind an error."""
 
@@ -123,8 +122,9 @@ class Engines:
         while True:
             if self.restarts[engine] >= self.max_restarts:
                 raise WorkerError(
-                    f"rollout engine {engine} died after {self.restarts[engine]} restarts in this run, and rollout.max_restarts "
-                    f"is {self.max_restarts}; fix the cause, or raise it, and continue with --resume auto. {death}"
+                    f"rollout engine {engine} died after {self.restarts[engine]} restarts in this run, and "
+                    f"rollout.max_restarts is {self.max_restarts}; fix the cause, or raise it, and continue with --resume auto. "
+                    f"{death}"
                 ) from death
             self.restarts[engine] += 1
             log.warning(
