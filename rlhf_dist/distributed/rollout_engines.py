@@ -123,7 +123,7 @@ class Engines:
             if self.restarts[engine] >= self.max_restarts:
                 raise WorkerError(
                     f"rollout engine {engine} died after {self.restarts[engine]} restarts in this run, and "
-                    f"rollout.max_restarts is {self.max_restarts}; fix the cause, or raise it, and continue with --resume auto. "
+                    f"rollout.max_restarts is {self.max_restarts}; fix the cause or raise it, and continue with --resume auto. "
                     f"{death}"
                 ) from death
             self.restarts[engine] += 1

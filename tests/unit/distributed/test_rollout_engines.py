@@ -30,7 +30,7 @@ from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.roles import PolicyRole
 from rlhf_dist.rollout.config import RolloutConfig
 
-pytestmark = [pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(600)]
 PROMPTS = prompt_batch([4, 2, 6, 3, 5, 1, 2, 7])
 EXPERIENCE = experience_batch([3, 6, 2, 4, 5], [4, 2, 7, 1, 3], seed=1)
 STEPS = [torch.tensor([4, 0, 2]), torch.tensor([1, 3])]
