@@ -61,6 +61,8 @@ TIERS: list[tuple[str, str]] = [
     (r"learning/test_ppo_reaches_the_optimum.py.*kl-in-reward", SLOW),
     (r"learning/test_ppo_reaches_the_optimum.py", MATRIX),
     (r"unit/distributed/deepspeed/test_hpz.py::test.*", MATRIX),
+    (r"unit/distributed/test_rollout_engines.py::test_(lost_prompts.*\[kill\]|an_error_that|versions_may)", FAST),
+    (r"unit/distributed/test_rollout_engines.py", SLOW),
     (r"unit/cli/test_fuzz_commands.py", SLOW),
     # -- further cases of what is also in the fast tier
     (r"unit/distributed/deepspeed/test_bf16.py::test_many_micro_batches_add_up_in_fp32\[[13]\]", MATRIX),

@@ -24,22 +24,41 @@ class WorkerSpec:
 
 
 class WorkerGroup(Protocol):
-    """The hosted ranks of a role."""
+    """The hosted ranks of a role. `ranks` restricts a call to some of them."""
 
     role: str
     num_ranks: int
 
-    def call(self, method: str, *args: Any) -> Future[list[Any]]:
+    def call(self, method: str, *args: Any, ranks: Sequence[int] | None = None) -> Future[list[Any]]:
         """The same call on every rank; their results in rank order."""
         ...
 
-    def scatter(self, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> Future[list[Any]]:
+    def scatter(
+        self, method: str, args_per_rank: Sequence[tuple[Any, ...]], ranks: Sequence[int] | None = None
+    ) -> Future[list[Any]]:
         """Each rank with its own arguments."""
         ...
 
-    def pipe(self, method: str, args: tuple[Any, ...], target: Any, target_method: str) -> Future[None]:
+    def pipe(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        target: Any,
+        target_method: str,
+        target_ranks: Sequence[int] | None = None,
+    ) -> Future[None]:
         """`method` on every rank here; rank 0's result goes to `target_method` on every rank of `target` (a group of the
-        same hosting), without passing through the driver."""
+        same hosting), or on some of them, without passing through the driver."""
+        ...
+
+    def restart(self, ranks: Sequence[int]) -> None:
+        """End these ranks, whatever is left of them, and start them again in their places, with workers built as at first;
+        returns when they can be called. What they held is lost, and so are calls that they had not answered.
+
+        Raises:
+            WorkerError: a worker could not be built, or died again (WorkerDied).
+            PlacementError: their place was not granted again in time.
+        """
         ...
 
 

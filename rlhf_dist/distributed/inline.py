@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.core.errors import PlacementError
+from rlhf_dist.core.errors import PlacementError, WorkerError
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.group import WorkerGroup, WorkerSpec
@@ -24,19 +24,40 @@ class InlineGroup:
         self.role = role
         self.worker = worker
 
-    def call(self, method: str, *args: Any) -> Future[list[Any]]:
+    def call(self, method: str, *args: Any, ranks: Sequence[int] | None = None) -> Future[list[Any]]:
         """See `WorkerGroup`."""
-        return completed([getattr(self.worker, method)(*args)])
+        return completed([getattr(self.worker, method)(*args) for _ in _chosen(ranks)])
 
-    def scatter(self, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> Future[list[Any]]:
+    def scatter(
+        self, method: str, args_per_rank: Sequence[tuple[Any, ...]], ranks: Sequence[int] | None = None
+    ) -> Future[list[Any]]:
         """See `WorkerGroup`."""
-        (args,) = args_per_rank
-        return self.call(method, *args)
+        return completed(
+            [getattr(self.worker, method)(*args) for _, args in zip(_chosen(ranks), args_per_rank, strict=True)]
+        )
 
-    def pipe(self, method: str, args: tuple[Any, ...], target: InlineGroup, target_method: str) -> Future[None]:
+    def pipe(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        target: InlineGroup,
+        target_method: str,
+        target_ranks: Sequence[int] | None = None,
+    ) -> Future[None]:
         """See `WorkerGroup`."""
-        target.call(target_method, self.call(method, *args).result()[0])
+        target.call(target_method, self.call(method, *args).result()[0], ranks=target_ranks)
         return completed(None)
+
+    def restart(self, ranks: Sequence[int]) -> None:
+        """Nothing can be started again: the rank is this process."""
+        raise WorkerError(
+            f"{self.role} rank 0 is hosted in this process (cluster: inline), where it cannot be started again; use "
+            "cluster: ray, or start the run again with --resume auto"
+        )
+
+
+def _chosen(ranks: Sequence[int] | None) -> Sequence[int]:
+    return [0] if ranks is None else ranks
 
 
 class InlineSession:

@@ -16,20 +16,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from rlhf_dist.config.hosting import ModelHost
-from rlhf_dist.core.batches import (
-    PromptBatch,
-    RolloutBatch,
-    SequenceBatch,
-    TokenBatch,
-    concat_rows,
-)
-from rlhf_dist.core.errors import TrainingError
+from rlhf_dist.core.batches import RolloutBatch, SequenceBatch, TokenBatch
 from rlhf_dist.core.steps import UpdateReport
 from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.group import WorkerGroup
 from rlhf_dist.distributed.metrics_reduce import MetricNames, Shares, update_report
 from rlhf_dist.distributed.partition import MicroBatching, partition
-from rlhf_dist.rollout.config import RolloutConfig
 
 
 class Role:
@@ -121,65 +113,6 @@ class RewardRole(Role):
     def score(self, sequences: SequenceBatch) -> Future[Tensor]:
         """See `roles.RewardScorer`."""
         return self.map_rows("score", sequences, sequences.lengths)
-
-
-class RolloutRole(Role):
-    """`roles.RolloutEngine`: prompts are divided among engines, each of `tensor_parallel_size` neighboring ranks that get the
-    same prompts and give the same answer."""
-
-    def __init__(self, group: WorkerGroup, batch_size: int, tensor_parallel_size: int = 1) -> None:
-        super().__init__(group, batch_size)
-        self.tensor_parallel_size = tensor_parallel_size
-
-    @classmethod
-    def of_config(cls, group: WorkerGroup, config: RolloutConfig) -> Self:
-        """The role of hosted engines. (A session that hosts one rank a role hosts one engine.)"""
-        return cls(group, config.batch_size, min(config.tensor_parallel_size, group.num_ranks))
-
-    def generate(self, prompts: PromptBatch, *, stream: str, iteration: int) -> Future[RolloutBatch]:
-        """See `roles.RolloutEngine`."""
-        num_engines = self.group.num_ranks // self.tensor_parallel_size
-        picks = [pick_rows([share]) for share in partition(prompts.lengths, num_engines, self.micro_batches)]
-        calls = [(prompts.rows(rows), local[0], stream, iteration) for rows, local in picks]
-        order = torch.argsort(torch.tensor([row for rows, _ in picks for row in rows]))
-
-        def merge(parts: list[RolloutBatch | None]) -> RolloutBatch:
-            whole = [part for part in parts[:: self.tensor_parallel_size] if part is not None]
-            versions = {part.policy_version for part in whole}
-            if len(versions) != 1:
-                raise TrainingError(
-                    f"rollout engines answered with weights of versions {sorted(versions)}; sync them first"
-                )
-            return concat_rows(whole).rows(order)
-
-        each = [call for call in calls for _ in range(self.tensor_parallel_size)]
-        return mapped(self.group.scatter("generate", each), merge)
-
-
-class GroupWeightSync:
-    """`roles.WeightSync`: rank 0 of the policy → every rollout engine, a bucket at a time."""
-
-    def __init__(self, policy: WorkerGroup, rollout: WorkerGroup) -> None:
-        self.policy = policy
-        self.rollout = rollout
-
-    def push(self, version: int) -> Future[None]:
-        """See `roles.WeightSync`."""
-        num_buckets = self.policy.call("num_buckets").result()[0]
-        for index in range(num_buckets):
-            # One bucket at a time: neither the object store nor a rank ever holds two.
-            self.policy.pipe("export_bucket", (index,), self.rollout, "load_bucket").result()
-        sent = self.policy.call("export_checksum").result()[0]
-
-        def check(answers: list[tuple[int, int]]) -> None:
-            wrong = [rank for rank, answer in enumerate(answers) if answer != (version, sent)]
-            if wrong:
-                raise TrainingError(
-                    f"after the sync of version {version} (checksum {sent}), rollout ranks {wrong} report "
-                    f"{[answers[rank] for rank in wrong]}; the run cannot continue with stale weights"
-                )
-
-        return mapped(self.rollout.call("finish_sync", version), check)
 
 
 def nothing(future: Future[Any]) -> Future[None]:

@@ -8,7 +8,8 @@ from typing import Any
 from rlhf_dist.data.loading import load_pairs, load_prompts, load_sequences
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
-from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
+from rlhf_dist.distributed.rollout_engines import RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker

@@ -12,7 +12,8 @@ from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.loading import load_prompts, load_sequences
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
-from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
+from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
@@ -198,13 +199,14 @@ def run_ppo(
     prepared = prepared or prepare(config)
     with hosted(config, prepared, session) as (run, groups):
         policy = PolicyRole.of(groups["policy"], config.policy)
+        rollout = RolloutRole.of_config(groups["rollout"], config.rollout)
         roles = PPORoles(
             policy=policy,
             reference=ReferenceRole.of(groups["reference"], config.reference),
             reward=RewardRole.of(groups["reward"], config.reward),
             value=ValueRole.of(groups["value"], config.value),
-            rollout=RolloutRole.of_config(groups["rollout"], config.rollout),
-            weight_sync=GroupWeightSync(groups["policy"], groups["rollout"]),
+            rollout=rollout,
+            weight_sync=GroupWeightSync(groups["policy"], rollout.engines),
         )
         trainer = PPOTrainer(
             run,

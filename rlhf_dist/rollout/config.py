@@ -48,8 +48,8 @@ class RolloutConfig(Placement, SamplingConfig):
     """Generation of responses."""
 
     engine: Result[Literal["hf", "vllm"]] = "hf"
-    """Generation engine: `hf` generates with transformers, exactly as the policy computes; `vllm` with vLLM, faster and rounded
-    differently."""
+    """Generation engine: `hf` generates with transformers, exactly as the policy computes; `vllm` with vLLM, which is faster
+    and rounds differently."""
     draws: Result[Literal["counter", "engine"]] = "counter"
     """What tokens are drawn with. `counter`: this project's counter-based random numbers, so that a response is a function of
     weights, seed and sample, whatever the batch and the number of engines; `engine`: vLLM's own sampler, which is faster."""

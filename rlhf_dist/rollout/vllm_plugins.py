@@ -62,8 +62,8 @@ class _Row:
 class CounterDraws(LogitsProcessor):
     """Draws the next token with counter-based uniforms, and leaves it as the only one, its logit replaced by its log-prob.
 
-    vLLM then takes it greedily, and with `logprobs_mode="processed_logits"` reports that log-prob. A response thus is a function
-    of (weights, seed, stream, iteration, sample id) whatever the batch, up to the rounding of the kernels.
+    vLLM then takes it greedily, and with `logprobs_mode="processed_logits"` reports that log-prob. A response thus is a
+    function of (weights, seed, stream, iteration, sample id) whatever the batch, up to the rounding of the kernels.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 from rlhf_dist.config.hosting import FrozenModel
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch, pad_rows
-from rlhf_dist.distributed.role_groups import ReferenceRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole
+from rlhf_dist.distributed.rollout_engines import RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.rollout.config import RolloutConfig

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.runs import cli, write_config
+import torch
+from support.runs import cli, metrics, wait_for_step, weights, write_config
 
 from rlhf_dist.config.hosting import Placement, RayConfig
 from rlhf_dist.core.errors import PlacementError
@@ -54,6 +55,39 @@ def test_a_dead_rank_ends_the_run_and_leaves_no_process(make_config: Make, tmp_p
     assert not psutil.wait_procs(children, timeout=60)[1], "processes outlived the run"
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_rollout_engine_that_is_killed_is_started_again_and_changes_nothing(
+    make_config: Make, tmp_path: Path
+) -> None:
+    config = make_config("ppo", tmp_path / "left_alone")
+    config["ppo"]["num_iterations"] = 6
+    config["rollout"]["num_ranks"] = 2
+    alone = cli("ppo", str(write_config(tmp_path / "left_alone.yaml", config)))
+    output, _ = alone.communicate(timeout=280)
+    assert alone.returncode == 0, output
+    config["run_dir"] = str(tmp_path / "run")
+    process = cli("ppo", str(write_config(tmp_path / "ppo.yaml", config)))
+    wait_for_step(process, tmp_path / "run", 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    log = tmp_path / "run" / "logs" / "rollout_1.log"
+    victim, other = _pid_in(log), _pid_in(log.with_name("rollout_0.log"))
+    psutil.Process(victim).send_signal(signal.SIGKILL)
+    wait_for_step(process, tmp_path / "run", 4)
+    again = _pid_in(log)
+    assert again != victim
+    assert _pid_in(log.with_name("rollout_0.log")) == other, "the other engine was left alone"
+    children.append(psutil.Process(again))
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    said = " ".join(output.split())
+    assert "rollout engine 1 is started again (restart 1 of 2)" in said
+    assert "rollout rank 1 died" in said
+    assert not psutil.wait_procs(children, timeout=60)[1], "processes outlived the run"
+    expected, actual = weights(tmp_path / "left_alone"), weights(tmp_path / "run")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "left_alone")
 
 
 def test_an_error_in_a_rank_names_the_role_and_shows_no_traceback(

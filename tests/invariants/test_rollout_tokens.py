@@ -14,7 +14,7 @@ from support.bench import Layout
 from support.tiny import prompt_batch
 
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, RolloutBatch
-from rlhf_dist.distributed.role_groups import RolloutRole
+from rlhf_dist.distributed.rollout_engines import RolloutRole
 
 PROMPTS = prompt_batch([4, 2, 6, 3, 1, 9, 5, 2, 7, 3, 4] * 3, seed=80)
 LAYOUTS = [

@@ -33,7 +33,8 @@ from rlhf_dist.core.batches import SequenceBatch
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.datasets import PromptDataset, Ragged
 from rlhf_dist.distributed.futures import completed
-from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole
+from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.ppo.config import PPOSettings
@@ -128,13 +129,14 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
         hosted(RolloutWorker, config=rollout_config, model_path=str(tiny_lm), precision="fp32") as rollout,
         Run.open(RunConfig(run_dir=run_dir), folder, None) as run,
     ):
+        rollouts = RolloutRole(rollout, BATCH)
         roles = PPORoles(
             policy=PolicyRole(policy, BATCH),
             reference=ReferenceRole(reference, BATCH),
             reward=KnownReward(),
             value=ValueRole(value, BATCH),
-            rollout=RolloutRole(rollout, BATCH),
-            weight_sync=GroupWeightSync(policy, rollout),
+            rollout=rollouts,
+            weight_sync=GroupWeightSync(policy, rollouts.engines),
         )
         yield PPOTrainer(
             run,

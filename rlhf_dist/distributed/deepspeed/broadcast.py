@@ -1,7 +1,7 @@
 """Weights from rank 0 of the policy straight to the rollout engines: a process group of their own, beside those of the roles.
 
-Buckets are flat buffers of bytes, one broadcast each, and at most two are under way: one is gathered (or loaded) while the other
-travels. On GPUs it is NCCL from memory to memory; on CPUs gloo.
+Buckets are flat buffers of bytes, one broadcast each, and at most two are under way: one is gathered (or loaded) while the
+other travels. On GPUs it is NCCL from memory to memory; on CPUs gloo.
 """
 
 from __future__ import annotations

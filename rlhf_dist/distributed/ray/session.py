@@ -12,11 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -130,27 +132,38 @@ class RaySession:
         """Start all ranks of all roles at once, and load their models side by side. `logs_dir` is called when the
         placement is granted: until then nothing needs a folder."""
         self._connect()
-        with self._hosts(specs) as hosts:
+        with self._hosts(specs) as (hosts, reserved):
             logs = logs_dir().absolute()
-            groups = {spec.role: RayGroup(spec.role, hosts[spec.role], _log_paths(spec, logs)) for spec in specs}
+            groups = {}
+            for spec in specs:
+                start_again = partial(self._start_again, spec, reserved, seed)
+                groups[spec.role] = RayGroup(spec.role, hosts[spec.role], _log_paths(spec, logs), start_again)
             gathered([self._build(groups[spec.role], spec, seed) for spec in specs]).result()
             yield dict(groups)
 
     @contextlib.contextmanager
-    def _hosts(self, specs: Sequence[WorkerSpec]) -> Iterator[dict[str, Hosts]]:
-        """Role → its processes; after an error they are ended, whatever they were doing."""
+    def _hosts(self, specs: Sequence[WorkerSpec]) -> Iterator[tuple[dict[str, Hosts], Reserved | None]]:
+        """Role → its processes, and where they are; after an error they are ended, whatever they were doing. A process
+        that is put into one of these lists in place of another is ended, too."""
         reserved = None if self._keeps_processes else self._reserve(specs)
         hosts: dict[str, Hosts] = {}
         try:
             for spec in specs:
                 kept = self._idle[spec.placement.num_ranks] if self._keeps_processes else []
-                hosts[spec.role] = kept.pop() if kept else self._start(spec, reserved)
-            yield hosts
+                kept_group = kept.pop() if kept else None
+                num_ranks = spec.placement.num_ranks
+                hosts[spec.role] = kept_group or [self._start(spec, reserved, rank) for rank in range(num_ranks)]
+            first = {role: list(group) for role, group in hosts.items()}
+            yield hosts, reserved
             if self._keeps_processes:
-                ray.get([host.release.remote() for group in hosts.values() for host in group])
-                while hosts:
-                    group = hosts.popitem()[1]
-                    self._idle[len(group)].append(group)
+                # Not a group in which a process was replaced: the others may have met as a process group, once for all.
+                whole = [role for role, group in hosts.items() if group == first[role]]
+                released = {role: [host.release.remote() for host in hosts[role]] for role in whole}
+                for role, answers in released.items():
+                    with contextlib.suppress(RayActorError):  # one died after its last call
+                        ray.get(answers)
+                        group = hosts.pop(role)
+                        self._idle[len(group)].append(group)
         finally:
             for group in hosts.values():
                 for host in group:
@@ -187,34 +200,50 @@ class RaySession:
         nodes = [[table[i] for i in range(len(table))] for table in tables]
         return Reserved(groups, plan.numbered_by_node(nodes))
 
-    def _start(self, spec: WorkerSpec, reserved: Reserved | None) -> Hosts:
+    def _start(self, spec: WorkerSpec, reserved: Reserved | None, rank: int) -> Any:
+        """A process for a rank, in its bundle where there is one; a handle of the actor, which may still be starting."""
         common = {"runtime_env": {"env_vars": self.config.env_vars}} if self.config.env_vars else {}
         host = ray.remote(RankHost)
         if reserved is None:
-            return [host.options(num_cpus=0, **common).remote() for _ in range(spec.placement.num_ranks)]
-        hosts: Hosts = [
-            host.options(
-                num_cpus=spec.placement.cpus_per_rank,
-                num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    reserved.groups[slot.reservation], placement_group_bundle_index=slot.bundle
-                ),
-                **common,
-            ).remote()
-            for slot in reserved.plan.ranks[spec.role]
-        ]
+            return host.options(num_cpus=0, **common).remote()
+        slot = reserved.plan.ranks[spec.role][rank]
+        started: Any = host.options(
+            num_cpus=spec.placement.cpus_per_rank,
+            num_gpus=spec.placement.gpus_per_rank if self.device == "cuda" else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                reserved.groups[slot.reservation], placement_group_bundle_index=slot.bundle
+            ),
+            **common,
+        ).remote()
         if not self._private:  # the processes of a private Ray have inherited all of it
             # By a call, from process to process: Ray writes a runtime_env into logs that everybody on the node can read, and
             # there are tokens among these. Calls of one caller run in their order, so no answer need be waited for.
-            environment = passed_environment(self.config, os.environ)
-            for started in hosts:
-                started.take_over.remote(environment)
-        return hosts
+            started.take_over.remote(passed_environment(self.config, os.environ))
+        return started
 
-    def _build(self, group: RayGroup, spec: WorkerSpec, seed: int) -> Future[Any]:
-        address, port = group.meet()
+    def _start_again(
+        self, spec: WorkerSpec, reserved: Reserved | None, seed: int, group: RayGroup, ranks: Sequence[int]
+    ) -> None:
+        """See `WorkerGroup.restart`. After the loss of a node, Ray reserves the lost bundles on another, as soon as one has
+        room."""
+        for rank in ranks:
+            ray.kill(group.hosts[rank])
+            group.hosts[rank] = self._start(spec, reserved, rank)
+        self._build(group, spec, seed, ranks, self.config.placement_timeout_s).result()
+
+    def _build(
+        self,
+        group: RayGroup,
+        spec: WorkerSpec,
+        seed: int,
+        ranks: Sequence[int] | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Any]:
+        """Construct the workers of some ranks; `timeout_s`: longest wait for their processes."""
+        ranks = range(group.num_ranks) if ranks is None else ranks
+        address, port = group.meet(ranks, timeout_s)
         builds = []
-        for rank, host in enumerate(group.hosts):
+        for rank in ranks:
             context = RankContext(
                 rank,
                 group.num_ranks,
@@ -225,8 +254,8 @@ class RaySession:
                 seed,
                 self.config.network_interface,
             )
-            builds.append(host.build.remote(spec.build, context, str(group.log_paths[rank])))
-        return group.collect(builds)
+            builds.append(group.hosts[rank].build.remote(spec.build, context, str(group.log_paths[rank])))
+        return group.collect(builds, ranks)
 
     def close(self) -> None:
         """Stop a private Ray, or leave a cluster."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from rlhf_dist.distributed.futures import completed, gathered, mapped
+from rlhf_dist.distributed.futures import Deferred, completed, gathered, mapped
 
 
 def test_results_come_in_the_order_of_the_futures():
@@ -57,3 +58,33 @@ def test_mapped():
     failed.set_exception(KeyError("cause"))
     with pytest.raises(KeyError, match="cause"):
         mapped(failed, lambda x: x).result(timeout=0)
+
+
+def test_a_deferred_result_is_worked_out_once_by_who_asks_for_it_and_so_is_what_is_made_of_it():
+    asked: list[int] = []
+    waits_for: Future[int] = Future()
+
+    def finish() -> int:
+        asked.append(threading.get_ident())
+        return waits_for.result(timeout=0)
+
+    deferred = Deferred(finish, [waits_for])
+    doubled = mapped(deferred, lambda value: 2 * value)
+    together = gathered([doubled, completed(1)])
+    assert not together.done()
+    waits_for.set_result(4)
+    assert deferred.done()
+    assert together.done()
+    assert not asked, "nobody has asked for it"
+    assert together.result() == [8, 1]
+    assert deferred.result() == 4
+    assert asked == [threading.get_ident()]
+
+
+def test_a_deferred_failure_is_everybodys():
+    deferred = Deferred(lambda: 1 // 0)
+    doubled = mapped(deferred, lambda value: 2 * value)
+    for future in (doubled, deferred):
+        assert isinstance(future.exception(), ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
+            future.result()

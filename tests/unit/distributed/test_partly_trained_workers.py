@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_dist.core.batches import PreferenceBatch
 from rlhf_dist.distributed.deepspeed import zero
-from rlhf_dist.distributed.role_groups import GroupWeightSync, RolloutRole
+from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.models.loading import load_causal_lm
@@ -210,7 +210,8 @@ def test_rollouts_come_from_the_policy_with_its_adapters_merged(tiny_lm: Path, p
         hosted(POLICY, config=config, num_steps=8, temperature=1.0, settings=settings) as policy,
         hosted(ROLLOUT, config=rollout, model_path=str(tiny_lm), precision="fp32") as engine,
     ):
-        role, rollouts, sync = PolicyRole(policy, 2), RolloutRole(engine, 3), GroupWeightSync(policy, engine)
+        role, rollouts = PolicyRole(policy, 2), RolloutRole(engine, 3)
+        sync = GroupWeightSync(policy, rollouts.engines)
         stale = rollouts.generate(prompts, stream="rollout", iteration=0).result()
         role.update(experience, [torch.tensor([4, 0, 2]), torch.tensor([1, 3])] * 2, None).result()
         assert not torch.allclose(role.logprobs(stale).result(), stale.rollout_logprobs, atol=1e-2)

@@ -18,7 +18,8 @@ from rlhf_dist.core.errors import TrainingError
 from rlhf_dist.core.steps import StepReport
 from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.partition import MicroBatching
-from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
+from rlhf_dist.distributed.rollout_engines import Engines, GroupWeightSync, RolloutRole
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
 from rlhf_dist.reward.roles import PreferenceModelRole
 from rlhf_dist.sft.roles import LanguageModelRole
@@ -33,16 +34,25 @@ class ThreeRanks:
         self.num_ranks = num_ranks
         self.workers = [worker(rank) for rank in range(num_ranks)]
 
-    def call(self, method: str, *args: Any) -> Future[list[Any]]:
-        return completed([getattr(worker, method)(*args) for worker in self.workers])
+    def call(self, method: str, *args: Any, ranks: Any = None) -> Future[list[Any]]:
+        return completed([getattr(worker, method)(*args) for worker in self._chosen(ranks)])
 
-    def scatter(self, method: str, args_per_rank: Any) -> Future[list[Any]]:
-        return completed([getattr(w, method)(*args) for w, args in zip(self.workers, args_per_rank, strict=True)])
+    def scatter(self, method: str, args_per_rank: Any, ranks: Any = None) -> Future[list[Any]]:
+        calls = zip(self._chosen(ranks), args_per_rank, strict=True)
+        return completed([getattr(worker, method)(*args) for worker, args in calls])
 
-    def pipe(self, method: str, args: tuple[Any, ...], target: Any, target_method: str) -> Future[None]:
+    def pipe(
+        self, method: str, args: tuple[Any, ...], target: Any, target_method: str, target_ranks: Any = None
+    ) -> Future[None]:
         sent = self.call(method, *args).result()[0]
-        target.call(target_method, sent)
+        target.call(target_method, sent, ranks=target_ranks)
         return completed(None)
+
+    def restart(self, ranks: Any) -> None:
+        raise AssertionError(f"nothing died, but ranks {ranks} are started again")
+
+    def _chosen(self, ranks: Any) -> list[Any]:
+        return self.workers if ranks is None else [self.workers[rank] for rank in ranks]
 
 
 class Echo:
@@ -275,7 +285,7 @@ class Weights:
 def test_weights_go_a_bucket_at_a_time_from_rank_0_to_every_engine():
     Weights.events = []
     policy, engines = ThreeRanks(Weights, 2), ThreeRanks(Weights)
-    GroupWeightSync(policy, engines).push(3).result()
+    GroupWeightSync(policy, Engines(engines)).push(3).result()
     one = [[("export", 0, i), ("export", 1, i), *(("load", rank, i) for rank in range(3))] for i in range(2)]
     assert Weights.events == one[0] + one[1]
 
@@ -285,4 +295,4 @@ def test_an_engine_that_is_not_up_to_date_stops_the_run(answer: tuple[int, int])
     engines = ThreeRanks(Weights)
     engines.workers[2].answer = answer
     with pytest.raises(TrainingError, match=r"version 3 \(checksum 42\), rollout ranks \[2\]"):
-        GroupWeightSync(ThreeRanks(Weights, 1), engines).push(3).result()
+        GroupWeightSync(ThreeRanks(Weights, 1), Engines(engines)).push(3).result()

@@ -12,7 +12,7 @@ from support.tiny import hosted, prompt_batch, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_dist.core.batches import FINISHED
-from rlhf_dist.distributed.role_groups import RolloutRole
+from rlhf_dist.distributed.rollout_engines import RolloutRole
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.models.generation_config import stop_tokens

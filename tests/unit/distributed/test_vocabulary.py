@@ -27,7 +27,8 @@ from transformers import (
 
 from rlhf_dist.config.hosting import FrozenModel
 from rlhf_dist.core.errors import ModelError
-from rlhf_dist.distributed.role_groups import ReferenceRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole
+from rlhf_dist.distributed.rollout_engines import RolloutRole
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker

@@ -24,7 +24,8 @@ from rlhf_dist.config.hosting import FrozenModel
 from rlhf_dist.core.batches import PreferenceBatch, concat_rows
 from rlhf_dist.core.errors import ModelError
 from rlhf_dist.core.steps import StepShare
-from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RewardRole, RolloutRole
+from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
+from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.language_model import LanguageModelWorker
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.reward import RewardWorker
@@ -276,7 +277,8 @@ def test_after_a_sync_rollouts_come_from_the_updated_policy(tiny_lm: Path, stage
         hosted(POLICY, **policy_kwargs(tiny_lm, zero_stage=stage)) as policy,
         hosted(ROLLOUT, **rollout_kwargs(tiny_lm)) as engine,
     ):
-        role, rollouts, sync = PolicyRole(policy, 2), RolloutRole(engine, 3), GroupWeightSync(policy, engine)
+        role, rollouts = PolicyRole(policy, 2), RolloutRole(engine, 3)
+        sync = GroupWeightSync(policy, rollouts.engines)
         stale = rollouts.generate(prompts, stream="rollout", iteration=0).result()
         assert stale.policy_version == 0
         role.update(EXPERIENCE, STEPS * 4, PTX * 4).result()
