@@ -21,6 +21,8 @@ class WorkerSpec:
     build: Callable[..., Any]
     """Makes the worker of one rank where it is hosted, as `build(context=RankContext)`: a worker's class with its other
     arguments bound by `functools.partial`, so that pyright checks them."""
+    own_process: bool = False
+    """Hosted by a process that hosts nothing else, before or after: what its library sets up cannot be undone."""
 
 
 class WorkerGroup(Protocol):
@@ -28,6 +30,8 @@ class WorkerGroup(Protocol):
 
     role: str
     num_ranks: int
+    device: str
+    """`cpu` or `cuda`."""
 
     def call(self, method: str, *args: Any, ranks: Sequence[int] | None = None) -> Future[list[Any]]:
         """The same call on every rank; their results in rank order."""

@@ -11,11 +11,12 @@ own, whose calls to the policy are in order, so that no update comes between two
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from typing_extensions import Self
@@ -82,7 +83,12 @@ class Engines:
 
     def call(self, engine: int, method: str, *args: Any) -> Attempt:
         """The same call on every rank of an engine."""
-        answers = [self.group.scatter(method, [args], [rank]) for rank in self.ranks(engine)]
+        return self.call_each(engine, method, [args] * self.tensor_parallel_size)
+
+    def call_each(self, engine: int, method: str, args_per_rank: Sequence[tuple[Any, ...]]) -> Attempt:
+        """Each rank of an engine with its own arguments."""
+        calls = zip(self.ranks(engine), args_per_rank, strict=True)
+        answers = [self.group.scatter(method, [args], [rank]) for rank, args in calls]
         of_ranks = [mapped(answer, lambda one: one[0]) for answer in answers]
         return Attempt(of_ranks, gathered(of_ranks), self.restarts[engine])
 
@@ -149,12 +155,113 @@ class Engines:
         return death.rank // self.tensor_parallel_size
 
 
-class GroupWeightSync:
-    """`roles.WeightSync`: rank 0 of the policy → every rollout engine, a bucket at a time."""
+class Transport(Protocol):
+    """Carries the policy's weights to engines."""
+
+    def send(self, ranks: Mapping[int, range]) -> dict[int, WorkerDied]:
+        """All weights to the engines (engine → its ranks), not yet labeled; returns the engines that died."""
+        ...
+
+
+class StoreTransport:
+    """Through host memory and the hosting's object store (Ray's is shared memory on every node, and passes by the driver). Two
+    buckets are on their way at a time."""
 
     def __init__(self, policy: WorkerGroup, engines: Engines) -> None:
         self.policy = policy
         self.engines = engines
+
+    def send(self, ranks: Mapping[int, range]) -> dict[int, WorkerDied]:
+        """See `Transport`."""
+        dead: dict[int, WorkerDied] = {}
+        under_way: list[Future[None]] = []
+
+        def finish_first() -> None:
+            try:
+                under_way.pop(0).result()
+            except WorkerDied as death:
+                dead[self.engines.engine_of(death)] = death
+
+        for index in range(self.policy.call("num_buckets").result()[0]):
+            if len(under_way) == 2:
+                finish_first()
+            alive = [rank for engine, of_engine in ranks.items() if engine not in dead for rank in of_engine]
+            under_way.append(self.policy.pipe("export_bucket", (index,), self.engines.group, "load_bucket", alive))
+        while under_way:
+            finish_first()
+        return dead
+
+
+class BroadcastTransport:
+    """From rank 0 of the policy straight to the engines, in a process group of theirs. A group in which an engine died is made
+    anew; the engines that were in the middle of a transfer then are started again, too."""
+
+    def __init__(self, policy: WorkerGroup, engines: Engines, timeout_s: float = 600) -> None:
+        self.policy = policy
+        self.engines = engines
+        self.timeout_s = timeout_s
+        self._members: tuple[tuple[int, int], ...] = ()
+        """Engines of the group, each with the number of its restarts."""
+        self._num_groups = 0
+
+    def send(self, ranks: Mapping[int, range]) -> dict[int, WorkerDied]:
+        """See `Transport`."""
+        members = tuple((engine, self.engines.restarts[engine]) for engine in ranks)
+        if members != self._members:
+            self._members = ()
+            if dead := self._meet(ranks):
+                return dead
+            self._members = members
+        specs = self.policy.call("weight_specs").result()[0]
+        sending = self.policy.call("send_weights")
+        dead = self._deaths({engine: self.engines.call(engine, "receive_weights", specs) for engine in ranks}, sending)
+        if dead:
+            self._members = ()
+        return dead
+
+    def _meet(self, ranks: Mapping[int, range]) -> dict[int, WorkerDied]:
+        self._num_groups += 1
+        name, size = str(self._num_groups), 1 + sum(map(len, ranks.values()))
+        address, port = self.policy.call("open_weight_store").result()[0]
+        joining = self.policy.call("join_weight_group", name, size, self.timeout_s)
+        places = itertools.count(1)
+        calls = {
+            engine: self.engines.call_each(
+                engine,
+                "join_weight_group",
+                [(name, next(places), size, self.timeout_s, address, port) for _ in of_engine],
+            )
+            for engine, of_engine in ranks.items()
+        }
+        return self._deaths(calls, joining)
+
+    def _deaths(self, calls: Mapping[int, Attempt], of_policy: Future[Any]) -> dict[int, WorkerDied]:
+        """The engines that died in a call to all of them and to the policy, whose own failure then follows from theirs."""
+        dead: dict[int, WorkerDied] = {}
+        for engine, call in calls.items():
+            try:
+                call.result()
+            except WorkerDied as death:
+                dead[engine] = death
+        try:
+            of_policy.result()
+        except WorkerDied:
+            raise
+        except WorkerError:
+            if not dead:
+                raise
+        return dead
+
+
+class GroupWeightSync:
+    """`roles.WeightSync`: the policy's weights → every rollout engine, a bucket at a time."""
+
+    def __init__(
+        self, policy: WorkerGroup, engines: Engines, transport: Literal["store", "broadcast"] = "store"
+    ) -> None:
+        self.policy = policy
+        self.engines = engines
+        self.transport: Transport = (BroadcastTransport if transport == "broadcast" else StoreTransport)(policy, engines)
         self._version = 0
         self._checksum: int | None = None
         """Of the weights of that version; None until they are sent."""
@@ -178,15 +285,7 @@ class GroupWeightSync:
         They are labeled with the version last pushed, or with the next where the policy has been updated since: an update that
         was under way comes first.
         """
-        dead: dict[int, WorkerDied] = {}
-        num_buckets = self.policy.call("num_buckets").result()[0]
-        for index in range(num_buckets):
-            ranks = [rank for engine in engines if engine not in dead for rank in self.engines.ranks(engine)]
-            try:
-                # One bucket at a time: neither the object store nor a rank ever holds two.
-                self.policy.pipe("export_bucket", (index,), self.engines.group, "load_bucket", ranks).result()
-            except WorkerDied as death:
-                dead[self.engines.engine_of(death)] = death
+        dead = self.transport.send({engine: self.engines.ranks(engine) for engine in engines})
         sent = self.policy.call("export_checksum").result()[0]
         if self._checksum is None:
             self._checksum = sent

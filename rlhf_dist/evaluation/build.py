@@ -85,7 +85,7 @@ def _worker_specs(config: EvalConfig, tokenizer: Any) -> list[WorkerSpec]:
             max_length_tokens=config.data.max_length_tokens,
             template_path=config.data.template_path,
         )
-        specs.append(WorkerSpec("rollout", rollout, worker))
+        specs.append(WorkerSpec("rollout", rollout, worker, own_process=rollout.engine == "vllm"))
         if reference:
             num_tokens = num_token_ids(tokenizer)
             scorer = partial(ReferenceWorker, reference, temperature=rollout.temperature, num_tokens=num_tokens)

@@ -175,6 +175,7 @@ def worker_specs(config: PPOConfig, num_tokens: int | None = None) -> list[Worke
                 max_length_tokens=config.data.max_length_tokens,
                 template_path=template_path,
             ),
+            own_process=config.rollout.engine == "vllm",
         ),
     ]
 
@@ -200,13 +201,14 @@ def run_ppo(
     with hosted(config, prepared, session) as (run, groups):
         policy = PolicyRole.of(groups["policy"], config.policy)
         rollout = RolloutRole.of_config(groups["rollout"], config.rollout)
+        transport = config.rollout.sends_weights_by(config.policy, groups["rollout"].device, config.cluster)
         roles = PPORoles(
             policy=policy,
             reference=ReferenceRole.of(groups["reference"], config.reference),
             reward=RewardRole.of(groups["reward"], config.reward),
             value=ValueRole.of(groups["value"], config.value),
             rollout=rollout,
-            weight_sync=GroupWeightSync(groups["policy"], rollout.engines),
+            weight_sync=GroupWeightSync(groups["policy"], rollout.engines, transport),
         )
         trainer = PPOTrainer(
             run,

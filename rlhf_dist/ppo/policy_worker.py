@@ -12,7 +12,8 @@ from rlhf_dist.core.batches import Experience, RolloutBatch, TokenBatch
 from rlhf_dist.core.losses import Sums
 from rlhf_dist.core.steps import EARLY_STOP_KL, StepReport, StepShare
 from rlhf_dist.distributed.deepspeed import process_group as distributed
-from rlhf_dist.distributed.deepspeed.process_group import RankContext
+from rlhf_dist.distributed.deepspeed.broadcast import TensorSpec, WeightGroup
+from rlhf_dist.distributed.deepspeed.process_group import RankContext, open_rendezvous
 from rlhf_dist.distributed.deepspeed.saving import SHARD_BYTES
 from rlhf_dist.distributed.deepspeed.train import LossTerm, Veto
 from rlhf_dist.distributed.weight_sync import WeightSource
@@ -48,6 +49,7 @@ class PolicyWorker(LanguageModelWorker):
         if settings.ema_decay is not None:
             self.engine.keep_average(settings.ema_decay)
         self.weights = WeightSource(self.model)
+        self.weight_group: WeightGroup | None = None
 
     def logprobs(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
         """[rows, R] log-probs of the response tokens, 0 on padding."""
@@ -111,6 +113,28 @@ class PolicyWorker(LanguageModelWorker):
         is_sender = self.context.rank == 0
         bucket = self.weights.bucket(index, wanted=is_sender)
         return bucket if is_sender else None
+
+    def open_weight_store(self) -> tuple[str, int]:
+        """Where the rollout engines meet rank 0 (of a rank other than 0: nobody asks)."""
+        return self.context.master_address, open_rendezvous()
+
+    def join_weight_group(self, name: str, size: int, timeout_s: float) -> None:
+        """Rank 0 meets the rollout engines for broadcasts of weights."""
+        if self.context.rank == 0:
+            address, port = self.open_weight_store()
+            self.weight_group = WeightGroup(name, 0, size, self.context.device, timeout_s, address, port)
+
+    def weight_specs(self) -> list[list[TensorSpec]]:
+        """What `send_weights` sends, by bucket."""
+        return self.weights.specs()
+
+    def send_weights(self) -> None:
+        """Broadcast all weights from rank 0. Collective: the other ranks take part in gathering."""
+        if self.context.rank == 0 and self.weight_group is not None:
+            self.weight_group.send(self.weights.buckets())
+        else:
+            for _ in self.weights.buckets(wanted=False):
+                pass
 
     def export_checksum(self) -> int:
         """Checksum of what was sent since bucket 0."""

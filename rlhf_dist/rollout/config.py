@@ -63,6 +63,10 @@ class RolloutConfig(Placement, SamplingConfig):
     num_chunks: PositiveInt = 1
     """Parts in which an iteration's prompts are generated: one is scored while the next is generated. Changes speed, never the
     result."""
+    weight_transport: Literal["auto", "store", "broadcast"] = "auto"
+    """How the policy's weights reach the engines: `broadcast` from rank 0 of the policy through a process group of its own
+    (NCCL on GPUs, gloo on CPUs), `store` through host memory and Ray's shared-memory object store. `auto` broadcasts on GPUs,
+    where policy and engines have GPUs of their own."""
     max_restarts: Count = 2
     """How often an engine that died is started again in a run; its lost prompts are generated again."""
     vllm_options: dict[str, Any] = Field(default_factory=dict)
@@ -77,6 +81,16 @@ class RolloutConfig(Placement, SamplingConfig):
     def ranks_together(self) -> int:
         """See `Placement`."""
         return self.tensor_parallel_size
+
+    def sends_weights_by(self, policy: Placement, device: str, cluster: str) -> Literal["store", "broadcast"]:
+        """`weight_transport` with its `auto` decided, for a policy placed like this, on `device`, hosted by `cluster`."""
+        if cluster == "inline":  # one process
+            return "store"
+        if self.weight_transport != "auto":
+            return self.weight_transport
+        # NCCL takes no two ranks on one GPU.
+        own_gpus = device == "cuda" and min(self.gpus_per_rank, policy.gpus_per_rank) == 1
+        return "broadcast" if own_gpus else "store"
 
     @model_validator(mode="after")
     def _options_of_the_engine(self) -> RolloutConfig:

@@ -127,7 +127,8 @@ def main() -> None:
                 seconds = [statistics.median(row[f"time/{phase}_s"] for row in rows) for phase in PHASES]
                 whole = statistics.median(row["time/step_s"] for row in rows)
                 speed = statistics.median(
-                    row["throughput/response_tokens_per_s"] * row["time/step_s"] / row["time/generate_s"] for row in rows
+                    row["throughput/response_tokens_per_s"] * row["time/step_s"] / row["time/generate_s"]
+                    for row in rows
                 )
                 cells = " | ".join(f"{number:.2f}" for number in (*seconds, whole))
                 lengths = "spread" if spread else "fixed"

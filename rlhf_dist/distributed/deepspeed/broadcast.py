@@ -83,9 +83,13 @@ class WeightGroup:
                 under_way.append((self._broadcast(buffer), buffer))
             except RuntimeError as found:
                 error = found
-        for work, _ in under_way if error is None else []:
-            work.wait()
+        try:
+            for work, _ in under_way if error is None else []:
+                work.wait()
+        except RuntimeError as found:
+            error = found
         if error is not None:
+            self.close()
             raise error
 
     def receive(self, buckets: Sequence[Sequence[TensorSpec]]) -> Iterator[dict[str, Tensor]]:
@@ -106,6 +110,10 @@ class WeightGroup:
             work, buffer = under_way.pop(0)
             work.wait()
             yield dict(zip([spec.name for spec in bucket], _views(buffer, bucket), strict=True))
+
+    def close(self) -> None:
+        """Leave: whoever waits for this process is told."""
+        self._group = None
 
     def _broadcast(self, buffer: Tensor) -> Any:
         return self._group.broadcast([buffer], self._options)

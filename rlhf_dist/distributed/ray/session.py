@@ -149,7 +149,8 @@ class RaySession:
         hosts: dict[str, Hosts] = {}
         try:
             for spec in specs:
-                kept = self._idle[spec.placement.num_ranks] if self._keeps_processes else []
+                keeps = self._keeps_processes and not spec.own_process
+                kept = self._idle[spec.placement.num_ranks] if keeps else []
                 kept_group = kept.pop() if kept else None
                 num_ranks = spec.placement.num_ranks
                 hosts[spec.role] = kept_group or [self._start(spec, reserved, rank) for rank in range(num_ranks)]
@@ -157,7 +158,8 @@ class RaySession:
             yield hosts, reserved
             if self._keeps_processes:
                 # Not a group in which a process was replaced: the others may have met as a process group, once for all.
-                whole = [role for role, group in hosts.items() if group == first[role]]
+                own = {spec.role for spec in specs if spec.own_process}
+                whole = [role for role, group in hosts.items() if group == first[role] and role not in own]
                 released = {role: [host.release.remote() for host in hosts[role]] for role in whole}
                 for role, answers in released.items():
                     with contextlib.suppress(RayActorError):  # one died after its last call

@@ -9,8 +9,10 @@ import torch
 
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch
+from rlhf_dist.core.errors import EngineError, TrainingError
 from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
+from rlhf_dist.distributed.deepspeed.broadcast import TensorSpec, WeightGroup
 from rlhf_dist.distributed.deepspeed.process_group import RankContext, join_part
 from rlhf_dist.distributed.workers.inference import MicroBatches
 from rlhf_dist.models.generation_config import stop_tokens
@@ -36,6 +38,8 @@ class RolloutWorker:
     ) -> None:
         """`max_length_tokens`: longest prompt and response; None: the model's context."""
         self.config = config
+        self.device = context.device
+        self.weight_group: WeightGroup | None = None
         tokenizer: Any = load_tokenizer(model_path, template_path)
         self.engine: Engine
         if config.engine == "hf":
@@ -82,6 +86,28 @@ class RolloutWorker:
     def load_bucket(self, bucket: Any) -> None:
         """Copy a bucket of weights into the model."""
         self.engine.load_bucket(bucket)
+
+    def join_weight_group(self, name: str, rank: int, size: int, timeout_s: float, address: str, port: int) -> None:
+        """Meet rank 0 of the policy for broadcasts of weights."""
+        self.weight_group = WeightGroup(name, rank, size, self.device, timeout_s, address, port)
+
+    def receive_weights(self, specs: list[list[TensorSpec]]) -> None:
+        """Take over all weights from a broadcast.
+
+        Raises:
+            EngineError: it broke off, and the engine has some of the new weights.
+        """
+        if self.weight_group is None:
+            raise TrainingError("weights were sent to a rollout engine that has not joined their group")
+        try:
+            for bucket in self.weight_group.receive(specs):
+                self.engine.load_bucket(bucket)
+        except RuntimeError as error:
+            self.weight_group.close()
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise EngineError(
+                f"the broadcast of weights broke off ({reason}); another engine or the policy died"
+            ) from error
 
     def finish_sync(self, version: int) -> tuple[int, int]:
         """Label the weights; returns (version, checksum)."""
