@@ -1,4 +1,4 @@
-"""On a real cluster of two nodes, each with three GPUs in name: the ranks of an engine come to one node, each on a GPU of its own."""
+"""On a real cluster of two nodes with three GPUs each, in name: an engine's ranks come to one node, each on its own GPU."""
 
 from __future__ import annotations
 

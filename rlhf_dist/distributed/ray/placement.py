@@ -211,8 +211,9 @@ def misfit(plan: PlacementPlan, nodes: Sequence[Mapping[str, float]], resources:
         if r.strategy == "STRICT_SPREAD":
             able = sum(any(_fits(need, node) for need in needs) for node in nodes)
             if able < len(needs):
+                what = "engines" if plan.together.keys() & set(r.roles) else "ranks"
                 return (
-                    f"the {'engines' if plan.together.keys() & set(r.roles) else 'ranks'} of {' + '.join(r.roles)} must lie on {len(needs)} different nodes (STRICT_SPREAD), and {able} "
+                    f"the {what} of {' + '.join(r.roles)} must lie on {len(needs)} different nodes (STRICT_SPREAD), and {able} "
                     f"node{'' if able == 1 else 's'} can hold one"
                 )
     return None
