@@ -17,7 +17,7 @@ class Device(NamedTuple):
     """A GPU; on CPUs, a rank's share of its node."""
 
     slot: Slot
-    index: int
+    position: int
     """Among those of its bundle: the ranks of an engine have a bundle together."""
 
 
