@@ -96,7 +96,7 @@ class Placement(Schema):
     placement_strategy: PlacementStrategy = "PACK"
     """How the ranks of this role lie on the nodes of a cluster, in Ray's words: `PACK` on as few as possible, together with the
     other roles; `STRICT_PACK` on one, or the run is rejected; `SPREAD` on as many as possible; `STRICT_SPREAD` each on another.
-    Roles that share GPUs must agree."""
+    Roles that share GPUs must agree. Engines of several ranks are laid out as a rank is: each lies on one node."""
 
     @property
     def ranks_together(self) -> int:

@@ -92,5 +92,6 @@ def describe(specs: Sequence[WorkerSpec], device: str) -> str:
     for spec in specs:
         p = spec.placement
         each = f"{p.gpus_per_rank:g} GPU" if device == "cuda" else f"{p.cpus_per_rank:g} CPU"
-        parts.append(f"{spec.role} {p.num_ranks} x {each}")
+        engines = f" in engines of {p.ranks_together}" if p.ranks_together > 1 else ""
+        parts.append(f"{spec.role} {p.num_ranks} x {each}{engines}")
     return ", ".join(parts)

@@ -77,8 +77,9 @@ def _with_cpus(request: SlurmRequest, device: str, plans: Sequence[PlacementPlan
     if request.nodes == 1:
         return replace(request, cpus_per_node=total)
     if device == "cuda" and request.gpus_per_node and not unknown_gpus:
-        # Each rank has a GPU, or a share of one: whichever lie on a node, there are no more of them than GPUs.
-        each = max(bundle["CPU"] for plan in plans for r in plan.reservations for bundle in r.bundles)
+        # Each rank has a GPU, or a share of one: whichever lie on a node, there are no more of them than GPUs. (The ranks of
+        # an engine have a bundle of several GPUs together.)
+        each = max(bundle["CPU"] / bundle["GPU"] for plan in plans for r in plan.reservations for bundle in r.bundles)
         return replace(request, cpus_per_node=math.ceil(each * request.gpus_per_node))
     raise ConfigError(
         f"--cpus-per-node is not given, and the roles ask for {total} CPUs on {request.nodes} nodes; give at least "

@@ -11,8 +11,8 @@ from typing import Any
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.plan import plan_run
+from rlhf_dist.planning.rates import PHASES, Rates
 from rlhf_dist.planning.roles import AnyConfig
-from rlhf_dist.planning.timeline import PHASES, Rates
 from rlhf_dist.run.trackers import read_metrics
 
 

@@ -16,12 +16,12 @@ from rlhf_dist.core.errors import ConfigError, PlacementError
 from rlhf_dist.pipeline.config import PipelineConfig
 from rlhf_dist.pipeline.stage_config import stage_config
 from rlhf_dist.planning import calibration, suggest, tables
+from rlhf_dist.planning.allowances import CONTEXT_BYTES
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.machines import cluster_of, measured_cluster
-from rlhf_dist.planning.memory import CONTEXT_BYTES
 from rlhf_dist.planning.plan import Plan, parse_counts, plan_run, scaled
+from rlhf_dist.planning.rates import Rates
 from rlhf_dist.planning.roles import AnyConfig
-from rlhf_dist.planning.timeline import Rates
 from rlhf_dist.run.console import print_table
 
 
@@ -205,15 +205,20 @@ def _placement_data(one: suggest.Suggestion) -> dict[str, Any]:
 
 
 def _no_remedy(plan: Plan, number: int) -> str:
-    gpus = "larger GPUs" if _whole_copies_do_not_fit(plan) else "more or larger GPUs"
+    gpus = "more or larger GPUs"
+    if _whole_copies_do_not_fit(plan):
+        divided = any(role.rollout and role.rollout.engine == "hf" and not role.inline for role in plan.work.roles)
+        gpus = "larger GPUs" + (" (or engine vllm, which divides a copy by tensor_parallel_size)" if divided else "")
     needed = [gpus] if len(plan.problems) > plan.lacks_host_memory else []
     needed += ["nodes with more host memory"] if plan.lacks_host_memory else []
     return f"None of the {number} other configurations that were planned fits; use {' and '.join(needed)}"
 
 
 def _whole_copies_do_not_fit(plan: Plan) -> bool:
-    """Whether a role that no number of GPUs divides (a rollout engine, or a role hosted inline) is too large for one."""
-    whole = [one for one in plan.memory.values() if one.role.rollout is not None or one.role.inline]
+    """Whether a role that no number of GPUs divides (an engine of transformers, a role hosted inline) is too large for one."""
+    whole = [
+        one for one in plan.memory.values() if (one.role.rollout is not None and not one.engine) or one.role.inline
+    ]
     least = [min(items["parameters"].gpu for items in one.phases.values()) + CONTEXT_BYTES for one in whole]
     return not plan.cluster.on_cpu and max(least, default=0) > plan.cluster.gpu_memory_bytes
 

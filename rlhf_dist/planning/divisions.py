@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 
+from rlhf_dist.models.architecture import ELEMENT_BYTES
 from rlhf_dist.planning.plan import Plan
 from rlhf_dist.planning.roles import Role
 
@@ -18,15 +19,19 @@ _PPO_PARTS = (
     # What changes most in an iteration is the policy; on GPUs of its own it is sharded over few ranks, but alone.
     ((("policy",), 1), (("value", "reference", "reward", "rollout"), 1)),
     ((("policy",), 3), (("value",), 3), (("reference", "reward", "rollout"), 2)),
-    # A rollout engine holds a whole copy of the policy: on small GPUs there is no room beside it.
+    # A rollout engine of one GPU holds a whole copy of the policy: on small GPUs there is no room beside it.
     ((("policy",), 3), (("value", "reference", "reward"), 3), (("rollout",), 2)),
     ((("policy", "value", "reference", "reward"), 3), (("rollout",), 1)),
     ((("policy",), 3), (("value",), 3), (("reference", "reward"), 1), (("rollout",), 1)),
+    # Of the largest models, no two ranks that load a checkpoint have room in host memory for each GPU.
+    ((("policy",), 6), (("value",), 6), (("reference",), 1), (("reward",), 1), (("rollout",), 2)),
 )
 """Divisions of PPO's roles: roles that share GPUs, and their part of all GPUs. Roles can share in one group only
 (`placement.plan_placement`)."""
 _SIZES = ((None, None), (4, 16), (1, 4))
 """Sequences in a micro-batch, and responses that an engine generates at a time; None: as they are."""
+_TENSOR_PARALLEL = (1, 2, 4, 8)
+"""GPUs that share a copy of the policy."""
 
 
 def layouts(plan: Plan, offload_files: Mapping[int, str]) -> Iterator[Change]:
@@ -39,10 +44,10 @@ def layouts(plan: Plan, offload_files: Mapping[int, str]) -> Iterator[Change]:
     trained = [role for role in plan.work.roles if role.trained is not None]
     stages: list[tuple[int, str | None]] = [(2, None), (3, None), *offload_files.items()]
     for division in divisions(names, plan.cluster.num_gpus):
-        for chosen, checkpointing, (rows, responses) in itertools.product(
-            list(itertools.product(stages, repeat=len(trained))), (False, True), _SIZES
+        for chosen, checkpointing, (rows, responses), engines in itertools.product(
+            list(itertools.product(stages, repeat=len(trained))), (False, True), _SIZES, _engines(plan, division)
         ):
-            change: Change = {}
+            change: Change = dict(engines)
             for role in plan.work.roles:
                 ranks, share = division[role.name]
                 change |= {f"{role.key}.num_ranks": ranks, f"{role.key}.gpus_per_rank": share}
@@ -53,6 +58,24 @@ def layouts(plan: Plan, offload_files: Mapping[int, str]) -> Iterator[Change]:
                 change |= {f"{role.key}.zero_stage": stage, f"{role.key}.ds_config_path": file}
                 change[f"{role.key}.gradient_checkpointing"] = checkpointing
             yield change
+
+
+def tensor_parallel_sizes(role: Role, gpus_per_node: int) -> list[int]:
+    """Numbers of GPUs of a node over which vLLM can divide a role's model: they divide its attention heads."""
+    heads = role.architecture.num_heads
+    return [size for size in _TENSOR_PARALLEL if size <= gpus_per_node and heads % size == 0]
+
+
+def _engines(plan: Plan, division: Division) -> list[Change]:
+    """Ways to make engines of a rollout role's ranks, of GPUs that hold their weights; with transformers there is one."""
+    role = next((role for role in plan.work.roles if role.rollout is not None), None)
+    if role is None or role.rollout is None or role.rollout.engine != "vllm":
+        return [{}]
+    ranks, _ = division[role.name]
+    sizes = tensor_parallel_sizes(role, plan.cluster.gpus_per_node)
+    weights = ELEMENT_BYTES[role.precision] * role.architecture.num_parameters
+    sizes = [size for size in sizes if ranks % size == 0 and weights <= size * plan.cluster.gpu_memory_bytes]
+    return [{f"{role.key}.tensor_parallel_size": size} for size in sizes]
 
 
 def _sizes(role: Role, rows: int | None, responses: int | None) -> Change:

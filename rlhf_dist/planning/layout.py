@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from rlhf_dist.config.hosting import Placement
 from rlhf_dist.distributed.ray.placement import PlacementPlan, Slot, misfit, plan_placement
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.memory import RoleMemory
 from rlhf_dist.planning.roles import Role
+
+
+class Device(NamedTuple):
+    """A GPU; on CPUs, a rank's share of its node."""
+
+    slot: Slot
+    position: int
+    """Among those of its bundle: the ranks of an engine have a bundle together."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +35,20 @@ class Layout:
         """Nodes of a role's ranks, in rank order."""
         return [self.nodes[slot] for slot in self.placement.ranks[role]]
 
-    def shares(self) -> dict[Slot, list[str]]:
-        """Slot → roles with a rank on it."""
-        found: dict[Slot, list[str]] = {}
+    def shares(self) -> dict[Device, list[str]]:
+        """GPU → roles with a rank on it."""
+        found: dict[Device, list[str]] = {}
         for role, slots in self.placement.ranks.items():
+            taken: dict[Slot, int] = {}
             for slot in slots:
-                found.setdefault(slot, []).append(role)
+                taken[slot] = taken.get(slot, -1) + 1
+                found.setdefault(Device(slot, taken[slot]), []).append(role)
         return found
 
 
 def lay_out(roles: Sequence[Role], cluster: Cluster) -> Layout:
-    """Place the roles as a run would, as closely as can be said without asking Ray: node by node in the order of the roles;
-    spread roles one rank a node.
+    """Place the roles as a run would, as closely as can be said without asking Ray: node by node in the order of the roles, but
+    engines of several GPUs first, as Ray does; spread roles one rank, or engine, a node.
 
     Raises:
         ConfigError: roles that share GPUs ask for more than there is of one.
@@ -44,8 +56,7 @@ def lay_out(roles: Sequence[Role], cluster: Cluster) -> Layout:
     device = "cpu" if cluster.on_cpu else "cuda"
     placements = {role.name: role.placement for role in roles}
     if any(role.inline for role in roles):
-        one = {"num_ranks": 1, "gpus_per_rank": 1 / len(roles)}
-        placements = {name: p.model_copy(update=one) for name, p in placements.items()}
+        placements = {name: Placement(gpus_per_rank=1 / len(roles)) for name in placements}
     plan = plan_placement(placements, device)
     if cluster.on_cpu:
         # Ranks take turns on the cores there are: they only have to be somewhere.
@@ -60,28 +71,36 @@ def lay_out(roles: Sequence[Role], cluster: Cluster) -> Layout:
     for i, reservation in enumerate(plan.reservations):
         spread = reservation.strategy in ("SPREAD", "STRICT_SPREAD")
         turn = 0
-        for j in range(len(reservation.bundles)):
+        sizes = [round(bundle["GPU"]) for bundle in reservation.bundles]
+        for j in sorted(range(len(sizes)), key=lambda j: -sizes[j]):
             order = [(turn + k) % len(free) for k in range(cluster.num_nodes)] if spread else range(len(free))
-            node = next((n for n in order if n < len(free) and free[n] > 0), None)
+            node = next((n for n in order if free[n] >= sizes[j]), None)
             if node is None:
-                free.append(cluster.gpus_per_node)
+                free.append(max(cluster.gpus_per_node, sizes[j]))
                 node = len(free) - 1
                 reason = reason or "the roles do not fit on the nodes there are"
-            free[node] -= 1
+            free[node] -= sizes[j]
             nodes[Slot(i, j)] = node
             turn = node + 1
-    return Layout(plan, nodes, reason)
+    return Layout(plan, nodes, reason or plan.split_engine(nodes) or "")
 
 
-def gpu_totals(layout: Layout, memory: dict[str, RoleMemory]) -> dict[Slot, int]:
-    """Slot → bytes of all ranks on it."""
-    return {slot: sum(memory[role].gpu_bytes for role in roles) for slot, roles in layout.shares().items()}
+def slowest_link(layout: Layout, cluster: Cluster, *roles: str) -> float:
+    """Bytes a second of the narrowest link between the ranks of roles: that between nodes, where they are on several."""
+    link = cluster.gpu.link_bytes_per_s
+    several = len({node for role in roles for node in layout.nodes_of(role)}) > 1
+    return min(link, cluster.node_link_bytes_per_s) if several else link
+
+
+def gpu_totals(layout: Layout, memory: dict[str, RoleMemory]) -> dict[Device, int]:
+    """GPU → bytes of all ranks on it."""
+    return {device: sum(memory[role].gpu_bytes for role in roles) for device, roles in layout.shares().items()}
 
 
 def host_totals(layout: Layout, memory: dict[str, RoleMemory], on_cpu: bool) -> dict[int, int]:
     """Node → bytes of host memory of all ranks there; on CPUs that is all they hold."""
     totals: dict[int, int] = {}
-    for slot, roles in layout.shares().items():
+    for (slot, _), roles in layout.shares().items():
         for role in roles:
             need = memory[role].host_bytes + (memory[role].total(memory[role].worst_phase).gpu if on_cpu else 0)
             totals[layout.nodes[slot]] = totals.get(layout.nodes[slot], 0) + need

@@ -13,20 +13,13 @@ from rlhf_dist.distributed.deepspeed.saving import SHARD_BYTES
 from rlhf_dist.distributed.weight_sync import BUCKET_BYTES
 from rlhf_dist.models.architecture import ELEMENT_BYTES, Architecture
 from rlhf_dist.planning.activations import TrainingPass, inference_bytes, training_activations
+from rlhf_dist.planning.allowances import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES, PROCESS_BYTES
+from rlhf_dist.planning.engines import EngineRank
 from rlhf_dist.planning.roles import Passes, Role, Work
 from rlhf_dist.planning.sharding import Held, ModelStates, Sharding, average_bytes, frozen_states, held, largest_states
 
 Items = dict[str, Held]
 """What the bytes are for → bytes of one rank."""
-
-CONTEXT_BYTES = 600_000_000
-"""CUDA context and kernels of a process."""
-NCCL_BYTES = 600_000_000
-"""NCCL's buffers of a process whose role has several ranks."""
-FRAGMENTATION = 0.05
-"""Share of a process's peak that its allocator holds besides, in pieces nobody fits into."""
-PROCESS_BYTES = 1_500_000_000
-"""Host memory of a rank's process before it holds anything: Python, torch, DeepSpeed, Ray."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class RoleMemory:
     """On disk, of all ranks, for one checkpoint."""
     model_bytes: int
     """On disk, of the model in Hugging Face format; what a weight sync sends."""
+    engine: EngineRank | None = None
+    """Of a rollout role whose engine is vLLM."""
 
     def total(self, phase: str) -> Held:
         """In a phase."""
@@ -53,9 +48,12 @@ class RoleMemory:
 
     @property
     def allowance_bytes(self) -> int:
-        """For what is not counted: CUDA context, NCCL, fragmentation."""
+        """For what is not counted: CUDA context, NCCL, fragmentation; of vLLM, CUDA graphs."""
+        fragmented = int(FRAGMENTATION * self.total(self.worst_phase).gpu)
+        if self.engine is not None:
+            return self.engine.allowance + fragmented
         nccl = NCCL_BYTES if self.role.num_ranks > 1 and self.role.rollout is None else 0
-        return CONTEXT_BYTES + nccl + int(FRAGMENTATION * self.total(self.worst_phase).gpu)
+        return CONTEXT_BYTES + nccl + fragmented
 
     @property
     def gpu_bytes(self) -> int:
@@ -78,6 +76,10 @@ def role_memory(role: Role, work: Work) -> RoleMemory:
     model = role.architecture
     size = ELEMENT_BYTES[role.precision]
     model_bytes = size * model.num_parameters
+    if role.rollout is not None and role.rollout.engine == "vllm":
+        engine = EngineRank.of(role, work)
+        bucket = largest_bucket(model, role.precision, BUCKET_BYTES)
+        return RoleMemory(role, model, engine.phases(bucket), 0, model_bytes, engine)
     if role.rollout is not None:
         return RoleMemory(role, model, _rollout(role, model, work), 0, model_bytes)
     if role.frozen is not None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.distributed.ray.placement import Slot
 from rlhf_dist.planning.hardware import Cluster
-from rlhf_dist.planning.layout import Layout, gpu_totals, host_totals, lay_out
+from rlhf_dist.planning.layout import Device, Layout, gpu_totals, host_totals, lay_out
 from rlhf_dist.planning.memory import RoleMemory, role_memory
+from rlhf_dist.planning.rates import Lengths, Rates
 from rlhf_dist.planning.roles import AnyConfig, Role, Work, work_of
-from rlhf_dist.planning.timeline import Lengths, Rates, Timeline, timeline
+from rlhf_dist.planning.sync import Traffic, traffic
+from rlhf_dist.planning.timeline import Timeline, timeline
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Plan:
         return timeline(self.work, self.layout, self.cluster, self.rates, self.lengths)
 
     @cached_property
-    def gpus(self) -> dict[Slot, int]:
+    def gpus(self) -> dict[Device, int]:
         """GPU → bytes that the roles on it need."""
         return {} if self.cluster.on_cpu else gpu_totals(self.layout, self.memory)
 
@@ -46,11 +47,11 @@ class Plan:
     def crowded(self) -> list[str]:
         """Roles on GPUs, or nodes, that hold too little, those that need the most first."""
         limit, host_limit = self.cluster.gpu_memory_bytes, self.cluster.host_memory_bytes
-        slots = [slot for slot, need in self.gpus.items() if need > limit]
+        devices = [device for device, need in self.gpus.items() if need > limit]
         full = {node for node, need in self.hosts.items() if host_limit is not None and need > host_limit}
-        slots += [slot for slot, node in self.layout.nodes.items() if node in full]
         shares = self.layout.shares()
-        names = {name for slot in slots for name in shares[slot]}
+        devices += [device for device in shares if self.layout.nodes[device.slot] in full]
+        names = {name for device in devices for name in shares[device]}
         return sorted(names, key=lambda name: -self.memory[name].gpu_bytes)
 
     @cached_property
@@ -59,13 +60,15 @@ class Plan:
         found = [self.layout.misfit] if self.layout.misfit else []
         shares, limit = self.layout.shares(), self.cluster.gpu_memory_bytes
         seen = set()
-        for slot, need in self.gpus.items():
-            roles = tuple(shares[slot])
+        for device, need in self.gpus.items():
+            roles = tuple(shares[device])
             if need > limit and roles not in seen:
                 seen.add(roles)
                 count = sum(tuple(others) == roles for others in shares.values())
                 verb, where = "needs" if len(roles) == 1 else "need", f"each of {count} GPUs" if count > 1 else "1 GPU"
                 found.append(f"{' + '.join(roles)} {verb} {need / 1e9:.1f} GB on {where} of {limit / 1e9:.1f} GB")
+        if not found and (cramped := self._engines_without_room()):
+            found.append(cramped)
         if self.lacks_host_memory:
             most, there = max(self.hosts.values()), self.cluster.host_memory_bytes or 0
             source = self.cluster.host_memory_source
@@ -74,6 +77,32 @@ class Plan:
                 + (f" ({source})" if source else "")
             )
         return found
+
+    def _engines_without_room(self) -> str:
+        """Why vLLM would not start on GPUs that hold all that is needed: it takes a part of a GPU, not what it needs."""
+        limit = self.cluster.gpu_memory_bytes
+        for name, needs in self.memory.items():
+            if needs.engine is None or self.cluster.on_cpu:
+                continue
+            taken = needs.engine.taken(limit)
+            key = f"{needs.role.key}.vllm_options"
+            if not needs.engine.fit_at_once(limit):
+                return (
+                    f"gpu_memory_utilization of {name} gives its vLLM {taken / 1e9:.1f} GB of a GPU, which hold the KV cache "
+                    f"of not even one response; raise it in {key}, or raise {needs.role.key}.tensor_parallel_size"
+                )
+            if (rest := limit - self.others_bytes(name)) < taken:
+                return (
+                    f"vLLM takes {taken / 1e9:.1f} GB of each GPU of {name} (gpu_memory_utilization), and the other roles "
+                    f"there leave {rest / 1e9:.1f} GB; lower gpu_memory_utilization in {key}, or give {name} gpus_per_rank 1"
+                )
+        return ""
+
+    def others_bytes(self, role: str) -> int:
+        """That the other roles need on the fullest GPU of a role."""
+        shares = self.layout.shares()
+        needs = [self.gpus[device] - self.memory[role].gpu_bytes for device in self.gpus if role in shares[device]]
+        return max(needs, default=0)
 
     @property
     def lacks_host_memory(self) -> bool:
@@ -93,19 +122,15 @@ class Plan:
         for role in self.work.roles:
             counts = [role.idle_ranks(passes) for passes in (*role.update, *([role.score] if role.score else []))]
             if role.rollout is not None:
-                counts.append(max(0, role.num_ranks - self.work.responses))
+                counts.append(max(0, role.num_engines - self.work.responses) * role.tensor_parallel_size)
             if counts and max(counts):
                 idle[role.name] = max(counts)
         return idle
 
     @property
-    def sync_bytes(self) -> int:
-        """That the object store takes in for one weight sync, and hands to the nodes of engines (once a node)."""
-        policy, rollout = self.memory.get("policy"), self.memory.get("rollout")
-        if policy is None or rollout is None or self.work.command != "ppo":
-            return 0
-        other_nodes = len(set(self.layout.nodes_of("rollout")) - {self.layout.nodes_of("policy")[0]})
-        return policy.model_bytes * (1 + other_nodes)
+    def sync(self) -> Traffic | None:
+        """Of a weight sync."""
+        return traffic(self.work, self.layout, self.cluster)
 
     @property
     def batch_bytes(self) -> int:
@@ -155,15 +180,17 @@ def scaled(plan: Plan, num_gpus: Sequence[int]) -> list[Plan]:
     now = plan.layout.placement.total_gpus or 1
     plans = []
     for count in num_gpus:
-        roles = tuple(_with_ranks(role, max(1, round(role.num_ranks * count / now))) for role in plan.work.roles)
+        roles = tuple(_with_ranks(role, count / now) for role in plan.work.roles)
         per_node = min(plan.cluster.gpus_per_node, count)
         cluster = replace(plan.cluster, gpus_per_node=per_node, num_nodes=-(-count // per_node))
         plans.append(_plan(replace(plan.work, roles=roles), cluster, plan.rates, plan.lengths))
     return plans
 
 
-def _with_ranks(role: Role, num_ranks: int) -> Role:
-    return replace(role, hosting=role.hosting.model_copy(update={"num_ranks": num_ranks}))
+def _with_ranks(role: Role, times: float) -> Role:
+    """With whole engines."""
+    number = max(1, round(role.num_engines * times)) * role.tensor_parallel_size
+    return replace(role, hosting=role.hosting.model_copy(update={"num_ranks": number}))
 
 
 def parse_counts(text: str) -> list[int]:

@@ -90,6 +90,16 @@ class Role:
         """Its settings, if it generates."""
         return self.hosting if isinstance(self.hosting, RolloutConfig) else None
 
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share one copy of a rollout role's model."""
+        return self.rollout.tensor_parallel_size if self.rollout is not None and not self.inline else 1
+
+    @property
+    def num_engines(self) -> int:
+        """Engines of a rollout role."""
+        return self.num_ranks // self.tensor_parallel_size
+
     def sequences_per_rank(self, passes: Passes) -> int:
         """The most that a rank gets."""
         rows = -(-passes.sequences // passes.sequences_per_row)
@@ -241,7 +251,7 @@ def _eval(config: EvalConfig) -> Work:
             roles.append(Role(name, model, model.model_path, model.precision, scalar, passes, key=name, inline=inline))
     responses = 0
     if config.policy is not None and prompts:
-        responses = config.rollout.num_ranks * config.rollout.batch_size
+        responses = config.rollout.num_engines * config.rollout.batch_size
         precision = config.rollout.precision or config.policy.precision
         roles.append(
             Role("rollout", config.rollout, config.policy.model_path, precision, False, key="rollout", inline=inline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from rlhf_dist.config.hosting import TrainedModel
 from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.planning.divisions import Change, even_share, layouts
+from rlhf_dist.planning.divisions import Change, even_share, layouts, tensor_parallel_sizes
 from rlhf_dist.planning.plan import Plan
 from rlhf_dist.planning.roles import AnyConfig, Role
 
@@ -149,6 +150,8 @@ def _singles(plan: Plan) -> Iterator[Change]:
         _checkpointing,
         _smaller_passes,
         _more_sharding,
+        _larger_engines,
+        _smaller_part_of_gpu,
         _own_gpus,
         _more_ranks,
         _shared_gpus,
@@ -167,7 +170,7 @@ def _checkpointing(role: Role, plan: Plan) -> Iterator[Change]:
 def _smaller_passes(role: Role, plan: Plan) -> Iterator[Change]:
     """Halves, down to one row (with a token budget: one longest row)."""
     if role.rollout is not None:
-        size = min(role.rollout.batch_size, max(1, -(-plan.work.responses // role.num_ranks))) // 2
+        size = min(role.rollout.batch_size, max(1, -(-plan.work.responses // role.num_engines))) // 2
         while size >= 1:
             yield {f"{role.key}.batch_size": size}
             size //= 2
@@ -197,6 +200,26 @@ def _more_sharding(role: Role, plan: Plan) -> Iterator[Change]:
             yield {f"{role.key}.zero_stage": stage}
     if role.frozen is not None and role.frozen.zero_stage == 0:
         yield {f"{role.key}.zero_stage": 3}
+
+
+def _larger_engines(role: Role, plan: Plan) -> Iterator[Change]:
+    """A copy of the model over more GPUs: with as many ranks as now, or as many as make an engine."""
+    if role.rollout is None or role.rollout.engine != "vllm" or role.inline:
+        return
+    for size in tensor_parallel_sizes(role, plan.cluster.gpus_per_node):
+        if size > role.tensor_parallel_size:
+            yield {f"{role.key}.tensor_parallel_size": size, f"{role.key}.num_ranks": -(-role.num_ranks // size) * size}
+
+
+def _smaller_part_of_gpu(role: Role, plan: Plan) -> Iterator[Change]:
+    """What the other roles on its GPUs leave of them."""
+    needs = plan.memory[role.name]
+    if needs.engine is None or role.rollout is None or plan.cluster.on_cpu:
+        return
+    limit = plan.cluster.gpu_memory_bytes
+    left = math.floor(100 * (limit - plan.others_bytes(role.name)) / limit) / 100
+    if needs.gpu_bytes <= left * limit < needs.engine.taken(limit):
+        yield {f"{role.key}.vllm_options": {**role.rollout.vllm_options, "gpu_memory_utilization": left}}
 
 
 def _own_gpus(role: Role, plan: Plan) -> Iterator[Change]:

@@ -8,7 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf_dist.planning.activations import ERROR_BAND
-from rlhf_dist.planning.memory import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES, RoleMemory
+from rlhf_dist.planning.allowances import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES, NCCL_BYTES
+from rlhf_dist.planning.engines import determinism
+from rlhf_dist.planning.memory import RoleMemory
 from rlhf_dist.planning.plan import Plan
 from rlhf_dist.planning.roles import Role
 
@@ -40,7 +42,7 @@ def duration(seconds: float) -> str:
 
 def tables(plan: Plan) -> list[Table]:
     """All that a reader needs of a plan."""
-    return [sizes(plan), memory(plan), phases(plan), shares(plan), traffic(plan), times(plan)]
+    return [sizes(plan), memory(plan), phases(plan), shares(plan), *rollouts(plan), traffic(plan), times(plan)]
 
 
 def sizes(plan: Plan) -> Table:
@@ -53,14 +55,20 @@ def sizes(plan: Plan) -> Table:
         for p in role.update[1:]:
             rows.append(_size_row(role, "a step (PTX)", p))
         if role.rollout is not None:
-            each = -(-plan.work.responses // role.num_ranks)
-            batches = -(-each // max(1, min(each, role.rollout.batch_size)))
+            each = -(-plan.work.responses // role.num_engines)
+            at_once = min(each, role.rollout.batch_size)
+            batches = f"{-(-each // max(1, at_once))} × {at_once}"
+            if role.rollout.engine == "vllm":
+                batches = f"{at_once} at once"
             tokens = plan.work.responses * (plan.work.prompt + plan.work.response)
             idle = str(plan.idle_ranks.get(role.name, 0))
             cells = (str(plan.work.responses), f"{tokens:,}", str(role.num_ranks), str(each))
-            rows.append((role.name, "generating", *cells, f"{batches} × {min(each, role.rollout.batch_size)}", idle))
+            rows.append((role.name, "generating", *cells, batches, idle))
     header = ("role", "work", "sequences", "tokens at most", "ranks", "a rank", "micro-batches a rank", "idle ranks")
-    return Table("Batches", header, rows, f"Optimizer steps an iteration: {plan.work.updates}.")
+    note = f"Optimizer steps an iteration: {plan.work.updates}."
+    if any(role.tensor_parallel_size > 1 for role in plan.work.roles):
+        note += " The ranks of an engine generate the same sequences together."
+    return Table("Batches", header, rows, note)
 
 
 def _size_row(role: Role, name: str, passes: Any) -> tuple[str, ...]:
@@ -91,7 +99,12 @@ def memory(plan: Plan) -> Table:
         "GB (10^9 bytes) of one rank. Parameters, gradients and optimizer states are exact; real peaks of activations and "
         f"logits lay between {below:+.0%} and {above:+.0%} of the estimate. Other: KV cache, gathered parameters, sync "
         f"buckets, AdamW's intermediate results. Allowance: {CONTEXT_BYTES / 1e9:g} GB CUDA context, {NCCL_BYTES / 1e9:g} GB "
-        f"NCCL, {FRAGMENTATION:.0%} fragmentation."
+        f"NCCL, {FRAGMENTATION:.0%} fragmentation"
+        + (
+            f", {GRAPH_BYTES / 1e9:g} GB CUDA graphs of vLLM."
+            if any(needs.engine for needs in plan.memory.values())
+            else "."
+        )
     )
     for name, needs in plan.memory.items():
         if needs.role.trained is not None and needs.model.frozen:
@@ -102,6 +115,8 @@ def memory(plan: Plan) -> Table:
 
 def _layout_words(role: Role) -> str:
     host = role.trained or role.frozen
+    if role.tensor_parallel_size > 1:
+        return f"{role.num_engines} × copy on {role.tensor_parallel_size} GPUs"
     words = f"{role.num_ranks} × "
     words += "whole copy" if host is None or (role.frozen and not host.zero_stage) else f"ZeRO-{host.zero_stage}"
     if role.trained is not None and role.trained.ds_config_path is not None:
@@ -142,8 +157,8 @@ def shares(plan: Plan) -> Table:
         ]
         return Table("This machine", ("node", "needs", "has", ""), rows, "GB of host memory, all ranks together.")
     groups: dict[tuple[str, ...], list[int]] = {}
-    for slot, roles in plan.layout.shares().items():
-        groups.setdefault(tuple(roles), []).append(plan.gpus[slot])
+    for device, roles in plan.layout.shares().items():
+        groups.setdefault(tuple(roles), []).append(plan.gpus[device])
     limit = plan.cluster.gpu_memory_bytes
     rows = [
         (str(len(needs)), " + ".join(roles), gigabytes(max(needs)), gigabytes(limit), _verdict(max(needs), limit))
@@ -168,18 +183,46 @@ def _verdict(need: int, limit: int | None) -> str:
     return "" if limit is None else "fits" if need <= limit else "DOES NOT FIT"
 
 
+def rollouts(plan: Plan) -> list[Table]:
+    """Engines of the rollout role, and what holds of their responses; nothing of a run that has none."""
+    tables = []
+    for name, needs in plan.memory.items():
+        role, engine = needs.role, needs.engine
+        if role.rollout is None:
+            continue
+        note = f"{determinism(role)}."
+        row = (name, role.rollout.engine, str(role.num_engines), str(role.tensor_parallel_size))
+        if engine is None:
+            each = min(role.rollout.batch_size, -(-plan.work.responses // role.num_engines))
+            row += (gigabytes(needs.phases["generate"]["parameters"].gpu), "–", str(each), "–")
+        else:
+            fit = "–" if plan.cluster.on_cpu else f"{engine.fit_at_once(plan.cluster.gpu_memory_bytes):,}"
+            row += (gigabytes(engine.weights), f"{engine.sequence / 1e9:.3g}", str(engine.asked_at_once), fit)
+            taken = gigabytes(engine.taken(plan.cluster.gpu_memory_bytes))
+            note = (
+                f"GB of one GPU; a sequence is one of {engine.longest} tokens, the longest. vLLM takes {taken} GB of each GPU "
+                f"when it starts (gpu_memory_utilization): what it needs for nothing else becomes KV cache. {note}"
+            )
+        header = (
+            "role",
+            "engine",
+            "engines",
+            "GPUs of each",
+            "weights",
+            "KV cache of a sequence",
+            "at once",
+            "fit at once",
+        )
+        tables.append(Table("Rollouts", header, [row], note))
+    return tables
+
+
 def traffic(plan: Plan) -> Table:
     """Object store, weight sync, and disk."""
     rows = []
-    if plan.sync_bytes:
-        nodes = plan.sync_bytes // plan.memory["policy"].model_bytes
-        rows.append(
-            (
-                "weight sync, an iteration",
-                gigabytes(plan.sync_bytes),
-                f"the policy, in the object store of {nodes} node(s)",
-            )
-        )
+    if plan.sync is not None:
+        took = duration(plan.timeline.seconds["sync"])
+        rows.append(("weight sync, an iteration", gigabytes(plan.sync.num_bytes), f"{plan.sync.words}; {took} s"))
     rows.append(("tokens and numbers, an iteration", gigabytes(plan.batch_bytes), "batches between driver and roles"))
     for name, needs in plan.memory.items():
         if needs.checkpoint_bytes:
@@ -242,11 +285,15 @@ def as_data(plan: Plan, scale: Sequence[Plan] = ()) -> dict[str, Any]:
         "problems": plan.problems,
         "roles": {name: _role_data(needs) for name, needs in plan.memory.items()},
         "gpus": [
-            {"node": plan.layout.nodes[slot], "roles": roles, "bytes": plan.gpus.get(slot)}
-            for slot, roles in plan.layout.shares().items()
+            {"node": plan.layout.nodes[device.slot], "roles": roles, "bytes": plan.gpus.get(device)}
+            for device, roles in plan.layout.shares().items()
         ],
         "host_bytes_of_nodes": {str(node): need for node, need in plan.hosts.items()},
-        "weight_sync_bytes": plan.sync_bytes,
+        "weight_sync_bytes": plan.sync.num_bytes if plan.sync else 0,
+        "weight_sync_transport": plan.sync.transport if plan.sync else None,
+        "engines": {
+            name: _engine_data(needs, plan) for name, needs in plan.memory.items() if needs.role.rollout is not None
+        },
         "batch_bytes": plan.batch_bytes,
         "idle_ranks": plan.idle_ranks,
         "activation_error_band": list(ERROR_BAND),
@@ -265,6 +312,26 @@ def as_data(plan: Plan, scale: Sequence[Plan] = ()) -> dict[str, Any]:
             }
             for other in scale
         ],
+    }
+
+
+def _engine_data(needs: RoleMemory, plan: Plan) -> dict[str, Any]:
+    role, engine = needs.role, needs.engine
+    assert role.rollout is not None
+    data: dict[str, Any] = {
+        "engine": role.rollout.engine,
+        "num_engines": role.num_engines,
+        "tensor_parallel_size": role.tensor_parallel_size,
+        "determinism": determinism(role),
+    }
+    if engine is None:
+        return data
+    return data | {
+        "weights_bytes": engine.weights,
+        "kv_cache_bytes_of_sequence": engine.sequence,
+        "at_once": engine.asked_at_once,
+        "fit_at_once": None if plan.cluster.on_cpu else engine.fit_at_once(plan.cluster.gpu_memory_bytes),
+        "taken_bytes": None if plan.cluster.on_cpu else engine.taken(plan.cluster.gpu_memory_bytes),
     }
 
 

@@ -5,89 +5,19 @@ A bound for comparing layouts, not a promise: the efficiencies are assumptions u
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from rlhf_dist.core.errors import ConfigError
-from rlhf_dist.models.architecture import ELEMENT_BYTES, Architecture, architecture
+from rlhf_dist.models.architecture import Architecture
+from rlhf_dist.planning import generation, sync
 from rlhf_dist.planning.hardware import Cluster
-from rlhf_dist.planning.layout import Layout
+from rlhf_dist.planning.layout import Layout, slowest_link
+from rlhf_dist.planning.rates import COLLECTIVES, Lengths, Rates, Seconds
 from rlhf_dist.planning.roles import Passes, Role, Work
 from rlhf_dist.planning.sharding import Sharding
 
-PHASES = ("generate", "score", "update", "sync")
-"""Of an iteration, in the order they come in."""
-
-Seconds = dict[str, float]
-"""What the time goes into → seconds."""
-
 COMPUTING = "computing"
-COLLECTIVES = "ZeRO's collectives"
 OPTIMIZER = "the optimizer's memory traffic"
-PREFILL = "reading prompts"
-WEIGHTS = "reading weights and KV cache for every token"
-LAUNCHES = "launching each layer's kernels for every token"
-CHECKSUMS = "checksums of the weights at both ends"
-COPIES = "copies of the weights between GPU, host and object store"
-_CHECKSUM_PASSES = 5
-"""Of `weight_sync.buckets.checksum` over memory: words and weights in, products out and in, words in."""
-NETWORK = "the object store's transfers between nodes"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Efficiencies and rates beside the datasheet's. A JSON file may replace any of them."""
-
-    train_efficiency: float = 0.40
-    """Of the GPU's operations a second, in forward and backward passes of training."""
-    forward_efficiency: float = 0.50
-    """In forward passes: scoring, reading prompts."""
-    decode_efficiency: float = 0.60
-    """Of the GPU's memory bandwidth, in decoding."""
-    link_efficiency: float = 0.70
-    """Of the bandwidth between GPUs, in collectives."""
-    layer_launch_s: float = 0.8e-3
-    """Python and kernel launches of one layer for one token step of the `hf` engine."""
-    host_copy_bytes_per_s: float = 8e9
-    """Between a GPU and pageable host memory."""
-    host_memory_bytes_per_s: float = 10e9
-    """That a rank's AdamW gets where optimizer states are offloaded."""
-    store_bytes_per_s: float = 2e9
-    """Into Ray's object store, and between the stores of two nodes."""
-    factors: Mapping[str, float] = field(default_factory=dict)
-    """Phase → measured over estimated seconds of a real run."""
-
-    @classmethod
-    def read(cls, values: Mapping[str, object], source: str) -> Rates:
-        """From a mapping.
-
-        Raises:
-            ConfigError: an unknown name, or a value that is no positive number.
-        """
-        known = sorted({f.name for f in fields(cls)} - {"factors"})
-        rates = {name: value for name, value in values.items() if name != "factors"}
-        factors = values.get("factors", {})
-        if not isinstance(factors, Mapping):
-            raise ConfigError(f"{source} sets factors to {factors!r}; it must be an object of numbers by phase")
-        for name in rates.keys() - set(known):
-            raise ConfigError(f"{source} names the rate {name!r}; known ones are {', '.join(known)}, factors")
-        for name in factors.keys() - set(PHASES):
-            raise ConfigError(f"{source} has a factor of {name!r}; phases are {', '.join(PHASES)}")
-        for name, value in [*rates.items(), *((f"factors.{phase}", value) for phase, value in factors.items())]:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
-                raise ConfigError(f"{source} sets {name} to {value!r}; it must be a positive number")
-        return cls(**rates, factors=dict(factors))  # pyright: ignore[reportArgumentType]
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of prompts and responses: what is expected on average, and the longest response, to which engines decode."""
-
-    prompt: float
-    response: float
-    longest_response: int
 
 
 @dataclass(frozen=True)
@@ -149,28 +79,8 @@ class _Clock:
         return max(sums, key=lambda parts: sum(parts.values()), default={})
 
     def generate(self, role: Role) -> Seconds:
-        """An engine's batches one after the other, each to the end of its longest response."""
-        if role.rollout is None:
-            return {}
-        model, size = architecture(role.model_path), ELEMENT_BYTES[role.precision]
-        rows = max(1, -(-self.work.responses // role.num_ranks))
-        at_once = min(rows, role.rollout.batch_size)
-        batches = -(-rows // at_once)
-        steps = self.lengths.longest_response
-        prefill = model.forward_flops(at_once, self.lengths.prompt, 1)
-        # Ended responses leave the batch: on average as many are at work as the mean response is long.
-        busy = at_once * min(1.0, self.lengths.response / steps)
-        context = self.lengths.prompt + steps / 2
-        read = size * (model.num_parameters + busy * context * model.kv_elements_per_token)
-        flops = busy * (model.body_flops_per_token + model.head_flops_per_token)
-        reading = read / (self.cluster.gpu.memory_bytes_per_s * self.rates.decode_efficiency)
-        reading = max(reading, flops / (self.cluster.gpu.flops * self.rates.forward_efficiency))
-        launching = max(0.0, model.num_layers * self.rates.layer_launch_s - reading)
-        return {
-            PREFILL: batches * prefill / (self.cluster.gpu.flops * self.rates.forward_efficiency),
-            WEIGHTS: batches * steps * reading,
-            LAUNCHES: batches * steps * launching,
-        }
+        """See `generation.seconds`."""
+        return generation.seconds(role, self.work, self.cluster, self.rates, self.lengths)
 
     def score(self, role: Role) -> Seconds:
         """Forward passes of all responses."""
@@ -217,28 +127,12 @@ class _Clock:
         }
 
     def sync(self) -> Seconds:
-        """Bucket after bucket, and nothing at the same time: rank 0 gathers, copies, sums; the store carries; engines sum."""
-        policy, rollout = self.work.role("policy"), self.work.role("rollout")
-        if policy is None or rollout is None:
-            return {}
-        model, sharding = self._model(policy), self._sharding(policy)
-        size = sharding.element_bytes * model.num_parameters
-        source = self.layout.nodes_of("policy")[0]
-        others = len(set(self.layout.nodes_of("rollout")) - {source})
-        copies = size / self.rates.store_bytes_per_s
-        if not self.cluster.on_cpu:
-            copies += 2 * size / self.rates.host_copy_bytes_per_s
-        return {
-            COLLECTIVES: self._collective(policy, size) if sharding.zero_stage == 3 else 0.0,
-            CHECKSUMS: 2 * _CHECKSUM_PASSES * size / self._memory_bandwidth,
-            COPIES: copies,
-            # Nodes that have a bucket hand it on, so that rounds grow with the logarithm.
-            NETWORK: math.ceil(math.log2(others + 1)) * size / self.rates.store_bytes_per_s,
-        }
+        """See `sync.seconds`."""
+        return sync.seconds(self.work, self.layout, self.cluster, self.rates)
 
     @property
     def _memory_bandwidth(self) -> float:
-        return self.cluster.gpu.memory_bytes_per_s * self.rates.decode_efficiency
+        return self.rates.memory_bandwidth(self.cluster.gpu)
 
     def _model(self, role: Role) -> Architecture:
         return role.architecture
@@ -256,15 +150,9 @@ class _Clock:
         return model.forward_flops(sequences, length, min(passes.targets, self.lengths.response))
 
     def _collective(self, role: Role, num_bytes: float) -> float:
-        """A ring over the role's ranks; where they are on several nodes, the link between nodes is the narrowest."""
-        ranks = role.num_ranks
-        if ranks == 1:
-            return 0.0
-        several = len(set(self.layout.nodes_of(role.name))) > 1
-        link = self.cluster.gpu.link_bytes_per_s
-        if several:
-            link = min(link, self.cluster.node_link_bytes_per_s)
-        return num_bytes * (ranks - 1) / ranks / (link * self.rates.link_efficiency)
+        """A ring over the role's ranks."""
+        link = slowest_link(self.layout, self.cluster, role.name)
+        return self.rates.ring_s(num_bytes, role.num_ranks, link)
 
 
 def _added(parts: Iterable[Seconds]) -> Seconds:

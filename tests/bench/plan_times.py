@@ -24,7 +24,7 @@ from support.tiny import save_tiny_lm, save_tiny_rm
 from rlhf_dist.planning.calibration import PHASES, calibrated, measured_seconds, metrics_rows, response_length
 from rlhf_dist.planning.hardware import GPUS, Cluster
 from rlhf_dist.planning.plan import plan_run
-from rlhf_dist.planning.timeline import Rates
+from rlhf_dist.planning.rates import Rates
 from rlhf_dist.ppo.build import run_ppo
 from rlhf_dist.ppo.config import PPOConfig
 

@@ -49,7 +49,10 @@ def section() -> str:
             mean_response_tokens=None,
         )
         plan, _ = command.planned(command.load("ppo", Path(arguments[0]), []), options)
-        shown = [tables.memory(plan), tables.shares(plan), tables.times(plan)]
+        shown = [tables.memory(plan), tables.shares(plan)]
+        if any(needs.engine for needs in plan.memory.values()):
+            shown += [*tables.rollouts(plan), tables.traffic(plan)]
+        shown.append(tables.times(plan))
         words = arguments
         if title in SCALE:
             words = [*arguments, "--scale", ",".join(map(str, SCALE[title]))]

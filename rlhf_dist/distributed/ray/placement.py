@@ -19,7 +19,7 @@ class Slot(NamedTuple):
     reservation: int
     """Index into `PlacementPlan.reservations`."""
     bundle: int
-    """Index into its bundles."""
+    """Index into its bundles. The ranks of an engine with GPUs of its own have one bundle together."""
 
 
 @dataclass
@@ -42,6 +42,13 @@ class PlacementPlan:
     reservations: list[Reservation] = field(default_factory=list)
     ranks: dict[str, list[Slot]] = field(default_factory=dict)
     """Role → slot of each rank."""
+    together: dict[str, int] = field(default_factory=dict)
+    """Role → neighboring ranks that must lie on one node (an engine's), of roles where there are several."""
+
+    def engines(self, role: str) -> list[list[Slot]]:
+        """Of a role's ranks, those that must lie on one node: the slots of each such group."""
+        slots, number = self.ranks[role], self.together.get(role, 1)
+        return [slots[first : first + number] for first in range(0, len(slots), number)]
 
     @property
     def total_cpus(self) -> float:
@@ -64,13 +71,36 @@ class PlacementPlan:
         for role, slots in self.ranks.items():
             # Nodes in the order in which the role meets them.
             order = list(dict.fromkeys(nodes[slot.reservation][slot.bundle] for slot in slots))
+            # A stable sort: the ranks of an engine, which have one bundle, stay neighbors.
             ranks[role] = sorted(slots, key=lambda slot: order.index(nodes[slot.reservation][slot.bundle]))
-        return PlacementPlan(self.reservations, ranks)
+        return PlacementPlan(self.reservations, ranks, self.together)
+
+    def split_engine(self, node_of: Mapping[Slot, object]) -> str | None:
+        """The first engine that lies on several nodes, in words with what helps, or None. Only ranks that share GPUs with
+        other roles can come to that: Ray is asked for their GPUs one by one.
+
+        Args:
+            node_of: the node that each slot was granted on.
+        """
+        for role, number in self.together.items():
+            for index, slots in enumerate(self.engines(role)):
+                if (count := len({node_of[slot] for slot in slots})) > 1:
+                    return (
+                        f"engine {index} of {role} has its {number} ranks (tensor_parallel_size {number}) on {count} nodes, "
+                        "and they must lie on one; give the role gpus_per_rank 1, by which an engine gets GPUs of one node, "
+                        "set a tensor_parallel_size that divides the GPUs of each node, or placement_strategy STRICT_PACK "
+                        "of all roles that share these GPUs"
+                    )
+        return None
 
 
 def plan_placement(placements: Mapping[str, Placement], device: str) -> PlacementPlan:
     """A bundle a rank; on GPUs, rank i of all roles with a fraction of a GPU shares one bundle with a whole GPU. (Which
     rank that is may change when ranks are numbered by the nodes that were granted; which roles share a GPU does not.)
+
+    Ranks that must lie on one node (those of an engine) get one bundle together, for a bundle is on one node. Where they share
+    their GPUs with other roles they do not: within a bundle of several GPUs Ray may give two ranks of a role the same one.
+    Whether they came to one node is then seen when it is granted (`PlacementPlan.split_engine`).
 
     Two ranks of one role never share a GPU: NCCL rejects two ranks on a device. Roles of the default strategy are reserved in
     one piece, so that a run gets all of them or none; another strategy is a statement about one role (or the roles that share
@@ -82,15 +112,20 @@ def plan_placement(placements: Mapping[str, Placement], device: str) -> Placemen
 
     Raises:
         ConfigError: the fractions on a shared GPU add up to more than one, or roles that share GPUs are to be laid out by
-            different strategies.
+            different strategies, or spread although an engine's ranks must lie on one node.
     """
-    plan = PlacementPlan()
+    plan = PlacementPlan(together={role: p.ranks_together for role, p in placements.items() if p.ranks_together > 1})
     shared = {role: p for role, p in placements.items() if device == "cuda" and p.gpus_per_rank < 1}
     for role, p in placements.items():
         if role not in shared:
-            plan.ranks[role] = _reserve(plan, p.placement_strategy, [role], [_bundle(p, device)] * p.num_ranks)
+            number = p.ranks_together
+            bundles = [_bundle(p, device)] * (p.num_ranks // number)
+            plan.ranks[role] = [
+                slot for slot in _reserve(plan, p.placement_strategy, [role], bundles) for _ in range(number)
+            ]
     if shared:
         strategy = _common_strategy(shared)
+        _check_spread(shared, strategy)
         slots = _reserve(plan, strategy, list(shared), _shared_bundles(shared))
         plan.ranks |= {role: slots[: p.num_ranks] for role, p in shared.items()}
     return plan
@@ -112,7 +147,9 @@ def _reserve(
 
 
 def _bundle(p: Placement, device: str) -> Bundle:
-    return {"CPU": p.cpus_per_rank} | ({"GPU": 1.0} if device == "cuda" else {})
+    """Of one rank, or of all ranks of an engine."""
+    number = p.ranks_together
+    return {"CPU": number * p.cpus_per_rank} | ({"GPU": float(number)} if device == "cuda" else {})
 
 
 def _common_strategy(shared: Mapping[str, Placement]) -> PlacementStrategy:
@@ -124,6 +161,16 @@ def _common_strategy(shared: Mapping[str, Placement]) -> PlacementStrategy:
             "or give one of them gpus_per_rank 1"
         )
     return next(iter(strategies.values()))
+
+
+def _check_spread(shared: Mapping[str, Placement], strategy: PlacementStrategy) -> None:
+    for role, p in shared.items():
+        if p.ranks_together > 1 and strategy in ("SPREAD", "STRICT_SPREAD"):
+            raise ConfigError(
+                f"placement_strategy of {', '.join(shared)} is {strategy}, which puts the GPUs that they share on different "
+                f"nodes, but the {p.ranks_together} ranks of an engine of {role} (tensor_parallel_size {p.ranks_together}) "
+                "must lie on one; use PACK or STRICT_PACK, or give the role gpus_per_rank 1"
+            )
 
 
 def _shared_bundles(shared: Mapping[str, Placement]) -> list[Bundle]:
@@ -149,6 +196,8 @@ def misfit(plan: PlacementPlan, nodes: Sequence[Mapping[str, float]], resources:
         nodes: of each node, resource → amount it has in all.
         resources: those that count.
     """
+    if reason := _engine_misfit(plan, nodes, resources):
+        return reason
     for r in plan.reservations:
         needs = [{name: bundle.get(name, 0.0) for name in resources} for bundle in r.bundles]
         for need in needs:
@@ -162,9 +211,23 @@ def misfit(plan: PlacementPlan, nodes: Sequence[Mapping[str, float]], resources:
         if r.strategy == "STRICT_SPREAD":
             able = sum(any(_fits(need, node) for need in needs) for node in nodes)
             if able < len(needs):
+                what = "engines" if plan.together.keys() & set(r.roles) else "ranks"
                 return (
-                    f"the ranks of {' + '.join(r.roles)} must lie on {len(needs)} different nodes (STRICT_SPREAD), and {able} "
+                    f"the {what} of {' + '.join(r.roles)} must lie on {len(needs)} different nodes (STRICT_SPREAD), and {able} "
                     f"node{'' if able == 1 else 's'} can hold one"
+                )
+    return None
+
+
+def _engine_misfit(plan: PlacementPlan, nodes: Sequence[Mapping[str, float]], resources: Sequence[str]) -> str | None:
+    for role, number in plan.together.items():
+        for slots in plan.engines(role):
+            bundles = [plan.reservations[slot.reservation].bundles[slot.bundle] for slot in set(slots)]
+            need = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in resources}
+            if not any(_fits(need, node) for node in nodes):
+                return (
+                    f"an engine of {role} (tensor_parallel_size {number}) needs {_words(need)} on one node, which none has; "
+                    f"lower {role}.tensor_parallel_size"
                 )
     return None
 

@@ -32,7 +32,7 @@ from rlhf_dist.distributed.hosting import announce_accelerator
 from rlhf_dist.distributed.ray.actor import RankHost
 from rlhf_dist.distributed.ray.group import RayGroup
 from rlhf_dist.distributed.ray.network import check_interface, passed_environment
-from rlhf_dist.distributed.ray.placement import PlacementPlan, misfit, plan_placement
+from rlhf_dist.distributed.ray.placement import PlacementPlan, Slot, misfit, plan_placement
 
 log = logging.getLogger(__name__)
 
@@ -196,11 +196,16 @@ class RaySession:
                     f"(free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs); {remedy}"
                 )
             tables = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
+            nodes = [[table[i] for i in range(len(table))] for table in tables]
+            numbered = plan.numbered_by_node(nodes)
+            if reason := numbered.split_engine(
+                {Slot(i, j): n for i, row in enumerate(nodes) for j, n in enumerate(row)}
+            ):
+                raise PlacementError(f"the nodes that were granted do not do: {reason}")
         except BaseException:
             _give_back(groups)
             raise
-        nodes = [[table[i] for i in range(len(table))] for table in tables]
-        return Reserved(groups, plan.numbered_by_node(nodes))
+        return Reserved(groups, numbered)
 
     def _start(self, spec: WorkerSpec, reserved: Reserved | None, rank: int) -> Any:
         """A process for a rank, in its bundle where there is one; a handle of the actor, which may still be starting."""

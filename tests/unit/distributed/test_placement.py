@@ -10,6 +10,7 @@ from rlhf_dist.config.hosting import Placement
 from rlhf_dist.core.errors import ConfigError
 from rlhf_dist.distributed.group import WorkerSpec, describe
 from rlhf_dist.distributed.ray.placement import PlacementPlan, Slot, misfit, plan_placement
+from rlhf_dist.rollout.config import RolloutConfig
 
 
 def ask(num_ranks: int, gpus: float = 1.0, cpus: float = 1.0, strategy: str = "PACK") -> Placement:
@@ -136,3 +137,86 @@ def test_the_demand_in_words():
     specs = [WorkerSpec("policy", ask(2, 0.5, 3), object), WorkerSpec("value", ask(1), object)]
     assert describe(specs, "cuda") == "policy 2 x 0.5 GPU, value 1 x 1 GPU"
     assert describe(specs, "cpu") == "policy 2 x 3 CPU, value 1 x 1 CPU"
+
+
+def engines(num_ranks: int, size: int, gpus: float = 1.0, cpus: float = 1.0, strategy: str = "PACK") -> RolloutConfig:
+    """A rollout role of vLLM engines of `size` ranks."""
+    return RolloutConfig.model_validate(
+        {
+            "engine": "vllm",
+            "num_ranks": num_ranks,
+            "tensor_parallel_size": size,
+            "gpus_per_rank": gpus,
+            "cpus_per_rank": cpus,
+            "placement_strategy": strategy,
+        }
+    )
+
+
+def test_an_engine_has_one_bundle_for_all_its_ranks():
+    plan = plan_placement({"policy": ask(2), "rollout": engines(8, 4, cpus=3)}, "cuda")
+    assert only(plan) == [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 12, "GPU": 4}] * 2
+    assert plan.ranks["rollout"] == [Slot(0, 2)] * 4 + [Slot(0, 3)] * 4
+    assert (plan.total_gpus, plan.total_cpus) == (10, 26)
+    assert only(plan_placement({"rollout": engines(4, 2)}, "cpu")) == [{"CPU": 2}, {"CPU": 2}]
+
+
+def test_the_ranks_of_an_engine_stay_neighbors_when_they_are_numbered():
+    plan = plan_placement({"rollout": engines(8, 2)}, "cuda")
+    numbered = plan.numbered_by_node([["b", "a", "b", "a"]])
+    assert numbered.engines("rollout") == [[Slot(0, i)] * 2 for i in (0, 2, 1, 3)]
+    assert numbered.split_engine({Slot(0, i): node for i, node in enumerate("baba")}) is None
+
+
+def test_spread_engines_are_spread_each_as_a_whole():
+    plan = plan_placement({"rollout": engines(4, 2, strategy="STRICT_SPREAD")}, "cuda")
+    (reservation,) = plan.reservations
+    assert (reservation.strategy, reservation.bundles) == ("STRICT_SPREAD", [{"CPU": 2, "GPU": 2}] * 2)
+
+
+def test_engines_that_share_gpus_have_them_one_by_one_and_are_checked_when_granted():
+    """In a bundle of several GPUs Ray could give two ranks of a role the same one."""
+    plan = plan_placement({"reward": ask(4, 0.5), "rollout": engines(4, 2, gpus=0.5)}, "cuda")
+    assert [bundle["GPU"] for bundle in only(plan)] == [1] * 4
+    assert plan.ranks["rollout"] == plan.ranks["reward"] == [Slot(0, i) for i in range(4)]
+
+    def granted(nodes: str) -> str | None:
+        return plan.numbered_by_node([list(nodes)]).split_engine({Slot(0, i): node for i, node in enumerate(nodes)})
+
+    assert granted("aaaa") is None
+    assert granted("abab") is None
+    reason = granted("aaab")
+    assert reason is not None
+    assert re.search(r"engine 1 of rollout .* \(tensor_parallel_size 2\) on 2 nodes.*gpus_per_rank 1", reason)
+
+
+@pytest.mark.parametrize("strategy", ["SPREAD", "STRICT_SPREAD"])
+def test_shared_gpus_that_are_spread_hold_no_engine(strategy: str):
+    roles = {"reward": ask(2, 0.5, strategy=strategy), "rollout": engines(2, 2, gpus=0.5, strategy=strategy)}
+    with pytest.raises(ConfigError, match=rf"is {strategy}, which puts .* \(tensor_parallel_size 2\) must lie on one"):
+        plan_placement(roles, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("rollout", "says"),
+    [
+        (engines(4, 4), None),
+        (engines(8, 8), r"an engine of rollout \(tensor_parallel_size 8\) needs 8 GPUs and 8 CPUs on one node"),
+        (engines(8, 8, gpus=0.5), r"needs 8 GPUs .* none has; lower rollout.tensor_parallel_size"),
+        (engines(4, 4, cpus=3), r"needs 4 GPUs and 12 CPUs on one node"),
+        (engines(4, 2, strategy="STRICT_SPREAD"), None),
+        (engines(6, 2, strategy="STRICT_SPREAD"), r"the engines of rollout must lie on 3 different nodes"),
+    ],
+)
+def test_engines_that_nodes_cannot_hold(rollout: RolloutConfig, says: str | None):
+    found = misfit(plan_placement({"rollout": rollout}, "cuda"), TWO_NODES, ("GPU", "CPU"))
+    if says is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(says, found)
+
+
+def test_engines_in_words():
+    specs = [WorkerSpec("rollout", engines(16, 8), object)]
+    assert describe(specs, "cuda") == "rollout 16 x 1 GPU in engines of 8"

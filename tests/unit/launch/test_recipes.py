@@ -138,17 +138,30 @@ def test_movie_prompts_held_out_are_other_movies():
 
 @pytest.mark.parametrize("name", NODES)
 def test_it_fits_on_paper(name: str, capsys: pytest.CaptureFixture[str]):
-    """On GPUs of 80 GB, but for the 70B policy, of which a rollout engine cannot hold a copy there."""
+    """On GPUs of 80 GB."""
     arguments = ["plan", str(RECIPES / f"{name}.yaml"), "--gpus", "8", "--nodes", str(NODES[name]), "--format", "json"]
     fits = main([*arguments, "--gpu-memory", "80GB"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["command"] == COMMANDS[name]
     assert not plan["idle_ranks"]
-    if name != "llama_70b_ppo":
-        assert fits, plan["problems"]
-        return
-    assert [problem.split(" needs ")[0] for problem in plan["problems"]] == ["rollout"]
-    assert main([*arguments, "--gpu-type", "b200"]) == 0
+    assert fits, plan["problems"]
+
+
+def test_the_70b_recipe_divides_a_copy_of_the_policy_over_a_node(capsys: pytest.CaptureFixture[str]):
+    """As one GPU cannot hold it. The plan says what a sync of it is."""
+    config = load("llama_70b_ppo")
+    assert (config.rollout.engine, config.rollout.tensor_parallel_size, config.rollout.num_engines) == ("vllm", 8, 1)
+    recipe = str(RECIPES / "llama_70b_ppo.yaml")
+    arguments = ["plan", recipe, "--gpus", "8", "--nodes", "8", "--gpu-memory", "80GB"]
+    assert main([*arguments, "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len({gpu["node"] for gpu in plan["gpus"] if "rollout" in gpu["roles"]}) == 1
+    # 70.55 billion parameters of two bytes, in the object store of the policy's node and of the engine's.
+    assert plan["weight_sync_bytes"] == pytest.approx(2 * 141.1e9, rel=1e-3)
+    assert sum(plan["timeline_s"]["sync"].values()) > 60
+    whole = ["--rollout.engine", "hf", "--rollout.tensor_parallel_size", "1", "--rollout.batch_size", "8"]
+    assert main([*arguments, *whole, "--format", "json"]) == 6
+    assert json.loads(capsys.readouterr().out)["problems"][0].startswith("rollout needs 156.9 GB on each of 8 GPUs")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in NODES])
