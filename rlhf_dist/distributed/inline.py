@@ -20,9 +20,10 @@ class InlineGroup:
 
     num_ranks = 1
 
-    def __init__(self, role: str, worker: Any) -> None:
+    def __init__(self, role: str, worker: Any, device: str = "cpu") -> None:
         self.role = role
         self.worker = worker
+        self.device = device
 
     def call(self, method: str, *args: Any, ranks: Sequence[int] | None = None) -> Future[list[Any]]:
         """See `WorkerGroup`."""
@@ -87,7 +88,7 @@ class InlineSession:
         # The process group of one outlives this block: DeepSpeed keeps it for the life of the process.
         for spec in specs:
             context = RankContext(device=self.device, threads=spec.placement.threads_per_rank, seed=seed)
-            groups[spec.role] = InlineGroup(spec.role, build_worker(spec.build, context))
+            groups[spec.role] = InlineGroup(spec.role, build_worker(spec.build, context), self.device)
         yield groups
 
     def close(self) -> None:

@@ -261,7 +261,9 @@ class GroupWeightSync:
     ) -> None:
         self.policy = policy
         self.engines = engines
-        self.transport: Transport = (BroadcastTransport if transport == "broadcast" else StoreTransport)(policy, engines)
+        self.transport: Transport = (BroadcastTransport if transport == "broadcast" else StoreTransport)(
+            policy, engines
+        )
         self._version = 0
         self._checksum: int | None = None
         """Of the weights of that version; None until they are sent."""

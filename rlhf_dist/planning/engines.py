@@ -99,7 +99,9 @@ class EngineRank:
 
     def taken(self, gpu_memory_bytes: int) -> int:
         """Bytes that vLLM takes of a GPU, whatever it needs."""
-        return int(float(self._options.get("gpu_memory_utilization", UTILIZATION)) * gpu_memory_bytes)
+        assert self.role.rollout is not None
+        share = UTILIZATION * self.role.rollout.gpus_per_rank
+        return int(float(self._options.get("gpu_memory_utilization", share)) * gpu_memory_bytes)
 
     def fit_at_once(self, gpu_memory_bytes: int) -> int:
         """Longest sequences whose KV cache is in what is left of `taken`. Where more are under way, vLLM stops some, to compute

@@ -24,29 +24,21 @@ BROADCAST = "NCCL's broadcast to the engines"
 _CHECKSUM_PASSES = 5
 """Of `weight_sync.checksum` over memory: words and weights in, products out and in, words in."""
 
-Transport = Literal["store", "nccl"]
-"""`store`: through host memory and Ray's object store, once to each node. `nccl`: from GPU to GPU."""
-
-
-def transport_of(rollout: Role, cluster: Cluster) -> Transport:
-    """How the product sends weights to these engines: today through the store, whatever they are."""
-    return "store"
-
-
 @dataclass(frozen=True)
 class Traffic:
     """Of one sync."""
 
-    transport: Transport
+    transport: Literal["store", "broadcast"]
+    """See `RolloutConfig.weight_transport`."""
     num_bytes: int
-    """Store: taken in by the object stores of all nodes; nccl: received by all ranks of all engines."""
+    """Store: taken in by the object stores of all nodes; broadcast: received by all ranks of all engines."""
     receivers: int
     """Nodes with a copy in their store, or ranks of engines."""
 
     @property
     def words(self) -> str:
         """What passes where."""
-        if self.transport == "nccl":
+        if self.transport == "broadcast":
             return f"the policy, from GPU to GPU, to {self.receivers} engine rank(s)"
         return f"the policy, in the object store of {self.receivers} node(s)"
 
@@ -57,8 +49,8 @@ def traffic(work: Work, layout: Layout, cluster: Cluster) -> Traffic | None:
     if roles is None:
         return None
     policy, rollout = roles
-    transport = transport_of(rollout, cluster)
-    receivers = rollout.num_ranks if transport == "nccl" else 1 + _other_nodes(layout)
+    transport = _transport(policy, rollout, cluster)
+    receivers = rollout.num_ranks if transport == "broadcast" else 1 + _other_nodes(layout)
     return Traffic(transport, _model_bytes(policy) * receivers, receivers)
 
 
@@ -76,7 +68,7 @@ def seconds(work: Work, layout: Layout, cluster: Cluster, rates: Rates) -> Secon
         COLLECTIVES: rates.ring_s(size, policy.num_ranks, link) if zero_3 else 0.0,
         CHECKSUMS: 2 * _CHECKSUM_PASSES * size / rates.memory_bandwidth(cluster.gpu),
     }
-    if transport_of(rollout, cluster) == "nccl":
+    if _transport(policy, rollout, cluster) == "broadcast":
         # Pipelined in pieces: as long as the bytes take over the slowest link, however many ranks there are.
         link = slowest_link(layout, cluster, "policy", "rollout")
         return parts | {BROADCAST: size / (link * rates.link_efficiency)}
@@ -91,6 +83,12 @@ def seconds(work: Work, layout: Layout, cluster: Cluster, rates: Rates) -> Secon
 def _ends(work: Work) -> tuple[Role, Role] | None:
     policy, rollout = work.role("policy"), work.role("rollout")
     return (policy, rollout) if policy and rollout and work.command == "ppo" else None
+
+
+def _transport(policy: Role, rollout: Role, cluster: Cluster) -> Literal["store", "broadcast"]:
+    assert rollout.rollout is not None
+    device = "cpu" if cluster.on_cpu else "cuda"
+    return rollout.rollout.sends_weights_by(policy.placement, device, "inline" if rollout.inline else "ray")
 
 
 def _model_bytes(policy: Role) -> int:

@@ -27,10 +27,12 @@ class RayGroup:
         hosts: list[Any],
         log_paths: Sequence[Path],
         start_again: Callable[[RayGroup, Sequence[int]], None],
+        device: str = "cpu",
     ) -> None:
         """`hosts`: handles in rank order, the session's own list: it ends those that are in it at the end. `start_again`: puts
         new hosts for some ranks into the list, and builds their workers."""
         self.role = role
+        self.device = device
         self.num_ranks = len(hosts)
         self.hosts = hosts
         self.log_paths = list(log_paths)

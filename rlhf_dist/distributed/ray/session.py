@@ -137,7 +137,9 @@ class RaySession:
             groups = {}
             for spec in specs:
                 start_again = partial(self._start_again, spec, reserved, seed)
-                groups[spec.role] = RayGroup(spec.role, hosts[spec.role], _log_paths(spec, logs), start_again)
+                groups[spec.role] = RayGroup(
+                    spec.role, hosts[spec.role], _log_paths(spec, logs), start_again, self.device
+                )
             gathered([self._build(groups[spec.role], spec, seed) for spec in specs]).result()
             yield dict(groups)
 
