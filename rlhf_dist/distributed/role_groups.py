@@ -24,8 +24,8 @@ from rlhf_dist.core.batches import (
     concat_rows,
 )
 from rlhf_dist.core.errors import TrainingError
+from rlhf_dist.core.futures import mapped
 from rlhf_dist.core.steps import UpdateReport
-from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.group import WorkerGroup
 from rlhf_dist.distributed.metrics_reduce import MetricNames, Shares, update_report
 from rlhf_dist.distributed.partition import MicroBatching, partition

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, RunConfig
 from rlhf_dist.core.batches import SequenceBatch
+from rlhf_dist.core.futures import completed
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.datasets import PromptDataset, Ragged
-from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.role_groups import GroupWeightSync, ReferenceRole, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
