@@ -39,7 +39,8 @@ from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
-from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.scoring import Precisions
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer
 from rlhf_dist.ppo.value_worker import ValueWorker
 from rlhf_dist.rollout.config import RolloutConfig
 from rlhf_dist.run.checkpoint import Checkpoints

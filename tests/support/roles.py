@@ -102,7 +102,7 @@ class FakeRollout(FakeTrained):
 
     def __init__(self, events: Events, policy: FakePolicy) -> None:
         super().__init__(events, "rollout")
-        self.policy, self.state, self.version = policy, 0.0, -1
+        self.policy, self.state, self.version = policy, 0.0, 0
 
     def generate(self, prompts: Any, *, stream: str, iteration: int) -> Answer:
         ids = prompts.sample_ids.tolist()

@@ -14,7 +14,8 @@ from rlhf_dist.config.hosting import CheckpointConfig, RunConfig
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.datasets import PromptDataset, Ragged, SequenceDataset
 from rlhf_dist.ppo.config import PPOSettings
-from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.scoring import Precisions
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.run import Run
 from rlhf_dist.run.run_folder import RunFolder
