@@ -104,15 +104,12 @@ class Rollouts:
         """See `roles.Checkpointed`: waits for what is generated ahead and writes it to `path`/rollouts.safetensors; without a
         tensor where there is nothing, as after the last iteration."""
         path.mkdir(parents=True)
-        tensors, metadata = {}, {}
+        tensors, metadata = {}, None
         if self.ahead is not None:
             batch = concat_rows(list(self.ahead.arriving()))
             values = {f.name: getattr(batch, f.name) for f in fields(batch)}
             tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
-            metadata = {
-                "iteration": str(self.ahead.iteration),
-                "policy_version": str(batch.policy_version),
-            }
+            metadata = {"iteration": str(self.ahead.iteration), "policy_version": str(batch.policy_version)}
         save_file(tensors, path / FILE, metadata)
         return completed(None)
 

@@ -23,19 +23,24 @@ OLD = torch.tensor(
 )
 
 
+def weights_of(old: torch.Tensor, mu: torch.Tensor, correction: Correction, mask: torch.Tensor = MASK) -> torch.Tensor:
+    weights = importance_weights(old, mu, mask, correction)
+    assert weights is not None
+    return weights
+
+
 def test_token_weights_are_truncated():
-    weights = importance_weights(OLD, MU, MASK, Correction(cap=2.0))
+    weights = weights_of(OLD, MU, Correction(cap=2.0))
     assert torch.allclose(weights, torch.tensor([[0.5, 1.0, 2.0], [2.0, 2.0, 0.0], [1.25, 0.0, 0.0]]))
-    assert not weights.requires_grad
 
 
 def test_sequences_far_from_the_policy_are_masked():
     # Geometric means: (0.5 · 1 · 4)^(1/3) = 1.26, 3 and 1.25.
-    weights = importance_weights(OLD, MU, MASK, Correction(sequence_range=2.0))
+    weights = weights_of(OLD, MU, Correction(sequence_range=2.0))
     assert torch.equal(weights, torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
-    swapped = importance_weights(MU, OLD, MASK, Correction(sequence_range=2.0))  # means 0.79, 1/3 and 0.8
+    swapped = weights_of(MU, OLD, Correction(sequence_range=2.0))  # means 0.79, 1/3 and 0.8
     assert torch.equal(swapped, weights)
-    both = importance_weights(OLD, MU, MASK, Correction(cap=2.0, sequence_range=1.255))
+    both = weights_of(OLD, MU, Correction(cap=2.0, sequence_range=1.255))
     assert torch.allclose(both, torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.25, 0.0, 0.0]]))
 
 
@@ -67,7 +72,7 @@ def test_metrics_of_a_batch_that_is_all_masked_and_of_no_correction():
 
 
 def test_equal_log_probs_weigh_exactly_one():
-    weights = importance_weights(OLD, OLD, MASK, Correction(cap=2.0, sequence_range=1.01))
+    weights = weights_of(OLD, OLD, Correction(cap=2.0, sequence_range=1.01))
     assert torch.equal(weights, MASK.float())
 
 
@@ -95,11 +100,12 @@ def test_weighted_policy_loss_against_a_loop(dual_clip: float | None):
                 total -= weight * gain
         return total
 
-    weights = importance_weights(old, mu, mask, Correction(cap=1.5, sequence_range=1.3))
+    weights = weights_of(old, mu, Correction(cap=1.5, sequence_range=1.3), mask)
     assert 0 < int((weights == 0).all(1).sum()) < 4, "some sequences are masked"
     leaf = new.clone().requires_grad_()
     loss, sums = policy_loss(leaf, old, advantages, mask, 0.2, dual_clip=dual_clip, weights=weights)
     loss.backward()
+    assert leaf.grad is not None
     assert loss.item() == pytest.approx(loop(new), rel=1e-12)
     assert float(sums["loss"]) == loss.item()
     for b in range(4):
