@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Result, RunLength, Schema
 from rlhf_dist.config.data import PPOData
 from rlhf_dist.config.hosting import DEFAULT_MODEL, FrozenModel, OptionalPath, RunConfig, TrainedModel
 from rlhf_dist.rollout.config import RolloutConfig
+
+
+def _auto_off_or_positive(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One message for a value that is neither."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(f"importance_cap is {value!r}; set it to auto, off or a number above 0") from None
 
 
 class PPOSettings(Schema):
@@ -31,7 +39,7 @@ class PPOSettings(Schema):
     old_logprobs: Result[Literal["policy", "rollout"]] = "policy"
     """Whose log-probs of the responses the update starts from: the `policy`'s, for one more forward pass, or those that the
     `rollout` engine sampled with, where it computes exactly as the policy does."""
-    importance_cap: Result[Literal["auto", "off"] | Positive] = "auto"
+    importance_cap: Result[Annotated[Literal["auto", "off"] | Positive, WrapValidator(_auto_off_or_positive)]] = "auto"
     """C of truncated importance sampling: a token's policy loss is weighted with min(π_old / μ, C), where μ is the distribution
     that it was drawn from. `auto`: 2 where μ differs from the policy (rollout.engine vllm, top_p, top_k or min_p,
     off_policy_iterations 1), otherwise off."""
