@@ -52,6 +52,7 @@ TIERS: list[tuple[str, str]] = [
     ),
     (r"integration/test_slurm.py", MATRIX),
     (r"integration/test_two_hosts.py", MATRIX),
+    (r"integration/test_resume.py::.*ppo-inline-off-policy", SLOW),
     (r"integration/test_resume.py::.*(ppo-ray|killed.*reward-inline)", MATRIX),
     (r"integration/test_pipeline.py::test_on_ray_killed", MATRIX),
     (r"integration/test_partly_trained.py::.*\[2-3-ray\]", MATRIX),

@@ -251,10 +251,15 @@ class Experience(_Rows):
     """[B, R] fp32, the regression target of the value function."""
     ref_logprobs: Tensor
     """[B, R] fp32, log π_ref of the response tokens; for the KL as a term of the loss."""
+    importance_weights: Tensor | None = None
+    """[B, R] fp32, what the policy's loss of each token is multiplied by; None: 1."""
 
     _widths: ClassVar[dict[str, str]] = {
         "tokens": "prompt_lengths+response_lengths",
-        **dict.fromkeys(("old_logprobs", "old_values", "advantages", "returns", "ref_logprobs"), "response_lengths"),
+        **dict.fromkeys(
+            ("old_logprobs", "old_values", "advantages", "returns", "ref_logprobs", "importance_weights"),
+            "response_lengths",
+        ),
     }
 
     @property

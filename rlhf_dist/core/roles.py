@@ -18,16 +18,20 @@ from rlhf_dist.core.batches import Experience, PreferenceBatch, PromptBatch, Rol
 from rlhf_dist.core.steps import UpdateReport
 
 
-class Trained(Protocol):
-    """A model with optimizer state."""
+class Checkpointed(Protocol):
+    """Whatever a checkpoint keeps beside the driver's own numbers."""
 
     def save_checkpoint(self, path: Path) -> Future[None]:
-        """Write parameters, optimizer and schedule under `path` (every rank its shard)."""
+        """Write the state under `path`, a new folder; of a model, parameters, optimizer and schedule (every rank its shard)."""
         ...
 
     def load_checkpoint(self, path: Path) -> Future[None]:
         """Restore what `save_checkpoint` wrote, bit for bit."""
         ...
+
+
+class Trained(Checkpointed, Protocol):
+    """A model with optimizer state."""
 
     def save(self, folder: Path) -> Future[None]:
         """Write what a run leaves of the model: `folder`/model in Hugging Face format (safetensors, config, tokenizer; adapters

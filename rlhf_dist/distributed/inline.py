@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.core.errors import PlacementError, WorkerError
+from rlhf_dist.core.futures import completed
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
-from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.group import WorkerGroup, WorkerSpec
 from rlhf_dist.distributed.hosting import announce_accelerator, build_worker
 

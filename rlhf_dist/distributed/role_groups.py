@@ -17,8 +17,8 @@ from typing_extensions import Self
 
 from rlhf_dist.config.hosting import ModelHost
 from rlhf_dist.core.batches import RolloutBatch, SequenceBatch, TokenBatch
+from rlhf_dist.core.futures import mapped
 from rlhf_dist.core.steps import UpdateReport
-from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.group import WorkerGroup
 from rlhf_dist.distributed.metrics_reduce import MetricNames, Shares, update_report
 from rlhf_dist.distributed.partition import MicroBatching, partition

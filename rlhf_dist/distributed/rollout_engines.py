@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch, concat_rows
 from rlhf_dist.core.errors import TrainingError, WorkerDied, WorkerError
-from rlhf_dist.distributed.futures import Deferred, completed, gathered, mapped
+from rlhf_dist.core.futures import Deferred, completed, gathered, mapped
 from rlhf_dist.distributed.group import WorkerGroup
 from rlhf_dist.distributed.partition import partition
 from rlhf_dist.distributed.role_groups import pick_rows

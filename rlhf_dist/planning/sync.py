@@ -24,6 +24,7 @@ BROADCAST = "NCCL's broadcast to the engines"
 _CHECKSUM_PASSES = 5
 """Of `weight_sync.checksum` over memory: words and weights in, products out and in, words in."""
 
+
 @dataclass(frozen=True)
 class Traffic:
     """Of one sync."""

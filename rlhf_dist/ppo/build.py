@@ -22,10 +22,12 @@ from rlhf_dist.models.loading import check_scalar_model, context_length, load_mo
 from rlhf_dist.models.score_moments import read_score_moments
 from rlhf_dist.models.vocabulary import check_embeddings, num_token_ids
 from rlhf_dist.ppo.config import PPOConfig
+from rlhf_dist.ppo.importance import Correction
 from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.rewards import RunningMoments
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
-from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.scoring import Precisions
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer
 from rlhf_dist.ppo.value_worker import ValueWorker
 from rlhf_dist.run.checks import (
     check_ds_config,
@@ -218,6 +220,8 @@ def run_ppo(
             checkpoints(config, prepared),
             max_response_tokens=config.rollout.max_response_tokens,
             precisions=_precisions(config),
+            correction=Correction(config.importance_cap, config.ppo.importance_range),
+            num_chunks=config.rollout.num_chunks,
         )
         summary = trainer.run(resume=config.resume == "auto")
         run.save(policy)
@@ -230,7 +234,7 @@ def _precisions(config: PPOConfig) -> Precisions:
     rollout = config.rollout.precision or policy.precision
     same = reference.model_path == policy.model_path
     return Precisions(
-        rollout=_lower(policy.precision, rollout),
+        rollout=None if config.rollout.cuts_tokens_off else _lower(policy.precision, rollout),
         same_start=_lower(policy.precision, reference.precision) if same else None,
     )
 

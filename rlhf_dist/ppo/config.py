@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from rlhf_dist.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Result, RunLength, Schema
 from rlhf_dist.config.data import PPOData
 from rlhf_dist.config.hosting import DEFAULT_MODEL, FrozenModel, OptionalPath, RunConfig, TrainedModel
 from rlhf_dist.rollout.config import RolloutConfig
+
+
+def _auto_off_or_positive(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One message for a value that is neither."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(f"importance_cap is {value!r}; set it to auto, off or a number above 0") from None
 
 
 class PPOSettings(Schema):
@@ -25,6 +33,19 @@ class PPOSettings(Schema):
     """Responses in one optimizer step, over all ranks; must divide the responses of an iteration."""
     num_epochs: Result[PositiveInt] = 2
     """Passes over an iteration's responses."""
+    off_policy_iterations: Result[Literal[0, 1]] = 0
+    """Iterations by which rollouts lag behind. With 1, the responses of the next iteration are generated while policy and value
+    learn from those of this one, hence by the weights before the update."""
+    old_logprobs: Result[Literal["policy", "rollout"]] = "policy"
+    """Whose log-probs of the responses the update starts from: the `policy`'s, for one more forward pass, or those that the
+    `rollout` engine sampled with, where it computes exactly as the policy does."""
+    importance_cap: Result[Annotated[Literal["auto", "off"] | Positive, WrapValidator(_auto_off_or_positive)]] = "auto"
+    """C of truncated importance sampling: a token's policy loss is weighted with min(π_old / μ, C), where μ is the distribution
+    that it was drawn from. `auto`: 2 where μ differs from the policy (rollout.engine vllm, top_p, top_k or min_p,
+    off_policy_iterations 1), otherwise off."""
+    importance_range: Result[float | None] = Field(default=None, gt=1, allow_inf_nan=False)
+    """r: a response whose tokens have a geometric mean of π_old / μ outside [1/r, r] does not enter the policy's loss; null
+    keeps all."""
     kl_coef: Result[NonNegative] = 0.05
     """β, weight of the per-token KL penalty against the reference (with `adaptive_kl_target`: at the start)."""
     kl_in: Result[Literal["reward", "loss"]] = "reward"
@@ -99,6 +120,14 @@ class PPOSettings(Schema):
     def updates_per_iteration(self) -> int:
         """Optimizer steps in one iteration."""
         return self.num_epochs * (self.responses_per_iteration // self.mini_batch_size)
+
+    def trains_policy(self, iteration: int) -> bool:
+        """Whether the value function is warm in iteration `iteration` (0-based)."""
+        return iteration >= self.value_warmup_iterations
+
+    def policy_version(self, iteration: int) -> int:
+        """Version of the policy's weights before iteration `iteration`: the iterations that trained it."""
+        return max(0, iteration - self.value_warmup_iterations)
 
     @property
     def num_updates(self) -> int:
@@ -212,6 +241,43 @@ class PPOStage(Schema):
                 f"{limit}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rollouts_are_the_policys(self) -> PPOStage:
+        """Where their log-probs are taken for the policy's."""
+        if self.ppo.old_logprobs == "policy":
+            return self
+        rollout, precision = self.rollout, self.rollout.precision or self.policy.precision
+        allowed: dict[str, tuple[object, bool, str]] = {
+            "rollout.engine": (rollout.engine, rollout.engine == "hf", "hf"),
+            "rollout.precision": (
+                precision,
+                precision == self.policy.precision,
+                f"the policy's {self.policy.precision}",
+            ),
+            "rollout.top_p": (rollout.top_p, rollout.top_p == 1, "1"),
+            "rollout.top_k": (rollout.top_k, rollout.top_k == 0, "0"),
+            "rollout.min_p": (rollout.min_p, rollout.min_p == 0, "0"),
+            "ppo.off_policy_iterations": (self.ppo.off_policy_iterations, not self.ppo.off_policy_iterations, "0"),
+            "ppo.importance_cap": (self.ppo.importance_cap, self.ppo.importance_cap in ("auto", "off"), "auto or off"),
+            "ppo.importance_range": (self.ppo.importance_range, self.ppo.importance_range is None, "null"),
+        }
+        for name, (value, fine, needed) in allowed.items():
+            if not fine:
+                raise ValueError(
+                    f"ppo.old_logprobs is rollout and {name} is {value}, but the log-probs of rollouts are the policy's only "
+                    f"with {needed}; set that, or ppo.old_logprobs to policy"
+                )
+        return self
+
+    @property
+    def importance_cap(self) -> float | None:
+        """What `ppo.importance_cap` comes to; None: off."""
+        cap = self.ppo.importance_cap
+        if cap == "auto":
+            differs = self.rollout.engine != "hf" or self.rollout.cuts_tokens_off or self.ppo.off_policy_iterations > 0
+            return 2.0 if differs else None
+        return None if cap == "off" else float(cap)
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -10,38 +10,16 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.core.batches import TRUNCATED, Experience, RolloutBatch
-from rlhf_dist.core.errors import SampleError
 from rlhf_dist.core.kl import KL_ESTIMATORS, kl_k1
 from rlhf_dist.core.masking import masked_mean, masked_whiten
 from rlhf_dist.evaluation.generation import generation_metrics
 from rlhf_dist.ppo.advantages import gae
 from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.ppo.importance import UNCORRECTED, Correction, importance_metrics, importance_weights
 from rlhf_dist.ppo.kl_controller import adapted_kl_coef
 from rlhf_dist.ppo.losses import explained_variance
 from rlhf_dist.ppo.rewards import RunningMoments, normalize_scores, overlong_penalty, shape_scores, token_rewards
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the models say of a `RolloutBatch`."""
-
-    scores: Tensor
-    """[B] fp32."""
-    logprobs: Tensor
-    """[B, R] fp32, under the policy that is about to be updated."""
-    ref_logprobs: Tensor
-    """[B, R] fp32."""
-    state_values: Tensor
-    """[B, R + 1] fp32: of the state before each response token and after the last."""
-
-    @property
-    def values(self) -> Tensor:
-        """[B, R] fp32: of the state before each response token (column R holds the end of the longest response)."""
-        return self.state_values[:, :-1]
-
-    def end_values(self, response_lengths: Tensor) -> Tensor:
-        """[B] fp32: of the state after the last response token."""
-        return self.state_values.gather(1, response_lengths[:, None]).squeeze(1)
+from rlhf_dist.ppo.scoring import Scored
 
 
 @dataclass(frozen=True)
@@ -88,30 +66,6 @@ class PPOState:
         return cls(state["kl_coef"], RunningMoments(**state["moments"]), state["moments_are_fixed"])
 
 
-def check_finite(rollout: RolloutBatch, scored: Scored) -> None:
-    """Reject responses of which a model says something that is not a number.
-
-    Raises:
-        SampleError: names the models and the responses.
-    """
-    mask = rollout.response_mask
-    state_mask = torch.nn.functional.pad(mask, (1, 0), value=True)
-    parts = {
-        "reward score": scored.scores[:, None].isfinite(),
-        "policy log-prob": scored.logprobs.isfinite() | ~mask,
-        "reference log-prob": scored.ref_logprobs.isfinite() | ~mask,
-        "value": scored.state_values.isfinite() | ~state_mask,
-    }
-    bad = {name: [row for row, fine in enumerate(finite.all(1).tolist()) if not fine] for name, finite in parts.items()}
-    bad = {name: rows for name, rows in bad.items() if rows}
-    if bad:
-        what = "; ".join(f"{name} of responses {', '.join(map(str, rows))}" for name, rows in bad.items())
-        raise SampleError(
-            f"not finite: {what}. No weight was touched. Look at these samples; a model that overflows needs precision: fp32",
-            {"rollouts": sorted({row for rows in bad.values() for row in rows})},
-        )
-
-
 def shaped_scores(
     rollout: RolloutBatch, scores: Tensor, settings: PPOSettings, state: PPOState, max_response_tokens: int
 ) -> Tensor:
@@ -136,9 +90,14 @@ def shaped_scores(
 
 
 def make_experience(
-    rollout: RolloutBatch, scored: Scored, settings: PPOSettings, state: PPOState, max_response_tokens: int
+    rollout: RolloutBatch,
+    scored: Scored,
+    settings: PPOSettings,
+    state: PPOState,
+    max_response_tokens: int,
+    correction: Correction = UNCORRECTED,
 ) -> tuple[Experience, dict[str, float]]:
-    """KL → token rewards → GAE → whitening over the whole batch; and the metrics of the iteration."""
+    """KL → token rewards → GAE → whitening over the whole batch, and importance weights; and the metrics of the iteration."""
     mask, values = rollout.response_mask, scored.values
     kl = KL_ESTIMATORS[settings.kl_estimator](scored.logprobs, scored.ref_logprobs)
     shaped = shaped_scores(rollout, scored.scores, settings, state, max_response_tokens)
@@ -148,6 +107,8 @@ def make_experience(
         truncated = rollout.finish_reasons == TRUNCATED
         end_values = torch.where(truncated, scored.end_values(rollout.response_lengths), 0.0)
     advantages, returns = gae(rewards, values, mask, settings.gamma, settings.gae_lambda, end_values)
+    sampled = scored.logprobs, rollout.rollout_logprobs, mask
+    weights = importance_weights(*sampled, correction)
     experience = Experience(
         tokens=rollout.tokens,
         prompt_lengths=rollout.prompt_lengths,
@@ -157,9 +118,9 @@ def make_experience(
         advantages=masked_whiten(advantages, mask) if settings.whiten_advantages else advantages,
         returns=returns,
         ref_logprobs=scored.ref_logprobs,
+        importance_weights=weights,
     )
     log_ratio = kl_k1(scored.logprobs, scored.ref_logprobs)
-    mismatch = torch.where(mask, (rollout.rollout_logprobs - scored.logprobs).abs(), 0.0)
     metrics = {
         **generation_metrics(rollout, scored.scores),
         "reward/shaped_mean": float(shaped.mean()),
@@ -168,6 +129,6 @@ def make_experience(
         "kl/ref_per_token": float(masked_mean(log_ratio, mask)),
         "kl/coef": state.kl_coef,
         "value/explained_variance": explained_variance(values, returns, mask),
-        "rollout/logprob_mismatch": float(mismatch.max()),
+        **importance_metrics(*sampled, weights, correction),
     }
     return experience, metrics

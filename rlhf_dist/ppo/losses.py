@@ -22,10 +22,12 @@ def policy_loss(
     clip_range: float,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """Clipped surrogate: Σ max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε_high)), ρ = π/π_old (Schulman et al. 2017, eq. 7).
 
-    With `dual_clip` = c, a token with A < 0 loses at most −c·A, whatever its ratio (Ye et al. 2020, eq. 5).
+    With `dual_clip` = c, a token with A < 0 loses at most −c·A, whatever its ratio (Ye et al. 2020, eq. 5). `weights`
+    multiply what a token loses in the end.
 
     Args:
         logprobs, old_logprobs, advantages: [B, R]; only `logprobs` carries a gradient.
@@ -33,6 +35,7 @@ def policy_loss(
         clip_range: ε.
         clip_range_high: ε_high (DAPO's "clip-higher", Yu et al. 2025, eq. 10); None: ε.
         dual_clip: c > 1; None switches it off.
+        weights: [B, R] importance weights (`ppo/importance.py`), without a gradient; None: 1.
 
     Returns:
         (sum over tokens, sums over tokens: `loss`, `clip_fraction`, `dual_clip_fraction`, `approx_kl` (k3 of old against
@@ -48,6 +51,8 @@ def policy_loss(
     if dual_clip is not None:
         bounded = (advantages < 0) & (losses > -dual_clip * advantages)
         losses = torch.where(bounded, -dual_clip * advantages, losses)
+    if weights is not None:
+        losses = losses * torch.where(response_mask, weights, 0.0)
     loss = masked_sum(losses, response_mask)
     with torch.no_grad():
         sums = {

@@ -154,6 +154,7 @@ class PolicyWorker(LanguageModelWorker):
             settings.clip_range,
             settings.clip_range_high,
             settings.dual_clip,
+            batch.importance_weights,
         )
         bonus, entropy_sums = entropy_loss(entropies, mask)
         loss = loss + settings.entropy_coef * bonus

@@ -12,11 +12,11 @@ from rlhf_dist.core.batches import (
     RolloutBatch,
     TokenBatch,
 )
+from rlhf_dist.core.futures import mapped
 from rlhf_dist.core.steps import (
     StepShare,
     UpdateReport,
 )
-from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.metrics_reduce import MetricNames, by_step, update_report
 from rlhf_dist.distributed.role_groups import TrainedRole, pick_rows, shares_of_step
 

@@ -1,10 +1,10 @@
 """PPO with a KL penalty and a pretraining-mix term (InstructGPT, Ouyang et al. 2022, eq. 2).
 
-prompts ──► rollout.generate ──► RolloutBatch
+prompts ──► rollout.generate ──► RolloutBatch                           in parts (ppo/rollouts.py)
                                     │
          ┌───────────────┬──────────┴─────┬───────────────┐
-   reward.score   reference.logprobs  policy.logprobs  value.values      at the same time
-         └───────────────┴──────────┬─────┴───────────────┘
+   reward.score   reference.logprobs  policy.logprobs  value.values      at the same time, and as parts arrive
+         └───────────────┴──────────┬─────┴───────────────┘             (ppo/scoring.py)
                           make_experience                               on the driver
                      KL → token rewards → GAE → whitening               (ppo/experience.py)
                                     │
@@ -24,18 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_dist.config.hosting import Precision
-from rlhf_dist.core.batches import Experience, PromptBatch, RolloutBatch, TokenBatch
-from rlhf_dist.core.errors import SampleError, TrainingError
+from rlhf_dist.core.batches import Experience, RolloutBatch, TokenBatch
+from rlhf_dist.core.errors import SampleError
 from rlhf_dist.core.random import permutation
-from rlhf_dist.core.roles import Policy, Reference, RewardScorer, RolloutEngine, ValueFunction, WeightSync
+from rlhf_dist.core.roles import Checkpointed, Policy, Reference, RewardScorer, RolloutEngine, ValueFunction, WeightSync
 from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.evaluation.generation import Decode, sample_rows, score_responses
 from rlhf_dist.evaluation.reward_input import RewardInput, as_generated
 from rlhf_dist.ppo.config import PPOSettings
-from rlhf_dist.ppo.experience import PPOState, Scored, check_finite, make_experience
+from rlhf_dist.ppo.experience import PPOState, make_experience
+from rlhf_dist.ppo.importance import UNCORRECTED, Correction
 from rlhf_dist.ppo.rewards import RunningMoments
-from rlhf_dist.ppo.sanity_checks import disagreement
+from rlhf_dist.ppo.rollouts import Rollouts
+from rlhf_dist.ppo.scoring import Precisions, Scored, Scorer
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.failures import sample_dump
 from rlhf_dist.run.run import Run
@@ -68,16 +69,6 @@ class PPOData:
     """What scores are normalized by, where that is fixed."""
 
 
-@dataclass(frozen=True)
-class Precisions:
-    """How closely models that should agree can be expected to: the lower precision of the two."""
-
-    rollout: Precision
-    """Of policy and rollout engine."""
-    same_start: Precision | None = None
-    """Of policy and reference, where the reference is a copy of the untrained policy; None where it is another model."""
-
-
 class PPOTrainer:
     """The central driver of PPO."""
 
@@ -91,40 +82,59 @@ class PPOTrainer:
         *,
         max_response_tokens: int,
         precisions: Precisions,
+        correction: Correction = UNCORRECTED,
+        num_chunks: int = 1,
     ) -> None:
-        """`max_response_tokens`: where the rollout engine cuts off."""
+        """
+        Args:
+            max_response_tokens: where the rollout engine cuts off.
+            precisions: of the models that sanity checks compare.
+            correction: of the difference between rollout engine and policy.
+            num_chunks: parts that an iteration is generated in.
+        """
         self.run_log = run
         self.roles = roles
         self.data = data
         self.settings = settings
         self.checkpoints = checkpoints
         self.max_response_tokens = max_response_tokens
-        self.precisions = precisions
+        self.correction = correction
+        self.rollouts = Rollouts(roles.rollout, data.prompts, settings, run.seed, num_chunks)
+        self.scorer = Scorer(
+            roles.policy,
+            roles.reference,
+            roles.reward,
+            roles.value,
+            reward_input=data.reward_input,
+            settings=settings,
+            precisions=precisions,
+        )
         self.state = PPOState.start(settings, data.score_moments)
-        self.prompt_sampler = EpochSampler(len(data.prompts), run.seed, "prompts")
         self.ptx_sampler = EpochSampler(len(data.ptx), run.seed, "ptx") if data.ptx else None
 
     def step(self, iteration: int) -> dict[str, float]:
         """Iteration `iteration` (0-based): generate → score → advantages → update → sync."""
-        phase = self.run_log.phase
+        phase, trains_policy = self.run_log.phase, self.settings.trains_policy(iteration)
         with phase("generate"):
-            prompts = self.draw_prompts(iteration)
-            rollout = self.roles.rollout.generate(prompts, stream="rollout", iteration=iteration).result()
-        with phase("score"):
-            scored = self.score(rollout)
-            self.check(iteration, rollout, scored)
+            generating = self.rollouts.take(iteration)
+        rollout, scored = self.scorer.score(generating.arriving(), phase)
+        with phase("score"), self._dumping(iteration, rollout):
+            self.scorer.check(iteration, rollout, scored)
         with phase("advantages"):
             state = self.state.with_scores(scored.scores)
-            experience, metrics = make_experience(rollout, scored, self.settings, state, self.max_response_tokens)
+            experience, metrics = make_experience(
+                rollout, scored, self.settings, state, self.max_response_tokens, self.correction
+            )
         with phase("update"):
             metrics |= self.update(iteration, experience, state.kl_coef)
-            if self.trains_policy(iteration):
+            if trains_policy:
                 state = state.adapted(metrics["kl/ref_mean"], len(rollout), self.settings)
             self.state = state
-        if self.trains_policy(iteration):  # the engines already have weights that did not change
+        if trains_policy:  # the engines already have weights that did not change
             with phase("sync"):
-                self.roles.weight_sync.push(self.policy_version(iteration + 1)).result()
+                self.roles.weight_sync.push(self.settings.policy_version(iteration + 1)).result()
         self.log_samples(iteration, rollout, scored)
+        metrics["rollout/staleness"] = float(self.settings.policy_version(iteration) - rollout.policy_version)
         times = self.run_log.take_times()
         tokens = int(rollout.response_lengths.sum())
         return {**metrics, **times, "throughput/response_tokens_per_s": tokens / times["time/step_s"]}
@@ -133,7 +143,7 @@ class PPOTrainer:
         """All epochs and mini-batches of an iteration; the policy's only once the value function is warm."""
         steps, ptx = self.draw_steps(iteration), None
         updates = []
-        if self.trains_policy(iteration):
+        if self.settings.trains_policy(iteration):
             ptx = self.draw_ptx(iteration)
             kl_loss_coef = kl_coef if self.settings.kl_in == "loss" else 0.0
             every = self.settings.ptx_ratio_every_iterations
@@ -145,38 +155,6 @@ class PPOTrainer:
             for update in updates:
                 metrics |= update.result().metrics
         return metrics
-
-    def trains_policy(self, iteration: int) -> bool:
-        """Whether the value function is warm."""
-        return iteration >= self.settings.value_warmup_iterations
-
-    def policy_version(self, iteration: int) -> int:
-        """Version of the policy's weights before iteration `iteration`: the iterations that trained it."""
-        return max(0, iteration - self.settings.value_warmup_iterations)
-
-    def check(self, iteration: int, rollout: RolloutBatch, scored: Scored) -> None:
-        """Nothing of the scored responses is NaN or infinite; rollouts come from the policy; the untrained policy is its
-        reference.
-
-        Raises:
-            SampleError: something is not finite; the samples are written down.
-            TrainingError: two models that should be the same differ.
-        """
-        with self._dumping(iteration, rollout):
-            check_finite(rollout, scored)
-        if not self.settings.self_checks:
-            return
-        mask, precisions = rollout.response_mask, self.precisions
-        pairs: list[tuple[str, Tensor, Precision]] = [("rollout engine", rollout.rollout_logprobs, precisions.rollout)]
-        if iteration == 0 and precisions.same_start:
-            pairs.append(("reference", scored.ref_logprobs, precisions.same_start))
-        for name, logprobs, precision in pairs:
-            if wrong := disagreement(scored.logprobs, logprobs, mask, precision):
-                raise TrainingError(
-                    f"policy and {name} have the same weights in iteration {iteration}, but their log-probs of the same tokens "
-                    f"differ by {wrong}: one of them was loaded or is run wrongly. Compare the roles' settings (precision, "
-                    "packed, attention); ppo.self_checks: false switches the check off"
-                )
 
     @contextlib.contextmanager
     def _dumping(
@@ -202,20 +180,6 @@ class PPOTrainer:
             self.data.decode, rollout.rows(few), scored.scores[few], scored.logprobs[few], scored.ref_logprobs[few]
         )
         self.run_log.log_samples(iteration + 1, rows)
-
-    def score(self, rollout: RolloutBatch) -> Scored:
-        """Everything the models say of the responses; the four work at the same time."""
-        scores = self.roles.reward.score(self.data.reward_input(rollout))
-        ref_logprobs = self.roles.reference.logprobs(rollout)
-        logprobs = self.roles.policy.logprobs(rollout)
-        values = self.roles.value.values(rollout)
-        return Scored(scores.result(), logprobs.result(), ref_logprobs.result(), values.result())
-
-    def draw_prompts(self, iteration: int) -> PromptBatch:
-        """The iteration's prompts, each repeated `responses_per_prompt` times."""
-        num, repeats = self.settings.prompts_per_iteration, self.settings.responses_per_prompt
-        indices = self.prompt_sampler.indices(iteration * num, num).repeat_interleave(repeats)
-        return self.data.prompts.batch(indices, sample_ids=torch.arange(num * repeats))
 
     def draw_steps(self, iteration: int) -> list[Tensor]:
         """Rows of each optimizer step: a permutation an epoch, cut into mini-batches."""
@@ -254,7 +218,7 @@ class PPOTrainer:
                     self.checkpoints,
                     iteration,
                     {"before": before, "ppo": self.state.to_json()},
-                    self._trained(),
+                    self._checkpointed(),
                     total=self.settings.num_iterations,
                 )
         return {"num_iterations": iteration, "before": before, "after": after}
@@ -262,9 +226,9 @@ class PPOTrainer:
     def _start(self, resume: bool) -> tuple[int, dict[str, float]]:
         """(first iteration, evaluation before training), with every rollout engine on the policy's weights."""
         latest = self.checkpoints.latest() if resume else None
-        state = self.checkpoints.load(latest, self._trained()) if latest else None
+        state = self.checkpoints.load(latest, self._checkpointed()) if latest else None
         iteration = state["step"] if state else 0
-        self.roles.weight_sync.push(self.policy_version(iteration)).result()
+        self.roles.weight_sync.push(self.settings.policy_version(iteration)).result()
         if state:
             self.state = PPOState.from_json(state["ppo"])
             return iteration, state["before"]
@@ -272,8 +236,9 @@ class PPOTrainer:
         self.run_log.log(0, {f"eval/{name}": value for name, value in before.items()})
         return 0, before
 
-    def _trained(self) -> dict[str, Any]:
-        return {"policy": self.roles.policy, "value": self.roles.value}
+    def _checkpointed(self) -> dict[str, Checkpointed]:
+        parts: dict[str, Checkpointed] = {"policy": self.roles.policy, "value": self.roles.value}
+        return parts | {"rollouts": self.rollouts} if self.settings.off_policy_iterations else parts
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Generate from and score the held-out prompts. The random numbers are the same at every evaluation, so that

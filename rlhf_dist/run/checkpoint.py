@@ -1,8 +1,9 @@
-"""Checkpoints of a whole run: every trained model and the driver's own state, or nothing.
+"""Checkpoints of a whole run: every trained model, what is in flight, and the driver's own state, or nothing.
 
     checkpoints/step_000010/
       driver.json     step, counters, anything the loop must remember
       policy/ value/  what each role's ranks wrote
+      rollouts/       responses that were generated ahead (ppo/rollouts.py)
 
 A checkpoint is written under a temporary name and renamed when whole, so a folder with the right name can be trusted.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import rlhf_dist
 from rlhf_dist.config.hosting import CheckpointConfig
 from rlhf_dist.core.errors import RunFolderError
-from rlhf_dist.core.roles import Trained
+from rlhf_dist.core.roles import Checkpointed
 from rlhf_dist.run.disk import full_disk_named, size_of
 from rlhf_dist.run.lineage import minor_release
 
@@ -86,7 +87,7 @@ class Checkpoints:
         by_time = every_s > 0 and time.monotonic() - self._last >= every_s
         return by_time or (self.settings.every_steps > 0 and step % self.settings.every_steps == 0)
 
-    def save(self, step: int, state: Mapping[str, Any], models: Mapping[str, Trained]) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], parts: Mapping[str, Checkpointed]) -> Path:
         """Write step `step`; old ones beyond `keep_last` go only after the new one is whole."""
         name = f"{_PREFIX}{step:06d}"
         temporary = self.folder / f"{_TEMPORARY}{name}"
@@ -95,7 +96,7 @@ class Checkpoints:
         before = self.latest()
         kept = f"The last checkpoint, {before}, is untouched." if before else "There is no earlier checkpoint."
         with full_disk_named(temporary, kept, None if before is None else size_of(before)):
-            self._write(temporary, step, state, models)
+            self._write(temporary, step, state, parts)
         final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
@@ -105,12 +106,12 @@ class Checkpoints:
         self._last = time.monotonic()
         return final
 
-    def _write(self, temporary: Path, step: int, state: Mapping[str, Any], models: Mapping[str, Trained]) -> None:
+    def _write(self, temporary: Path, step: int, state: Mapping[str, Any], parts: Mapping[str, Checkpointed]) -> None:
         temporary.mkdir(parents=True)
-        writes = [model.save_checkpoint(temporary / role) for role, model in models.items()]
+        writes = [part.save_checkpoint(temporary / role) for role, part in parts.items()]
         for write in writes:
             write.result()
-        for role in models:
+        for role in parts:
             if not any(file.is_file() for file in (temporary / role).rglob("*")):
                 raise RunFolderError(
                     f"the ranks of {role} wrote nothing to {temporary / role} that the driver can see; run_dir must be on "
@@ -165,14 +166,14 @@ class Checkpoints:
                 path, then.version, now.version,
             )  # fmt: skip
 
-    def load(self, path: Path, models: Mapping[str, Trained]) -> dict[str, Any]:
-        """Restore every model from `path`; returns the driver's state.
+    def load(self, path: Path, parts: Mapping[str, Checkpointed]) -> dict[str, Any]:
+        """Restore every part from `path`; returns the driver's state.
 
         Raises:
             RunFolderError: the driver's file cannot be read.
         """
         state = self._state(path)
-        for load in [model.load_checkpoint(path / role) for role, model in models.items()]:
+        for load in [part.load_checkpoint(path / role) for role, part in parts.items()]:
             load.result()
         return state
 

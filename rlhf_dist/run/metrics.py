@@ -104,7 +104,24 @@ METRICS: dict[str, Metric] = {
     "rollout/eos_fraction": Metric("fraction", "responses that end in EOS"),
     "rollout/truncated_fraction": Metric("fraction", "responses cut off at the length limit"),
     "rollout/logprob_mismatch": Metric(
-        "nats", "largest |log-prob at sampling - old log-prob| over response tokens; 0 but for rounding"
+        "nats",
+        "largest |log-prob at sampling - old log-prob| over response tokens; with the same weights, kernels and distribution 0 "
+        "but for rounding",
+    ),
+    "rollout/staleness": Metric(
+        "iterations", "updates of the policy between the weights that generated and those that learn"
+    ),
+    "rollout/importance_ess": Metric(
+        "fraction", "effective sample size of the importance weights of response tokens / number of these tokens"
+    ),
+    "rollout/importance_truncated_fraction": Metric(
+        "fraction", "response tokens whose importance weight is ppo.importance_cap, being larger"
+    ),
+    "rollout/importance_masked_fraction": Metric(
+        "fraction", "responses that ppo.importance_range keeps out of the policy's loss"
+    ),
+    "kl/rollout_per_token": Metric(
+        "nats/token", "KL(distribution sampled from, old policy), estimated on response tokens (k3)"
     ),
     # Evaluation
     "eval/score_mean": Metric("score", "mean reward-model score of responses to held-out prompts"),

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from rlhf_dist.config.hosting import HostedRun
 from rlhf_dist.core.errors import Preempted, SampleError
 from rlhf_dist.core.json_lines import json_line
-from rlhf_dist.core.roles import Trained
+from rlhf_dist.core.roles import Checkpointed, Trained
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.console import RunProgress
 from rlhf_dist.run.disk import full_disk_named
@@ -137,7 +137,7 @@ class Run:
         checkpoints: Checkpoints,
         step: int,
         state: Mapping[str, Any],
-        models: Mapping[str, Trained],
+        parts: Mapping[str, Checkpointed],
         *,
         total: int,
     ) -> None:
@@ -149,7 +149,7 @@ class Run:
         stop = self.stop_requested() and step < total
         if not stop and not checkpoints.due(step, total):
             return
-        path = checkpoints.save(step, state, models)
+        path = checkpoints.save(step, state, parts)
         if stop:
             raise Preempted(
                 f"The run stopped after step {step} of {total}, as it was asked to (SIGUSR1). Its checkpoint is {path}; the "

@@ -7,11 +7,11 @@ from concurrent.futures import Future
 from rlhf_dist.core.batches import (
     TokenBatch,
 )
+from rlhf_dist.core.futures import mapped
 from rlhf_dist.core.steps import (
     TextShare,
     UpdateReport,
 )
-from rlhf_dist.distributed.futures import mapped
 from rlhf_dist.distributed.metrics_reduce import MetricNames, update_report
 from rlhf_dist.distributed.role_groups import TrainedRole, evaluate_nll, pick_rows
 

@@ -27,13 +27,19 @@ STATEFUL = {
     "ema_decay": 0.9,
 }
 """What PPO carries from one iteration to the next beside its models, all of it in use."""
+OFF_POLICY = {"off_policy_iterations": 1, "importance_range": 1.2}
+"""PPO with responses in flight at every checkpoint."""
 
 
-def _config(make_config: Make, command: str, run_dir: Path, cluster: str) -> dict[str, Any]:
+def _config(
+    make_config: Make, command: str, run_dir: Path, cluster: str, ppo: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`ppo`: further settings of that section."""
     config = make_config(command, run_dir, ranks=2, zero_stage=2, cluster=cluster)
     config["checkpoint"] = {"every_steps": 1 if command == "ppo" else 7}
     if command == "ppo":
-        config["ppo"] |= STATEFUL
+        config["ppo"] |= STATEFUL | (ppo or {})
+        config["rollout"]["num_chunks"] = 2
     config[command]["num_iterations" if command == "ppo" else "num_steps"] = LENGTHS[command]
     return config
 
@@ -42,15 +48,22 @@ def _gone(processes: list[psutil.Process], timeout_s: float = 20) -> list[psutil
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
 
 
-@pytest.mark.parametrize(("command", "cluster"), [("sft", "inline"), ("ppo", "ray")])
+@pytest.mark.parametrize(
+    ("command", "cluster", "ppo"),
+    [
+        pytest.param("sft", "inline", {}, id="sft-inline"),
+        pytest.param("ppo", "ray", {}, id="ppo-ray"),
+        pytest.param("ppo", "inline", OFF_POLICY, id="ppo-inline-off-policy"),
+    ],
+)
 def test_asked_to_stop_and_resumed_ends_where_the_undisturbed_run_ends(
-    command: str, cluster: str, make_config: Make, tmp_path: Path
+    command: str, cluster: str, ppo: dict[str, Any], make_config: Make, tmp_path: Path
 ) -> None:
     """SIGUSR1, without periodic checkpoints: the run writes one, and ends with the code on which job scripts requeue."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     configs = {}
     for run in (stopped, whole):
-        config = _config(make_config, command, run, cluster) | {"checkpoint": {"every_steps": 0}}
+        config = _config(make_config, command, run, cluster, ppo) | {"checkpoint": {"every_steps": 0}}
         configs[run] = str(write_config(tmp_path / f"{run.name}.yaml", config))
     process = cli(command, configs[stopped])
     wait_for_step(process, stopped, 2)
@@ -67,14 +80,27 @@ def test_asked_to_stop_and_resumed_ends_where_the_undisturbed_run_ends(
     expected, found = weights(whole), weights(stopped)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert metrics(stopped) == metrics(whole)
+    if ppo:
+        stale = [line["rollout/staleness"] for _, line in metrics(whole) if "rollout/staleness" in line]
+        masked = [line["rollout/importance_masked_fraction"] for _, line in metrics(whole)[1:]]
+        assert stale == [0, 0, *[1] * (LENGTHS["ppo"] - 2)], "one iteration warms the value function up"
+        assert 0 < sum(masked) < len(masked)
 
 
-@pytest.mark.parametrize(("command", "cluster"), [("sft", "inline"), ("reward", "inline"), ("ppo", "ray")])
+@pytest.mark.parametrize(
+    ("command", "cluster", "ppo"),
+    [
+        pytest.param("sft", "inline", {}, id="sft-inline"),
+        pytest.param("reward", "inline", {}, id="reward-inline"),
+        pytest.param("ppo", "ray", {}, id="ppo-ray"),
+        pytest.param("ppo", "ray", OFF_POLICY, id="ppo-ray-off-policy"),
+    ],
+)
 def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
-    command: str, cluster: str, make_config: Make, tmp_path: Path
+    command: str, cluster: str, ppo: dict[str, Any], make_config: Make, tmp_path: Path
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    config = write_config(tmp_path / "killed.yaml", _config(make_config, command, killed, cluster))
+    config = write_config(tmp_path / "killed.yaml", _config(make_config, command, killed, cluster, ppo))
     process = cli(command, str(config))
     wait_for_step(process, killed, LENGTHS[command] // 2)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -92,7 +118,7 @@ def test_killed_and_resumed_ends_where_the_undisturbed_run_ends(
     output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
     undisturbed = cli(
-        command, str(write_config(tmp_path / "whole.yaml", _config(make_config, command, whole, cluster)))
+        command, str(write_config(tmp_path / "whole.yaml", _config(make_config, command, whole, cluster, ppo)))
     )
     output, _ = undisturbed.communicate(timeout=600)
     assert undisturbed.returncode == 0, output

@@ -166,11 +166,13 @@ class PolicyTerms:
 
 
 def policy_objective(model: Any, experience: Any, terms: PolicyTerms, trace: Trace) -> Tensor:
-    """−min(ρA, clip(ρ, 1 − ε, 1 + ε')A), no more than c|A| for A < 0; the entropy bonus; the KL to the reference.
+    """−w min(ρA, clip(ρ, 1 − ε, 1 + ε')A), no more than w c|A| for A < 0; the entropy bonus; the KL to the reference. The
+    importance weights w are 1 where the experience has none, and divide nothing: the mean is over all tokens.
 
     Schulman et al. 2017, eq. 7 and 9; Ye et al. 2020, eq. 5; Schulman 2020 (k3).
     """
     losses, held, bounded, kl, moved = [], [], [], [], []
+    weights = experience.importance_weights
     logprobs, entropies = response_logprobs(model, experience, terms.temperature)
     for b, row in enumerate(logprobs):
         for t, new in enumerate(row):
@@ -180,7 +182,7 @@ def policy_objective(model: Any, experience: Any, terms: PolicyTerms, trace: Tra
             if terms.dual_clip is not None and advantage < 0:
                 bounded.append(objective < terms.dual_clip * advantage)
                 objective = torch.max(objective, terms.dual_clip * advantage)
-            losses.append(-objective)
+            losses.append(-objective if weights is None else -weights[b, t] * objective)
             moved.append(ratio - 1 - torch.log(ratio))
             # The clip holds a token where continuing would have raised the objective.
             held.append((ratio > 1 + terms.clip_high) if advantage > 0 else (ratio < 1 - terms.clip_low))

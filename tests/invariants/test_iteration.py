@@ -21,8 +21,9 @@ from torch import Tensor
 
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, Experience
 from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
-from rlhf_dist.ppo.experience import PPOState, Scored, make_experience
+from rlhf_dist.ppo.experience import PPOState, make_experience
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
+from rlhf_dist.ppo.scoring import Scored
 
 REASONS = torch.tensor(
     [FINISHED, TRUNCATED, TRUNCATED, FINISHED, FINISHED, TRUNCATED, FINISHED, TRUNCATED, FINISHED, FINISHED]

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.config.hosting import CheckpointConfig, FrozenModel, RunConfig
 from rlhf_dist.core.batches import SequenceBatch
+from rlhf_dist.core.futures import completed
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.datasets import PromptDataset, Ragged
-from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.role_groups import ReferenceRole
 from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
@@ -40,7 +40,8 @@ from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
-from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.scoring import Precisions
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer
 from rlhf_dist.ppo.value_worker import ValueWorker
 from rlhf_dist.rollout.config import RolloutConfig
 from rlhf_dist.run.checkpoint import Checkpoints

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_dist.core.batches import FINISHED, RolloutBatch, length_mask, pad_rows
+from rlhf_dist.core.batches import FINISHED, TRUNCATED, RolloutBatch, length_mask, pad_rows
 from rlhf_dist.core.errors import RunFolderError
 from rlhf_dist.core.steps import UpdateReport
 
@@ -20,7 +21,7 @@ class Answer(Future):
 
     def __init__(self, events: Events, name: str, value: Any) -> None:
         super().__init__()
-        self._events, self._name = events, name
+        self._events, self._name, self._value = events, name, value
         self.set_result(value)
 
     def result(self, timeout: float | None = None) -> Any:
@@ -102,7 +103,7 @@ class FakeRollout(FakeTrained):
 
     def __init__(self, events: Events, policy: FakePolicy) -> None:
         super().__init__(events, "rollout")
-        self.policy, self.state, self.version = policy, 0.0, -1
+        self.policy, self.state, self.version = policy, 0.0, 0
 
     def generate(self, prompts: Any, *, stream: str, iteration: int) -> Answer:
         ids = prompts.sample_ids.tolist()
@@ -121,6 +122,30 @@ class FakeRollout(FakeTrained):
             self.version,
         )
         return self.answer("generate", batch, stream, iteration, ids, self.version)
+
+
+class RaggedRollout(FakeRollout):
+    """As `FakeRollout`, with responses of one to three tokens, as sample ids have it; every second is cut off."""
+
+    def generate(self, prompts: Any, *, stream: str, iteration: int) -> Answer:
+        two = super().generate(prompts, stream=stream, iteration=iteration)._value
+        ids = prompts.sample_ids
+        lengths = 1 + ids % 3
+        rows = [
+            [*row[: n + 1].tolist(), *([300 + i] * (m - 1))]
+            for row, n, i, m in zip(
+                two.tokens, two.prompt_lengths.tolist(), ids.tolist(), lengths.tolist(), strict=True
+            )
+        ]
+        logprobs = torch.where(length_mask(lengths, int(lengths.max())), -1.0, 0.0)
+        ragged = replace(
+            two,
+            tokens=pad_rows(rows),
+            response_lengths=lengths,
+            rollout_logprobs=logprobs,
+            finish_reasons=torch.where(ids % 2 == 0, FINISHED, TRUNCATED),
+        )
+        return Answer(self.events, "rollout.generate", ragged)
 
 
 class FakeWeightSync:

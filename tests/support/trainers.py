@@ -14,7 +14,8 @@ from rlhf_dist.config.hosting import CheckpointConfig, RunConfig
 from rlhf_dist.data.bad_rows import DataReport
 from rlhf_dist.data.datasets import PromptDataset, Ragged, SequenceDataset
 from rlhf_dist.ppo.config import PPOSettings
-from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer, Precisions
+from rlhf_dist.ppo.scoring import Precisions
+from rlhf_dist.ppo.trainer import PPOData, PPORoles, PPOTrainer
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.run import Run
 from rlhf_dist.run.run_folder import RunFolder
@@ -62,24 +63,37 @@ def decode(tokens: torch.Tensor) -> str:
     return " ".join(str(token) for token in tokens.tolist())
 
 
+PRECISIONS = Precisions(rollout="fp32")
+
+
 class PPO:
     """A trainer with fake roles that share one list of events."""
 
-    def __init__(self, run: Run, settings: PPOSettings, *, eval_prompts: Any = None, ptx: Any = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        settings: PPOSettings,
+        *,
+        eval_prompts: Any = None,
+        ptx: Any = None,
+        rollout: type[FakeRollout] = FakeRollout,
+        precisions: Precisions = PRECISIONS,
+        **options: Any,
+    ) -> None:
+        """`options`: further arguments of the trainer."""
         self.events: list[tuple[Any, ...]] = []
         self.policy, self.value = FakePolicy(self.events, "policy"), FakeValue(self.events, "value")
-        rollout = FakeRollout(self.events, self.policy)
+        self.rollout = rollout(self.events, self.policy)
         roles = PPORoles(
             policy=self.policy,
             reference=FakeReference(self.events, "reference"),
             reward=FakeReward(self.events, "reward"),
             value=self.value,
-            rollout=rollout,
-            weight_sync=FakeWeightSync(self.events, self.policy, rollout),
+            rollout=self.rollout,
+            weight_sync=FakeWeightSync(self.events, self.policy, self.rollout),
         )
         data = PPOData(prompts(10), eval_prompts, ptx, decode)
         checkpoints = Checkpoints(run.folder.checkpoints_dir, CheckpointConfig(every_steps=2, at_end=False))
-        precisions = Precisions(rollout="fp32")
         self.trainer = PPOTrainer(
             run,
             roles,
@@ -88,4 +102,5 @@ class PPO:
             checkpoints,
             max_response_tokens=4,
             precisions=precisions,
+            **options,
         )

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, ObjectLostError, RayTaskError
 
 from rlhf_dist.core.errors import EngineError, PlacementError, RlhfDistError, WorkerDied, WorkerError
-from rlhf_dist.distributed.futures import gathered
+from rlhf_dist.core.futures import gathered
 from rlhf_dist.distributed.ray.network import Place, check_reached, check_rendezvous
 
 LOG_TAIL_LINES = 15

@@ -25,8 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.config.hosting import RayConfig
 from rlhf_dist.core.cpus import usable_cpus
 from rlhf_dist.core.errors import PlacementError
+from rlhf_dist.core.futures import gathered
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
-from rlhf_dist.distributed.futures import gathered
 from rlhf_dist.distributed.group import WorkerGroup, WorkerSpec, describe
 from rlhf_dist.distributed.hosting import announce_accelerator
 from rlhf_dist.distributed.ray.actor import RankHost

@@ -15,8 +15,8 @@ from support.tiny import experience_batch, prompt_batch, rollout_batch, token_ba
 
 from rlhf_dist.core.batches import PreferenceBatch, RolloutBatch, concat_rows
 from rlhf_dist.core.errors import TrainingError
+from rlhf_dist.core.futures import completed
 from rlhf_dist.core.steps import StepReport
-from rlhf_dist.distributed.futures import completed
 from rlhf_dist.distributed.partition import MicroBatching
 from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
 from rlhf_dist.distributed.rollout_engines import Engines, GroupWeightSync, RolloutRole

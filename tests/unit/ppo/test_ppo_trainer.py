@@ -13,9 +13,9 @@ from support.trainers import PPO, metrics, open_run, prompts, texts
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, RolloutBatch, concat_rows
 from rlhf_dist.core.errors import SampleError, TrainingError
 from rlhf_dist.ppo.config import PPOSettings
-from rlhf_dist.ppo.experience import PPOState, Scored, make_experience, shaped_scores
+from rlhf_dist.ppo.experience import PPOState, make_experience, shaped_scores
 from rlhf_dist.ppo.rewards import RunningMoments
-from rlhf_dist.ppo.trainer import Precisions
+from rlhf_dist.ppo.scoring import Precisions, Scored
 
 SETTINGS = PPOSettings(
     num_iterations=4,
@@ -80,7 +80,7 @@ def test_prompts_are_repeated_and_follow_each_other_through_epochs(tmp_path: Pat
         trainer = PPO(run, SETTINGS).trainer
         drawn = []
         for iteration in range(10):
-            batch = trainer.draw_prompts(iteration)
+            batch = trainer.rollouts.draw_prompts(iteration)
             assert len(batch) == 6
             assert batch.sample_ids.tolist() == list(range(6))
             for first, second in ((0, 1), (2, 3), (4, 5)):
@@ -258,9 +258,7 @@ def test_unchanged_weights_are_not_pushed(tmp_path: Path):
     ]
     assert [event[1] for event in calls(ppo.events, "sync")] == [0, 1, 2]
     assert [event[-1] for event in calls(ppo.events, "rollout.generate")] == [0, 0, 0, 1], "versions of the weights"
-    with open_run(tmp_path / "cut") as run:
-        cut = PPO(run, settings)
-        assert [cut.trainer.policy_version(iteration) for iteration in range(5)] == [0, 0, 0, 1, 2]
+    assert [settings.policy_version(iteration) for iteration in range(5)] == [0, 0, 0, 1, 2]
 
 
 def test_the_kl_coefficient_adapts_and_is_resumed(tmp_path: Path):
@@ -332,13 +330,15 @@ def test_a_rejected_update_writes_down_its_samples_and_texts(tmp_path: Path):
 def test_a_policy_that_is_not_its_reference_is_rejected_before_its_first_update(tmp_path: Path):
     with open_run(tmp_path) as run:
         ppo = PPO(run, SETTINGS)  # the fakes differ by 0.5 nats a token
-        ppo.trainer.precisions = Precisions(rollout="fp32", same_start="bf16")
+        ppo.trainer.scorer.precisions = Precisions(rollout="fp32", same_start="bf16")
         said = r"policy and reference have the same weights .*differ by 0\.5 nats a token .*at most 0\.369 in bf16"
         with pytest.raises(TrainingError, match=said):
             ppo.trainer.step(0)
         assert calls(ppo.events, "policy.update", "value.update") == []
+        ppo.trainer.roles.weight_sync.push(1)
         ppo.trainer.step(1)  # later they differ, and should
-        ppo.trainer.settings = SETTINGS.model_copy(update={"self_checks": False})
+        ppo.trainer.scorer.settings = SETTINGS.model_copy(update={"self_checks": False})
+        ppo.trainer.roles.weight_sync.push(0)
         ppo.trainer.step(0)
 
 
@@ -353,6 +353,7 @@ def test_rollouts_of_other_weights_or_another_temperature_are_rejected(tmp_path:
             return answer
 
         ppo.trainer.roles.rollout.generate = stale  # pyright: ignore[reportAttributeAccessIssue]
+        ppo.trainer.roles.weight_sync.push(1)
         said = "policy and rollout engine have the same weights in iteration 1, .*differ by 0.25 nats"
         with pytest.raises(TrainingError, match=said):
             ppo.trainer.step(1)

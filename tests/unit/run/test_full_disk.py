@@ -12,7 +12,7 @@ import torch
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.core.errors import RunFolderError
-from rlhf_dist.distributed.futures import completed
+from rlhf_dist.core.futures import completed
 from rlhf_dist.run.checkpoint import Checkpoints
 from rlhf_dist.run.disk import full_disk_named
 

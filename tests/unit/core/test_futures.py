@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from rlhf_dist.distributed.futures import Deferred, completed, gathered, mapped
+from rlhf_dist.core.futures import Deferred, completed, gathered, mapped
 
 
 def test_results_come_in_the_order_of_the_futures():
