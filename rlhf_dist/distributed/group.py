@@ -23,6 +23,8 @@ class WorkerSpec:
     arguments bound by `functools.partial`, so that pyright checks them."""
     own_process: bool = False
     """Hosted by a process that hosts nothing else, before or after: what its library sets up cannot be undone."""
+    takes_turns: bool = False
+    """Gives its memory to other such roles and takes it back (`phases.py`): built after another, not at the same time."""
 
 
 class WorkerGroup(Protocol):

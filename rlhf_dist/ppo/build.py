@@ -12,6 +12,7 @@ from rlhf_dist.data.datasets import PromptDataset
 from rlhf_dist.data.loading import load_prompts, load_sequences
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.group import Session, WorkerSpec
+from rlhf_dist.distributed.phases import asleep, taking_turns
 from rlhf_dist.distributed.role_groups import ReferenceRole, RewardRole
 from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
@@ -135,7 +136,7 @@ def worker_specs(config: PPOConfig, num_tokens: int | None = None) -> list[Worke
     """The five roles of a run, each with its worker; `num_tokens`: ids that the tokenizer has."""
     settings, template_path, temperature = config.ppo, config.data.template_path, config.rollout.temperature
     policy, value, reference, reward = config.policy, config.value, config.reference, config.reward
-    return [
+    specs = [
         WorkerSpec(
             "policy",
             policy,
@@ -176,10 +177,12 @@ def worker_specs(config: PPOConfig, num_tokens: int | None = None) -> list[Worke
                 precision=config.rollout.precision or policy.precision,
                 max_length_tokens=config.data.max_length_tokens,
                 template_path=template_path,
+                takes_turns="rollout" in config.colocated_roles,
             ),
             own_process=config.rollout.engine == "vllm",
         ),
     ]
+    return [asleep(spec) if spec.role in config.colocated_roles else spec for spec in specs]
 
 
 def run_ppo(
@@ -201,6 +204,8 @@ def run_ppo(
     check_run_folder(config)
     prepared = prepared or prepare(config)
     with hosted(config, prepared, session) as (run, groups):
+        if config.colocate:
+            groups = taking_turns(groups, config.colocated_roles)
         policy = PolicyRole.of(groups["policy"], config.policy)
         rollout = RolloutRole.of_config(groups["rollout"], config.rollout)
         transport = config.rollout.sends_weights_by(config.policy, groups["rollout"].device, config.cluster)

@@ -195,6 +195,25 @@ class PPOStage(Schema):
     rollout: RolloutConfig = RolloutConfig()
     data: PPOData
     ppo: PPOSettings = PPOSettings()
+    colocate: bool = False
+    """Roles that share GPUs (gpus_per_rank below 1) take turns: each moves to host memory what it does not need in a phase of
+    an iteration, so that a GPU has to hold the largest phase and not the sum of the roles. Policy and value function are then
+    updated one after the other. Changes memory and speed, never the result."""
+
+    @model_validator(mode="after")
+    def _phases_do_not_overlap(self) -> PPOStage:
+        if not self.colocate:
+            return self
+        for name, value, needed in (
+            ("rollout.num_chunks", self.rollout.num_chunks, 1),
+            ("ppo.off_policy_iterations", self.ppo.off_policy_iterations, 0),
+        ):
+            if value != needed:
+                raise ValueError(
+                    f"colocate is true and {name} is {value}, by which phases overlap that are to take turns; set {name} to "
+                    f"{needed}, or colocate to false"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ptx_has_text(self) -> PPOStage:
@@ -287,3 +306,21 @@ class PPOStage(Schema):
 
 class PPOConfig(PPOStage, RunConfig):
     """PPO with a KL penalty and a pretraining-mix term."""
+
+    @property
+    def colocated_roles(self) -> tuple[str, ...]:
+        """Roles that take turns: those that share GPUs; inline all of them, which share the one process."""
+        if not self.colocate:
+            return ()
+        roles = ("policy", "value", "reference", "reward", "rollout")
+        inline = self.cluster == "inline"
+        return tuple(name for name in roles if inline or getattr(self, name).gpus_per_rank < 1)
+
+    @model_validator(mode="after")
+    def _some_share(self) -> PPOConfig:
+        if self.colocate and len(self.colocated_roles) < 2:
+            raise ValueError(
+                "colocate is true, but no two roles share GPUs; set gpus_per_rank of those that are to share below 1 (together "
+                "at most 1), or colocate to false"
+            )
+        return self

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch
+from rlhf_dist.core.offload import Level
 from rlhf_dist.rollout.config import SamplingConfig
 
 
@@ -51,6 +52,10 @@ class Engine(Protocol):
         Raises:
             TrainingError: parameters are missing.
         """
+        ...
+
+    def hold(self, level: Level) -> None:
+        """Hold on the GPU: nothing, the weights (for a sync), or all that generating needs."""
         ...
 
     def close(self) -> None:

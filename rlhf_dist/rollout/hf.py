@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch, concat_rows, length_mask, pad_rows
+from rlhf_dist.core.offload import Level, Offloadable
 from rlhf_dist.core.random import uniforms
 from rlhf_dist.rollout.config import SamplingConfig
 from rlhf_dist.rollout.sampling import sample_tokens
@@ -41,6 +43,7 @@ class HFEngine:
         self.seed = seed
         self.policy_version = 0
         self._target: Any = WeightTarget(model)
+        self._memory = Offloadable(next(model.parameters()).device, self._tensors)
 
     def generate(
         self,
@@ -137,6 +140,13 @@ class HFEngine:
         total = self._target.finish()
         self.policy_version = version
         return total
+
+    def hold(self, level: Level) -> None:
+        """See `Engine`. A KV cache exists only while it generates."""
+        self._memory.hold(level)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return itertools.chain(self.model.parameters(), self.model.buffers())
 
     def close(self) -> None:
         """See `Engine`."""

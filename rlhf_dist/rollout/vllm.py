@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_dist.core.batches import FINISHED, TRUNCATED, PromptBatch, RolloutBatch, pad_rows
 from rlhf_dist.core.errors import ConfigError, EngineError, ModelError
+from rlhf_dist.core.offload import LEVELS, Level
 from rlhf_dist.core.random import derived_seed
 from rlhf_dist.rollout.config import SamplingConfig
 from rlhf_dist.rollout.hf import join_responses
@@ -20,6 +21,8 @@ from rlhf_dist.rollout.weights import Arrivals
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _BACKEND = "rlhf_dist"
+_AWAKE: dict[Level, tuple[str, ...]] = {"asleep": (), "weights": ("weights",), "full": ("weights", "kv_cache")}
+"""Level → tags of vLLM's memory, in the order in which they wake up."""
 CPU_KV_CACHE_BYTES = 2**30
 """KV cache of an engine on CPUs, unless `vllm_options.kv_cache_memory_bytes` gives another."""
 GPU_MEMORY_SHARE = 0.9
@@ -59,6 +62,7 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         gpu_share: float = 1.0,
         stop_texts: bool = False,
+        sleeps: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Start the engine.
@@ -77,6 +81,7 @@ class VLLMEngine:
             tensor_parallel_size: ranks of the engine.
             gpu_share: of a GPU, that this rank has.
             stop_texts: whether responses may be asked for that end at texts.
+            sleeps: gives its memory back by `hold`. vLLM can only do that on GPUs.
             options: further arguments of `vllm.LLM`.
 
         Raises:
@@ -118,6 +123,7 @@ class VLLMEngine:
             settings |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
         else:
             settings["gpu_memory_utilization"] = GPU_MEMORY_SHARE * gpu_share
+            settings["enable_sleep_mode"] = sleeps
         try:
             self._llm: Any = LLM(model=model_path, **(settings | dict(options or {})))
             self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -132,6 +138,8 @@ class VLLMEngine:
         self._num_tokens = num_tokens
         self._shapes = dict(shapes)
         self._arrivals: Arrivals | None = None
+        self._sleeps = sleeps and device != "cpu"
+        self._level: Level = "full"
         self.policy_version = 0
 
     def generate(
@@ -220,6 +228,32 @@ class VLLMEngine:
             )
         self.policy_version = int(self._llm.get_weight_version())
         return total
+
+    def hold(self, level: Level) -> None:
+        """See `Engine`. Asleep, weights are in host memory and the KV cache is discarded (vLLM's level 1): an evaluation may
+        follow without a sync. On CPUs nothing happens, since vLLM has no sleep mode there."""
+        if not self._sleeps or level == self._level:
+            return
+        try:
+            self._change(level)
+        except Exception as error:  # vLLM fails in ways of its own
+            raise EngineError(
+                f"vLLM does not change from {self._level} to {level} ({_reason(error)}); lower gpu_memory_utilization in "
+                "rollout.vllm_options, or set colocate to false"
+            ) from error
+        self._level = level
+
+    def _change(self, level: Level) -> None:
+        now = self._level
+        if LEVELS.index(level) < LEVELS.index(now):
+            if now == "weights":  # vLLM puts all of its memory to sleep, and would free what is asleep a second time
+                self._llm.wake_up(tags=["kv_cache"])
+            self._llm.reset_prefix_cache()  # of a KV cache that is discarded now
+            self._llm.sleep(level=1)
+            now = "asleep"
+        for tag in _AWAKE[level]:
+            if tag not in _AWAKE[now]:
+                self._llm.wake_up(tags=[tag])
 
     def close(self) -> None:
         """See `Engine`."""

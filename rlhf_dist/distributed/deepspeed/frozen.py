@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from rlhf_dist.config.hosting import FrozenModel
+from rlhf_dist.core.offload import Level, Offloadable
 from rlhf_dist.distributed.deepspeed import zero
+from rlhf_dist.distributed.deepspeed.held_tensors import weight_tensors
 from rlhf_dist.distributed.deepspeed.process_group import RankContext, join_process_group
 
 
@@ -43,6 +45,11 @@ class FrozenEngine:
             self._module: Any = zero.owned_by(self, engine)
         else:
             self._module = module.to(self.device)
+        self._memory = Offloadable(self.device, lambda: weight_tensors(self._module))
+
+    def hold(self, level: Level) -> None:
+        """The model in host memory (`asleep`), or where it computes."""
+        self._memory.hold(level)
 
     @torch.no_grad()
     def infer(self, *args: Any) -> Any:

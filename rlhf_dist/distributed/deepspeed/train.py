@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from rlhf_dist.config.hosting import TrainedModel
 from rlhf_dist.core.errors import RunFolderError, TrainingError
 from rlhf_dist.core.losses import Sums
+from rlhf_dist.core.offload import Level, Offloadable
 from rlhf_dist.core.steps import NON_FINITE_GRADIENT, NON_FINITE_LOSS, StepReport
 from rlhf_dist.distributed.deepspeed import gradients, zero
 from rlhf_dist.distributed.deepspeed import process_group as distributed
 from rlhf_dist.distributed.deepspeed.average import WeightAverage
+from rlhf_dist.distributed.deepspeed.held_tensors import all_tensors, weight_tensors
 from rlhf_dist.distributed.deepspeed.loss_scale import LossScale
 from rlhf_dist.distributed.deepspeed.optimizer import compile_ops, make_optimizer
 from rlhf_dist.distributed.deepspeed.schedule import learning_rate_factor
@@ -85,6 +87,15 @@ class TrainEngine:
         """Loss term → the sums it reports."""
         self.average: WeightAverage | None = None
         """The moving average of the weights, where one is kept."""
+        self._memory = Offloadable(self.device, lambda: weight_tensors(self.module), self._all_tensors)
+
+    def hold(self, level: Level) -> None:
+        """Hold what `level` says on the GPU, the rest in host memory. `weights` are enough for `infer` and for reading
+        parameters, `full` is needed for everything else."""
+        self._memory.hold(level)
+
+    def _all_tensors(self) -> Iterator[Tensor]:
+        return all_tensors(self.module, self._engine.optimizer, self.average.shards if self.average else {})
 
     def keep_average(self, decay: float) -> None:
         """Keep an exponential moving average of the weights from now on."""

@@ -129,8 +129,8 @@ class RaySession:
     def place(
         self, specs: Sequence[WorkerSpec], *, seed: int, logs_dir: Callable[[], Path]
     ) -> Iterator[dict[str, WorkerGroup]]:
-        """Start all ranks of all roles at once, and load their models side by side. `logs_dir` is called when the
-        placement is granted: until then nothing needs a folder."""
+        """Start all ranks of all roles at once, and load their models side by side; but those of roles that take turns one
+        role after the other. `logs_dir` is called when the placement is granted: until then nothing needs a folder."""
         self._connect()
         with self._hosts(specs) as (hosts, reserved):
             logs = logs_dir().absolute()
@@ -140,7 +140,10 @@ class RaySession:
                 groups[spec.role] = RayGroup(
                     spec.role, hosts[spec.role], _log_paths(spec, logs), start_again, self.device
                 )
-            gathered([self._build(groups[spec.role], spec, seed) for spec in specs]).result()
+            gathered([self._build(groups[spec.role], spec, seed) for spec in specs if not spec.takes_turns]).result()
+            for spec in specs:
+                if spec.takes_turns:
+                    self._build(groups[spec.role], spec, seed).result()
             yield dict(groups)
 
     @contextlib.contextmanager

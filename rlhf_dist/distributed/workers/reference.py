@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rlhf_dist.config.hosting import FrozenModel
 from rlhf_dist.core.batches import RolloutBatch, TokenBatch
+from rlhf_dist.core.offload import Level
 from rlhf_dist.distributed.deepspeed.frozen import FrozenEngine, frozen_init
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.workers.inference import MicroBatches, evaluate_nll, pick, response_logprobs
@@ -27,6 +28,10 @@ class ReferenceWorker:
         self.engine = FrozenEngine(module, config, context)
         check_now(self.engine, module)
         self.temperature = temperature
+
+    def hold(self, level: Level) -> None:
+        """See `FrozenEngine.hold`."""
+        self.engine.hold(level)
 
     def logprobs(self, rollout: RolloutBatch, micro_batches: MicroBatches) -> Tensor:
         """[rows, R] log-probs of the response tokens, 0 on padding."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from rlhf_dist.config.hosting import FrozenModel
 from rlhf_dist.core.batches import SequenceBatch
 from rlhf_dist.core.errors import ModelError
+from rlhf_dist.core.offload import Level
 from rlhf_dist.distributed.deepspeed.frozen import FrozenEngine, frozen_init
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
 from rlhf_dist.distributed.workers.inference import MicroBatches, sequence_scores
@@ -29,6 +30,10 @@ class RewardWorker:
         module = ScalarHead(model, config.packed)
         self.engine = FrozenEngine(module, config, context)
         check_now(self.engine, module)
+
+    def hold(self, level: Level) -> None:
+        """See `FrozenEngine.hold`."""
+        self.engine.hold(level)
 
     def score(self, batch: SequenceBatch, micro_batches: MicroBatches) -> Tensor:
         """[rows] fp32 scores at the last token."""

@@ -10,6 +10,7 @@ import torch
 from rlhf_dist.config.hosting import Precision
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch
 from rlhf_dist.core.errors import EngineError, TrainingError
+from rlhf_dist.core.offload import Level
 from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.data.tokenizer import load_tokenizer
 from rlhf_dist.distributed.deepspeed.broadcast import TensorSpec, WeightGroup
@@ -35,8 +36,13 @@ class RolloutWorker:
         precision: Precision,
         max_length_tokens: int | None = None,
         template_path: Path | None = None,
+        takes_turns: bool = False,
     ) -> None:
-        """`max_length_tokens`: longest prompt and response; None: the model's context."""
+        """
+        Args:
+            max_length_tokens: longest prompt and response; None: the model's context.
+            takes_turns: gives its memory to other roles and takes it back (`hold`).
+        """
         self.config = config
         self.device = context.device
         self.weight_group: WeightGroup | None = None
@@ -71,6 +77,7 @@ class RolloutWorker:
             num_tokens=num_token_ids(tokenizer),
             tensor_parallel_size=tensor_parallel_size,
             gpu_share=config.gpus_per_rank,
+            sleeps=takes_turns,
             stop_texts=bool(config.stop),
             options=config.vllm_options,
         )
@@ -82,6 +89,10 @@ class RolloutWorker:
         if not len(prompts):
             return None
         return self.engine.generate(prompts, self.config, stream=stream, iteration=iteration, batches=micro_batches)
+
+    def hold(self, level: Level) -> None:
+        """See `Engine.hold`."""
+        self.engine.hold(level)
 
     def load_bucket(self, bucket: Any) -> None:
         """Copy a bucket of weights into the model."""

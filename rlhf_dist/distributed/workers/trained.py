@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.config.hosting import TrainedModel
+from rlhf_dist.core.offload import Level
 from rlhf_dist.core.random import derived_seed
 from rlhf_dist.data.chat_template import stop_token_ids
 from rlhf_dist.distributed.deepspeed import process_group as distributed
@@ -47,6 +48,10 @@ class TrainedWorker:
     def seed_dropout(self, update: int) -> None:
         """Dropout, where a model has any, is a function of (seed, update, rank): a resumed run draws the same."""
         torch.manual_seed(derived_seed(self.context.seed, "dropout", update, self.context.rank))
+
+    def hold(self, level: Level) -> None:
+        """See `TrainEngine.hold`."""
+        self.engine.hold(level)
 
     def save_checkpoint(self, path: Path) -> None:
         """Write this rank's shard."""
