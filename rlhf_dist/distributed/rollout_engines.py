@@ -348,6 +348,18 @@ class RolloutRole:
         attempts = [start(engine) for engine in range(engines.num_engines)]
         return Deferred(finish, [attempt.together for attempt in attempts])
 
+    def probe(self, prompts: PromptBatch) -> Future[RolloutBatch]:
+        """See `roles.RolloutEngine`."""
+        engines = self.engines
+
+        def start(engine: int) -> Attempt:
+            return engines.call(engine, "probe", prompts)
+
+        attempts = [start(engine) for engine in range(engines.num_engines)]
+        return Deferred(
+            lambda: concat_rows(engines.answers(attempts, start)[0]), [attempt.together for attempt in attempts]
+        )
+
 
 def common_version(versions: Mapping[int, int], repeated: Collection[int]) -> int:
     """The version of the weights that engines answered with: the oldest, where those that had to answer again have newer ones.

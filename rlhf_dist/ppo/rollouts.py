@@ -31,6 +31,8 @@ from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.ppo.config import PPOSettings
 
 FILE = "rollouts.safetensors"
+NUM_PROBES = 4
+"""Prompts that policy and engines are compared on after a sync."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Rollouts:
         num, repeats = self.settings.prompts_per_iteration, self.settings.responses_per_prompt
         indices = self.sampler.indices(iteration * num, num).repeat_interleave(repeats)
         return self.prompts.batch(indices, sample_ids=torch.arange(num * repeats))
+
+    def probe_prompts(self) -> PromptBatch:
+        """The same few prompts every time."""
+        few = torch.arange(min(NUM_PROBES, len(self.prompts)))
+        return self.prompts.batch(few, sample_ids=few)
 
     def _generate(self, iteration: int, policy_version: int, newest_version: int) -> Generating:
         prompts = self.draw_prompts(iteration)

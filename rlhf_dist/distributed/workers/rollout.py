@@ -18,9 +18,12 @@ from rlhf_dist.distributed.workers.inference import MicroBatches
 from rlhf_dist.models.generation_config import stop_tokens
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, skeleton
 from rlhf_dist.models.vocabulary import num_token_ids
-from rlhf_dist.rollout.config import RolloutConfig
+from rlhf_dist.rollout.config import RolloutConfig, SamplingConfig
 from rlhf_dist.rollout.engine import Engine
 from rlhf_dist.rollout.hf import HFEngine
+
+PROBE_TOKENS = 8
+"""Of a response that is only generated to compare log-probs."""
 
 
 class RolloutWorker:
@@ -82,6 +85,12 @@ class RolloutWorker:
         if not len(prompts):
             return None
         return self.engine.generate(prompts, self.config, stream=stream, iteration=iteration, batches=micro_batches)
+
+    def probe(self, prompts: PromptBatch) -> RolloutBatch:
+        """See `roles.RolloutEngine`."""
+        tokens = min(PROBE_TOKENS, self.config.max_response_tokens)
+        sampling = SamplingConfig(max_response_tokens=tokens, temperature=self.config.temperature)
+        return self.engine.generate(prompts, sampling, stream="probe", iteration=self.engine.policy_version)
 
     def load_bucket(self, bucket: Any) -> None:
         """Copy a bucket of weights into the model."""
