@@ -64,7 +64,7 @@ class _Row:
     def __init__(self, draw: Draw, response: list[int]) -> None:
         numbers = uniforms(draw.seed, draw.stream, draw.iteration, [draw.sample_id], draw.max_response_tokens)
         self._uniforms: list[float] = numbers[0].tolist()
-        # vLLM appends to this list. Its length is the position, also where a pre-empted draw is repeated.
+        # vLLM appends to this list. Its length is the position, also where a preempted draw is repeated.
         self._response = response
         self.kind = draw.kind
 
