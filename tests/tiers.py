@@ -63,6 +63,10 @@ TIERS: list[tuple[str, str]] = [
     (r"learning/test_ppo_reaches_the_optimum.py", MATRIX),
     (r"unit/distributed/deepspeed/test_hpz.py::test.*", MATRIX),
     (r"unit/distributed/test_rollout_engines.py::test_(lost_prompts.*\[kill\]|an_error_that|versions_may)", FAST),
+    (
+        r"unit/distributed/test_rollout_engines.py::test_(deaths_of_the_new|chunks_that|.*\[load_bucket\]|without_a)",
+        MATRIX,
+    ),
     (r"unit/distributed/test_rollout_engines.py", SLOW),
     (r"unit/cli/test_fuzz_commands.py", SLOW),
     # -- further cases of what is also in the fast tier

@@ -131,6 +131,11 @@ class RolloutEngine(Protocol):
         (seed, `stream`, `iteration`, sample id, position)."""
         ...
 
+    def probe(self, prompts: PromptBatch) -> Future[RolloutBatch]:
+        """A few tokens after each prompt, by every engine, drawn from the whole distribution: nothing is cut off. For comparing
+        log-probs with the policy's."""
+        ...
+
 
 class WeightSync(Protocol):
     """Brings the policy's weights to the rollout engines."""

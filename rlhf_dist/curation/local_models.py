@@ -56,7 +56,7 @@ class _Local:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request; the same on every run for the same requests in the same order."""
-        encoded = [self._encode(request) for request in requests]
+        encoded = [self.encode(request) for request in requests]
         done: dict[int, Completion] = {row: found for row, found in enumerate(encoded) if isinstance(found, Completion)}
         rows = [row for row in range(len(requests)) if row not in done]
         for batch in batches([requests[row] for row in rows], self.at_once):
@@ -67,7 +67,7 @@ class _Local:
         """Let go of the model."""
         self.engine.close()
 
-    def _encode(self, request: Request) -> list[int] | Completion:
+    def encode(self, request: Request) -> list[int] | Completion:
         """Ids of the prompt; a failed completion where the model cannot take it."""
         request = request.arranged(self.settings)
         try:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -38,6 +38,7 @@ _SYNC = ("join_weight_group", "open_weight_store", "num_buckets", "export_bucket
 _TRAINED = ("save_checkpoint", "load_checkpoint", "save")
 PHASE_OF: dict[tuple[str, str], str] = {
     ("rollout", "generate"): "generate",
+    ("rollout", "probe"): "generate",
     **{
         ("rollout", method): "sync" for method in ("join_weight_group", "load_bucket", "receive_weights", "finish_sync")
     },
@@ -95,10 +96,11 @@ class TakingTurns:
             changed = ranks  # the other engines are at work
         else:
             self._finish_calls()
-            self._change({role: "asleep" for role in self._groups if role != group.role}, "generate")
+            self._change(_asleep(role for role in self._groups if role != group.role), "generate")
         group.restart(ranks)
         self._levels[group.role] = "asleep"
-        self._change({group.role: "full"}, "generate", changed)
+        awake: dict[str, Level] = {group.role: "full"}
+        self._change(awake, "generate", changed)
         self.phase = "generate"
 
     def _enter(self, phase: str) -> None:
@@ -108,8 +110,10 @@ class TakingTurns:
         wanted: dict[str, Level] = {role: PHASES[phase].get(role, "asleep") for role in self._groups}
         if self._levels.get(RESTARTED) == "weights" and wanted[RESTARTED] == "asleep":
             # vLLM sleeps only as a whole, and wakes its KV cache for that: as in `generate`, nobody else is awake then.
-            self._change({role: "asleep" for role in wanted if role != RESTARTED}, phase)
-        shrinking = {role: level for role, level in wanted.items() if _rank(level) < _rank(self._levels[role])}
+            self._change(_asleep(role for role in wanted if role != RESTARTED), phase)
+        shrinking: dict[str, Level] = {
+            role: level for role, level in wanted.items() if _rank(level) < _rank(self._levels[role])
+        }
         self._change(shrinking, phase)
         self._change(wanted, phase)
         self.phase = phase
@@ -126,7 +130,7 @@ class TakingTurns:
 
     def _change(self, wanted: Mapping[str, Level], phase: str, ranks: Sequence[int] | None = None) -> None:
         """Bring roles, or some ranks of each, to levels at the same time."""
-        changes = {role: level for role, level in wanted.items() if level != self._levels[role]}
+        changes: dict[str, Level] = {role: level for role, level in wanted.items() if level != self._levels[role]}
         answers: list[tuple[str, Future[Any]]] = []
         for role, level in changes.items():
             group = self._groups[role]
@@ -211,6 +215,10 @@ class _AsleepAfter:
         worker = self.build(context=context)
         worker.hold("asleep")
         return worker
+
+
+def _asleep(roles: Iterable[str]) -> dict[str, Level]:
+    return dict.fromkeys(roles, "asleep")
 
 
 def _phase_of(role: str, method: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import logging
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -196,13 +197,12 @@ class BroadcastTransport:
     """From rank 0 of the policy straight to the engines, in a process group of theirs. A group in which an engine died is made
     anew; the engines that were in the middle of a transfer then are started again, too."""
 
-    def __init__(self, policy: WorkerGroup, engines: Engines, timeout_s: float = 600) -> None:
+    def __init__(self, policy: WorkerGroup, engines: Engines, timeout_s: float = 180) -> None:
         self.policy = policy
         self.engines = engines
         self.timeout_s = timeout_s
         self._members: tuple[tuple[int, int], ...] = ()
         """Engines of the group, each with the number of its restarts."""
-        self._num_groups = 0
 
     def send(self, ranks: Mapping[int, range]) -> dict[int, WorkerDied]:
         """See `Transport`."""
@@ -220,8 +220,8 @@ class BroadcastTransport:
         return dead
 
     def _meet(self, ranks: Mapping[int, range]) -> dict[int, WorkerDied]:
-        self._num_groups += 1
-        name, size = str(self._num_groups), 1 + sum(map(len, ranks.values()))
+        # Never one of before: the store of a process outlives the run, and remembers.
+        name, size = uuid.uuid4().hex, 1 + sum(map(len, ranks.values()))
         address, port = self.policy.call("open_weight_store").result()[0]
         joining = self.policy.call("join_weight_group", name, size, self.timeout_s)
         places = itertools.count(1)
@@ -347,6 +347,18 @@ class RolloutRole:
 
         attempts = [start(engine) for engine in range(engines.num_engines)]
         return Deferred(finish, [attempt.together for attempt in attempts])
+
+    def probe(self, prompts: PromptBatch) -> Future[RolloutBatch]:
+        """See `roles.RolloutEngine`."""
+        engines = self.engines
+
+        def start(engine: int) -> Attempt:
+            return engines.call(engine, "probe", prompts)
+
+        attempts = [start(engine) for engine in range(engines.num_engines)]
+        return Deferred(
+            lambda: concat_rows(engines.answers(attempts, start)[0]), [attempt.together for attempt in attempts]
+        )
 
 
 def common_version(versions: Mapping[int, int], repeated: Collection[int]) -> int:

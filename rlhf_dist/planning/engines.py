@@ -100,7 +100,7 @@ class EngineRank:
     def taken(self, gpu_memory_bytes: int) -> int:
         """Bytes that vLLM takes of a GPU, whatever it needs."""
         assert self.role.rollout is not None
-        share = UTILIZATION * self.role.rollout.gpus_per_rank
+        share = UTILIZATION * (1 if self.role.takes_turns else self.role.rollout.gpus_per_rank)
         return int(float(self._options.get("gpu_memory_utilization", share)) * gpu_memory_bytes)
 
     def fit_at_once(self, gpu_memory_bytes: int) -> int:

@@ -11,6 +11,7 @@ from rlhf_dist.distributed.ray.placement import PlacementPlan, Slot, misfit, pla
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.memory import RoleMemory
 from rlhf_dist.planning.roles import Role
+from rlhf_dist.planning.turns import gpu_bytes, resting_bytes
 
 
 class Device(NamedTuple):
@@ -94,7 +95,12 @@ def slowest_link(layout: Layout, cluster: Cluster, *roles: str) -> float:
 
 def gpu_totals(layout: Layout, memory: dict[str, RoleMemory]) -> dict[Device, int]:
     """GPU → bytes of all ranks on it."""
-    return {device: sum(memory[role].gpu_bytes for role in roles) for device, roles in layout.shares().items()}
+    totals = {}
+    for device, roles in layout.shares().items():
+        turns = [memory[role] for role in roles if memory[role].role.takes_turns]
+        apart = sum(memory[role].gpu_bytes for role in roles if not memory[role].role.takes_turns)
+        totals[device] = apart + (gpu_bytes(turns) if turns else 0)
+    return totals
 
 
 def host_totals(layout: Layout, memory: dict[str, RoleMemory], on_cpu: bool) -> dict[int, int]:
@@ -103,5 +109,7 @@ def host_totals(layout: Layout, memory: dict[str, RoleMemory], on_cpu: bool) -> 
     for (slot, _), roles in layout.shares().items():
         for role in roles:
             need = memory[role].host_bytes + (memory[role].total(memory[role].worst_phase).gpu if on_cpu else 0)
+            if memory[role].role.takes_turns and not on_cpu:
+                need += resting_bytes(memory[role], "full")
             totals[layout.nodes[slot]] = totals.get(layout.nodes[slot], 0) + need
     return totals

@@ -47,13 +47,17 @@ class RoleMemory:
         return max(self.phases, key=lambda phase: self.total(phase).gpu)
 
     @property
-    def allowance_bytes(self) -> int:
-        """For what is not counted: CUDA context, NCCL, fragmentation; of vLLM, CUDA graphs."""
-        fragmented = int(FRAGMENTATION * self.total(self.worst_phase).gpu)
+    def context_bytes(self) -> int:
+        """Of a process that holds nothing: CUDA context, NCCL; of vLLM, CUDA graphs."""
         if self.engine is not None:
-            return self.engine.allowance + fragmented
+            return self.engine.allowance
         nccl = NCCL_BYTES if self.role.num_ranks > 1 and self.role.rollout is None else 0
-        return CONTEXT_BYTES + nccl + fragmented
+        return CONTEXT_BYTES + nccl
+
+    @property
+    def allowance_bytes(self) -> int:
+        """For what is not counted: `context_bytes`, and fragmentation."""
+        return self.context_bytes + int(FRAGMENTATION * self.total(self.worst_phase).gpu)
 
     @property
     def gpu_bytes(self) -> int:

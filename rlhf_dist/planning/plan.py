@@ -31,7 +31,7 @@ class Plan:
     @cached_property
     def timeline(self) -> Timeline:
         """Of one iteration."""
-        return timeline(self.work, self.layout, self.cluster, self.rates, self.lengths)
+        return timeline(self.work, self.layout, self.cluster, self.rates, self.lengths, self.memory)
 
     @cached_property
     def gpus(self) -> dict[Device, int]:
@@ -100,9 +100,14 @@ class Plan:
 
     def others_bytes(self, role: str) -> int:
         """That the other roles need on the fullest GPU of a role."""
-        shares = self.layout.shares()
-        needs = [self.gpus[device] - self.memory[role].gpu_bytes for device in self.gpus if role in shares[device]]
-        return max(needs, default=0)
+        there = [roles for roles in self.layout.shares().values() if role in roles]
+        return max((sum(self._beside(role, other) for other in roles if other != role) for roles in there), default=0)
+
+    def _beside(self, role: str, other: str) -> int:
+        """Bytes of a role while another generates: one that takes turns with it is asleep then."""
+        needs = self.memory[other]
+        both = needs.role.takes_turns and self.memory[role].role.takes_turns
+        return needs.context_bytes if both else needs.gpu_bytes
 
     @property
     def lacks_host_memory(self) -> bool:

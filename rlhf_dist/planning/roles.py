@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_dist.config.hosting import FrozenModel, ModelHost, Placement, Precision, TrainedModel
@@ -54,6 +54,8 @@ class Role:
     """The role's section of the configuration."""
     inline: bool = False
     """Hosted with one rank, in the driver's process."""
+    takes_turns: bool = False
+    """Moves what it does not need in a phase to host memory (`colocate`)."""
 
     @property
     def placement(self) -> Placement:
@@ -232,6 +234,7 @@ def _ppo(config: PPOConfig) -> Work:
             inline=inline,
         ),
     )
+    roles = tuple(replace(role, takes_turns=role.name in config.colocated_roles) for role in roles)
     return Work("ppo", roles, config.max_prompt_tokens, response, settings.responses_per_iteration, updates)
 
 

@@ -5,19 +5,22 @@ A bound for comparing layouts, not a promise: the efficiencies are assumptions u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rlhf_dist.models.architecture import Architecture
 from rlhf_dist.planning import generation, sync
 from rlhf_dist.planning.hardware import Cluster
 from rlhf_dist.planning.layout import Layout, slowest_link
+from rlhf_dist.planning.memory import RoleMemory
 from rlhf_dist.planning.rates import COLLECTIVES, Lengths, Rates, Seconds
 from rlhf_dist.planning.roles import Passes, Role, Work
 from rlhf_dist.planning.sharding import Sharding
+from rlhf_dist.planning.turns import moved_bytes
 
 COMPUTING = "computing"
 OPTIMIZER = "the optimizer's memory traffic"
+MOVES = "copies between GPU and host memory of roles that take turns"
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,18 @@ class Timeline:
         return f"{phase}: {max(self.phases[phase], key=lambda part: self.phases[phase][part])}"
 
 
-def timeline(work: Work, layout: Layout, cluster: Cluster, rates: Rates, lengths: Lengths) -> Timeline:
-    """Estimate an iteration (of a supervised run: an optimizer step; of an evaluation: one batch)."""
+def timeline(
+    work: Work,
+    layout: Layout,
+    cluster: Cluster,
+    rates: Rates,
+    lengths: Lengths,
+    memory: Mapping[str, RoleMemory] | None = None,
+) -> Timeline:
+    """Estimate an iteration (of a supervised run: an optimizer step; of an evaluation: one batch). `memory`: of each role, for
+    what those that take turns move."""
     clock = _Clock(work, layout, cluster, rates, lengths)
+    moves = _moves(layout, memory, rates) if memory and not cluster.on_cpu else {}
     phases: dict[str, Seconds] = {}
     if work.responses:
         phases["generate"] = clock.slowest(clock.generate)
@@ -57,10 +69,24 @@ def timeline(work: Work, layout: Layout, cluster: Cluster, rates: Rates, lengths
     if work.command == "ppo":
         phases["sync"] = clock.sync()
     scaled = {
-        phase: {part: seconds * rates.factors.get(phase, 1.0) for part, seconds in parts.items()}
+        phase: {
+            part: seconds * rates.factors.get(phase, 1.0)
+            for part, seconds in (parts | ({MOVES: moves[phase]} if moves.get(phase) else {})).items()
+        }
         for phase, parts in phases.items()
     }
     return Timeline(scaled)
+
+
+def _moves(layout: Layout, memory: Mapping[str, RoleMemory], rates: Rates) -> Seconds:
+    """Phase → seconds of copies between GPU and host memory, on the GPU that has most of them, of roles that take turns."""
+    found: Seconds = {}
+    for roles in layout.shares().values():
+        moved = moved_bytes([memory[role] for role in roles if memory[role].role.takes_turns])
+        moved["update"] = moved.pop("policy") + moved.pop("value")
+        for phase, size in moved.items():
+            found[phase] = max(found.get(phase, 0.0), size / rates.host_copy_bytes_per_s)
+    return found
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,8 @@ def _precisions(config: PPOConfig) -> Precisions:
     rollout = config.rollout.precision or policy.precision
     same = reference.model_path == policy.model_path
     return Precisions(
-        rollout=None if config.rollout.cuts_tokens_off else _lower(policy.precision, rollout),
+        rollout=_lower(policy.precision, rollout),
+        same_distribution=not config.rollout.cuts_tokens_off,
         same_start=_lower(policy.precision, reference.precision) if same else None,
     )
 

@@ -31,6 +31,8 @@ from rlhf_dist.data.sampler import EpochSampler
 from rlhf_dist.ppo.config import PPOSettings
 
 FILE = "rollouts.safetensors"
+NUM_PROBES = 4
+"""Prompts that policy and engines are compared on after a sync."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Generating:
     iteration: int
     policy_version: int
     """Of the weights that generate them."""
+    newest_version: int
+    """Of the weights that may generate them in place of an engine that died, after an update."""
     parts: Sequence[Future[RolloutBatch]]
     """Of contiguous prompts, in order."""
 
@@ -51,7 +55,7 @@ class Generating:
         """
         for part in self.parts:
             rollout = part.result()
-            if rollout.policy_version != self.policy_version:
+            if not self.policy_version <= rollout.policy_version <= self.newest_version:
                 raise TrainingError(
                     f"responses of iteration {self.iteration} come from weights of version {rollout.policy_version}, not "
                     f"{self.policy_version}: an engine missed a sync or took calls out of order. Resume with --resume auto; "
@@ -77,11 +81,11 @@ class Rollouts:
     def take(self, iteration: int) -> Generating:
         """The responses of `iteration`; off policy, those of the next are asked for right behind them."""
         version = self.settings.policy_version(iteration)
-        now, self.ahead = self.ahead or self._generate(iteration, version), None
+        now, self.ahead = self.ahead or self._generate(iteration, version, version), None
         if now.iteration != iteration:
             raise ValueError(f"responses of iteration {now.iteration} come before those of iteration {iteration}")
         if self.settings.off_policy_iterations and iteration + 1 < self.settings.num_iterations:
-            self.ahead = self._generate(iteration + 1, version)
+            self.ahead = self._generate(iteration + 1, version, self.settings.policy_version(iteration + 1))
         return now
 
     def draw_prompts(self, iteration: int) -> PromptBatch:
@@ -90,11 +94,16 @@ class Rollouts:
         indices = self.sampler.indices(iteration * num, num).repeat_interleave(repeats)
         return self.prompts.batch(indices, sample_ids=torch.arange(num * repeats))
 
-    def _generate(self, iteration: int, policy_version: int) -> Generating:
+    def probe_prompts(self) -> PromptBatch:
+        """The same few prompts every time."""
+        few = torch.arange(min(NUM_PROBES, len(self.prompts)))
+        return self.prompts.batch(few, sample_ids=few)
+
+    def _generate(self, iteration: int, policy_version: int, newest_version: int) -> Generating:
         prompts = self.draw_prompts(iteration)
         parts = [prompts.rows(rows) for rows in self._chunks(len(prompts))]
         calls = [self.engine.generate(part, stream="rollout", iteration=iteration) for part in parts]
-        return Generating(iteration, policy_version, calls)
+        return Generating(iteration, policy_version, newest_version, calls)
 
     def _chunks(self, num_rows: int) -> list[Tensor]:
         """Contiguous row numbers of each part; none is empty."""
@@ -123,5 +132,5 @@ class Rollouts:
             version = int(metadata["policy_version"])
             batch = RolloutBatch(**tensors, policy_version=version)
             parts = [completed(batch.rows(rows)) for rows in self._chunks(len(batch))]
-            self.ahead = Generating(int(metadata["iteration"]), version, parts)
+            self.ahead = Generating(int(metadata["iteration"]), version, version, parts)
         return completed(None)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.config.hosting import Precision
-from rlhf_dist.core.batches import RolloutBatch, concat_rows
+from rlhf_dist.core.batches import PromptBatch, RolloutBatch, concat_rows
 from rlhf_dist.core.errors import SampleError, TrainingError
 from rlhf_dist.core.futures import completed
-from rlhf_dist.core.roles import Policy, Reference, RewardScorer, ValueFunction
+from rlhf_dist.core.roles import Policy, Reference, RewardScorer, RolloutEngine, ValueFunction
 from rlhf_dist.evaluation.reward_input import RewardInput
 from rlhf_dist.ppo.config import PPOSettings
 from rlhf_dist.ppo.sanity_checks import disagreement
@@ -31,9 +31,10 @@ NUM_CHECKED = 8
 class Precisions:
     """How closely models that should agree can be expected to: the lower precision of the two."""
 
-    rollout: Precision | None
-    """Of policy and rollout engine; None where sampling cuts tokens off, so that the engine's log-probs are of another
-    distribution than the policy's."""
+    rollout: Precision
+    """Of policy and rollout engine."""
+    same_distribution: bool = True
+    """Whether rollouts are drawn from all tokens; else the engine's log-probs are of another distribution than the policy's."""
     same_start: Precision | None = None
     """Of policy and reference, where the reference is a copy of the untrained policy; None where it is another model."""
 
@@ -134,13 +135,32 @@ class Scorer:
                     "packed, attention); ppo.self_checks: false switches the check off"
                 )
 
+    def check_sync(self, engine: RolloutEngine, prompts: PromptBatch) -> None:
+        """Policy and rollout engines have the same weights now: they give the tokens of a probe the same log-probs. Only where
+        `check` cannot compare the rollouts themselves.
+
+        Raises:
+            TrainingError: they differ.
+        """
+        compared = self.precisions.same_distribution and not self.settings.off_policy_iterations
+        if compared or not self.settings.self_checks:
+            return
+        probe = engine.probe(prompts).result()
+        logprobs = self.policy.logprobs(probe).result()
+        if wrong := disagreement(logprobs, probe.rollout_logprobs, probe.response_mask, self.precisions.rollout):
+            raise TrainingError(
+                f"after the sync of version {probe.policy_version} the log-probs of policy and rollout engines differ by "
+                f"{wrong} on the tokens of a probe: the weights did not arrive as they were sent. Compare the roles' settings "
+                "(precision, packed, attention); ppo.self_checks: false switches the check off"
+            )
+
     def _same_weights(
         self, iteration: int, rollout: RolloutBatch, scored: Scored
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Precision]]:
         """(role, the policy's log-probs, the role's, response mask, precision) of roles with the policy's weights and the same
         distribution. Responses of older weights cannot be compared."""
         precisions = self.precisions
-        if precisions.rollout and rollout.policy_version == self.settings.policy_version(iteration):
+        if precisions.same_distribution and rollout.policy_version == self.settings.policy_version(iteration):
             compared, logprobs = rollout, scored.logprobs
             if self.settings.old_logprobs == "rollout":
                 compared = rollout.rows(range(min(NUM_CHECKED, len(rollout))))

@@ -132,12 +132,17 @@ class PPOTrainer:
             self.state = state
         if trains_policy:  # the engines already have weights that did not change
             with phase("sync"):
-                self.roles.weight_sync.push(self.settings.policy_version(iteration + 1)).result()
+                self.sync(iteration + 1)
         self.log_samples(iteration, rollout, scored)
         metrics["rollout/staleness"] = float(self.settings.policy_version(iteration) - rollout.policy_version)
         times = self.run_log.take_times()
         tokens = int(rollout.response_lengths.sum())
         return {**metrics, **times, "throughput/response_tokens_per_s": tokens / times["time/step_s"]}
+
+    def sync(self, iteration: int) -> None:
+        """Bring the weights that iteration `iteration` starts with to the rollout engines."""
+        self.roles.weight_sync.push(self.settings.policy_version(iteration)).result()
+        self.scorer.check_sync(self.roles.rollout, self.rollouts.probe_prompts())
 
     def update(self, iteration: int, experience: Experience, kl_coef: float) -> dict[str, float]:
         """All epochs and mini-batches of an iteration; the policy's only once the value function is warm."""
@@ -228,7 +233,7 @@ class PPOTrainer:
         latest = self.checkpoints.latest() if resume else None
         state = self.checkpoints.load(latest, self._checkpointed()) if latest else None
         iteration = state["step"] if state else 0
-        self.roles.weight_sync.push(self.settings.policy_version(iteration)).result()
+        self.sync(iteration)
         if state:
             self.state = PPOState.from_json(state["ppo"])
             return iteration, state["before"]

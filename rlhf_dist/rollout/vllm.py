@@ -180,7 +180,7 @@ class VLLMEngine:
     def _parameters(self, sampling: SamplingConfig, stream: str, iteration: int, sample_id: int) -> Any:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
-        from rlhf_dist.rollout.vllm_plugins import DRAW, Draw
+        from rlhf_dist.rollout.vllm_plugins import DRAW, Draw, Kind
 
         common = {
             "max_tokens": sampling.max_response_tokens,
@@ -194,7 +194,8 @@ class VLLMEngine:
             "flat_logprobs": True,
         }
         if self._draws == "counter":
-            draw = Draw(self._seed, stream, iteration, sample_id, sampling, self._num_tokens)
+            kind = Kind.of(sampling, self._num_tokens)
+            draw = Draw(self._seed, stream, iteration, sample_id, sampling.max_response_tokens, kind)
             return SamplingParams(temperature=0.0, extra_args={DRAW: draw}, **common)
         return SamplingParams(
             temperature=sampling.temperature,

@@ -7,7 +7,7 @@ Written for vLLM's V1 model runner (seen with 0.32).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ DRAW = "rlhf_dist_draw"
 """Key of a request's `Draw` in `SamplingParams.extra_args`."""
 
 
+class Kind(NamedTuple):
+    """What rows must share to be drawn in one call; a `sampling.Distribution`."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    num_tokens: int | None
+    """Ids from here on are never drawn."""
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, num_tokens: int | None) -> Kind:
+        """The kind of a request."""
+        return cls(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, num_tokens)
+
+
 @dataclass(frozen=True)
 class Draw:
     """What the tokens of a response are drawn by."""
@@ -38,20 +54,19 @@ class Draw:
     stream: str
     iteration: int
     sample_id: int
-    sampling: SamplingConfig
-    num_tokens: int | None
-    """Ids from here on are never drawn."""
+    max_response_tokens: int
+    kind: Kind
 
 
 class _Row:
     """A request under way."""
 
     def __init__(self, draw: Draw, response: list[int]) -> None:
-        numbers = uniforms(draw.seed, draw.stream, draw.iteration, [draw.sample_id], draw.sampling.max_response_tokens)
+        numbers = uniforms(draw.seed, draw.stream, draw.iteration, [draw.sample_id], draw.max_response_tokens)
         self._uniforms: list[float] = numbers[0].tolist()
-        # vLLM appends to this list. Its length is the position, also where a pre-empted draw is repeated.
+        # vLLM appends to this list. Its length is the position, also where a preempted draw is repeated.
         self._response = response
-        self.kind = (draw.sampling, draw.num_tokens)
+        self.kind = draw.kind
 
     @property
     def uniform(self) -> float:
@@ -80,15 +95,15 @@ class CounterDraws(LogitsProcessor):
 
     def apply(self, logits: Tensor) -> Tensor:
         """[B, V] fp32, changed in place."""
-        kinds: dict[tuple[SamplingConfig, int | None], list[int]] = {}
+        kinds: dict[Kind, list[int]] = {}
         for index in sorted(self._rows):
             if index < len(logits):
                 kinds.setdefault(self._rows[index].kind, []).append(index)
-        for (sampling, num_tokens), indices in kinds.items():
+        for kind, indices in kinds.items():
             numbers = torch.tensor([self._rows[index].uniform for index in indices], dtype=torch.float64)
             rows = torch.tensor(indices, device=logits.device)
             part = logits if len(indices) == len(logits) else logits[rows]
-            tokens, logprobs = sample_tokens(part[:, :num_tokens], numbers.to(logits.device), sampling)
+            tokens, logprobs = sample_tokens(part[:, : kind.num_tokens], numbers.to(logits.device), kind)
             logits[rows] = -torch.inf
             logits[rows, tokens] = logprobs
         return logits

@@ -32,7 +32,7 @@ def _engines(gpus: float) -> WorkerSpec:
 def _places(ours: session.RaySession, specs: Sequence[WorkerSpec], role: str) -> list[tuple[str, str]]:
     """(node, GPU) of each rank."""
     ours.check(specs)
-    with ours._hosts(specs) as hosts:
+    with ours._hosts(specs) as (hosts, _):
         return ray.get([host.where.remote() for host in hosts[role]], timeout=200)
 
 

@@ -17,6 +17,7 @@ responses of one token.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import hosted, trained
+from support.tiny import hosted, save_tiny_lm, trained
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +39,7 @@ from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole
 from rlhf_dist.distributed.workers.reference import ReferenceWorker
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
 from rlhf_dist.ppo.config import PPOSettings
+from rlhf_dist.ppo.importance import UNCORRECTED, Correction
 from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.roles import PolicyRole, ValueRole
 from rlhf_dist.ppo.scoring import Precisions
@@ -114,13 +116,16 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_tokens: int) -> Iterator[PPOTrainer]:
+def trainer(
+    tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, rollout_settings: dict[str, Any]
+) -> Iterator[PPOTrainer]:
     """A trainer with real roles in this process."""
     optimizer = {"learning_rate": 4e-3, "schedule": "cosine", "warmup_fraction": 0.05, "weight_decay": 0.0}
     common: dict[str, Any] = {"num_steps": ppo.num_updates}
     folder = RunFolder.open(run_dir, resume=False, overwrite=False)
     at_temperature = {"temperature": TEMPERATURE}
-    rollout_config = RolloutConfig(max_response_tokens=num_tokens, temperature=TEMPERATURE)
+    rollout_config = RolloutConfig(temperature=TEMPERATURE, batch_size=BATCH, **rollout_settings)
+    corrected = rollout_config.engine == "vllm" or ppo.off_policy_iterations > 0
     frozen = FrozenModel(model_path=str(tiny_lm), precision="fp32")
     policy_config, value_config = (trained(path, optimizer=optimizer) for path in (tiny_lm, tiny_rm))
     with (
@@ -145,19 +150,30 @@ def trainer(tiny_lm: Path, tiny_rm: Path, run_dir: Path, ppo: PPOSettings, num_t
             PPOData(PromptDataset(Ragged(PROMPTS), ["a", "b"], DataReport()), None, None, decode=str),
             ppo,
             Checkpoints(folder.checkpoints_dir, CheckpointConfig(at_end=False)),
-            max_response_tokens=num_tokens,
+            max_response_tokens=rollout_config.max_response_tokens,
             precisions=Precisions(rollout="fp32", same_start="fp32"),
+            correction=Correction(cap=2.0) if corrected else UNCORRECTED,
         )
 
 
+IN_REWARD, IN_LOSS = {"kl_in": "reward", "kl_estimator": "k1"}, {"kl_in": "loss", "kl_estimator": "k2"}
+
+
 @pytest.mark.parametrize(
-    ("num_tokens", "settings"),
-    [(2, {"kl_in": "reward", "kl_estimator": "k1"}), (1, {"kl_in": "loss", "kl_estimator": "k2"})],
-    ids=["kl-in-reward", "kl-in-loss"],
+    ("num_tokens", "settings", "rollout"),
+    [
+        pytest.param(2, IN_REWARD, {}, id="kl-in-reward"),
+        pytest.param(1, IN_LOSS, {}, id="kl-in-loss"),
+        pytest.param(2, IN_REWARD | {"off_policy_iterations": 1}, {}, id="one-step-off-policy"),
+        pytest.param(2, IN_REWARD, {"engine": "vllm"}, id="vllm"),
+    ],
 )
 def test_ppo_reaches_the_closed_form_optimum(
-    tiny_lm: Path, tiny_rm: Path, tmp_path: Path, num_tokens: int, settings: dict[str, Any]
+    tiny_rm: Path, tmp_path: Path, num_tokens: int, settings: dict[str, Any], rollout: dict[str, Any]
 ):
+    if rollout and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    tiny_lm = save_tiny_lm(tmp_path / "lm", **({"num_attention_heads": 2} if rollout else {}))
     ppo = PPOSettings(
         num_iterations=250,
         prompts_per_iteration=BATCH,
@@ -174,7 +190,9 @@ def test_ppo_reaches_the_closed_form_optimum(
     )
     eos = AutoTokenizer.from_pretrained(tiny_lm).eos_token_id
     ref = distributions(AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32), eos, num_tokens)
-    with trainer(tiny_lm, tiny_rm, tmp_path / "run", ppo, num_tokens) as ppo_trainer:
+    with trainer(
+        tiny_lm, tiny_rm, tmp_path / "run", ppo, {"max_response_tokens": num_tokens, **rollout}
+    ) as ppo_trainer:
         ppo_trainer.run(resume=False)
         ppo_trainer.run_log.save(ppo_trainer.roles.policy)
     average = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model_ema", dtype=torch.float32)

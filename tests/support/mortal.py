@@ -1,4 +1,4 @@
-"""A rollout worker that dies where a test asks for it."""
+"""A rollout worker that dies where a test asks for it, and a policy that sends its weights in many buckets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 
 from rlhf_dist.core.errors import DataError, EngineError
 from rlhf_dist.distributed.deepspeed.process_group import RankContext
+from rlhf_dist.distributed.weight_sync import WeightSource
 from rlhf_dist.distributed.workers.rollout import RolloutWorker
+from rlhf_dist.ppo.policy_worker import PolicyWorker
+
+
+class ManyBucketsPolicy(PolicyWorker):
+    """A tiny model is one bucket otherwise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weights = WeightSource(self.model, bucket_bytes=20_000)
 
 
 class MortalRolloutWorker(RolloutWorker):
@@ -37,6 +47,14 @@ class MortalRolloutWorker(RolloutWorker):
         """See `RolloutWorker`."""
         self._obey("load_bucket")
         super().load_bucket(bucket)
+
+    def receive_weights(self, specs: Any) -> None:
+        """Ends when the first bucket has been loaded."""
+        if not self._path("receive_weights").exists() or self.weight_group is None:
+            super().receive_weights(specs)
+            return
+        next(self.weight_group.receive(specs))
+        self._obey("receive_weights")
 
     def finish_sync(self, version: int) -> tuple[int, int]:
         """See `RolloutWorker`."""

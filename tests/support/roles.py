@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,11 @@ class FakeRollout(FakeTrained):
     def __init__(self, events: Events, policy: FakePolicy) -> None:
         super().__init__(events, "rollout")
         self.policy, self.state, self.version = policy, 0.0, 0
+
+    def probe(self, prompts: Any) -> Answer:
+        silent = copy.copy(self)
+        silent.events = []
+        return Answer(self.events, "rollout.probe", silent.generate(prompts, stream="probe", iteration=0)._value)
 
     def generate(self, prompts: Any, *, stream: str, iteration: int) -> Answer:
         ids = prompts.sample_ids.tolist()

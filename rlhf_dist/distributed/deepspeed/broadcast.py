@@ -6,6 +6,7 @@ other travels. On GPUs it is NCCL from memory to memory; on CPUs gloo.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -72,25 +73,26 @@ class WeightGroup:
             RuntimeError: a receiver is gone. All buckets have been asked for even so, for that may be collective.
         """
         under_way: list[tuple[Any, Tensor]] = []
-        error: RuntimeError | None = None
+        broken = ""  # not the error: its traceback would keep this frame, and with it the connections
         for tensors in buckets:
-            if error is not None:
+            if broken:
                 continue
             buffer = _flat(tensors, self._device)
             try:
                 if len(under_way) == 2:
                     under_way.pop(0)[0].wait()
                 under_way.append((self._broadcast(buffer), buffer))
-            except RuntimeError as found:
-                error = found
+            except RuntimeError as error:
+                broken = str(error)
         try:
-            for work, _ in under_way if error is None else []:
-                work.wait()
-        except RuntimeError as found:
-            error = found
-        if error is not None:
+            while under_way and not broken:
+                under_way.pop(0)[0].wait()
+        except RuntimeError as error:
+            broken = str(error)
+        if broken:
+            under_way.clear()
             self.close()
-            raise error
+            raise RuntimeError(f"the broadcast of weights broke off ({broken})")
 
     def receive(self, buckets: Sequence[Sequence[TensorSpec]]) -> Iterator[dict[str, Tensor]]:
         """Name → parameter on the device, a bucket at a time; the next is on its way meanwhile."""
@@ -112,8 +114,11 @@ class WeightGroup:
             yield dict(zip([spec.name for spec in bucket], _views(buffer, bucket), strict=True))
 
     def close(self) -> None:
-        """Leave: whoever waits for this process is told."""
+        """Leave: whoever waits for this process is told, by the end of its connections."""
+        if self._group is not None and self._device.type == "cuda":
+            self._group.abort()
         self._group = None
+        gc.collect()
 
     def _broadcast(self, buffer: Tensor) -> Any:
         return self._group.broadcast([buffer], self._options)

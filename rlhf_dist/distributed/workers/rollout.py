@@ -19,9 +19,12 @@ from rlhf_dist.distributed.workers.inference import MicroBatches
 from rlhf_dist.models.generation_config import stop_tokens
 from rlhf_dist.models.loading import DTYPES, load_causal_lm, skeleton
 from rlhf_dist.models.vocabulary import num_token_ids
-from rlhf_dist.rollout.config import RolloutConfig
+from rlhf_dist.rollout.config import RolloutConfig, SamplingConfig
 from rlhf_dist.rollout.engine import Engine
 from rlhf_dist.rollout.hf import HFEngine
+
+PROBE_TOKENS = 8
+"""Of a response that is only generated to compare log-probs."""
 
 
 class RolloutWorker:
@@ -76,7 +79,7 @@ class RolloutWorker:
             draws=config.draws,
             num_tokens=num_token_ids(tokenizer),
             tensor_parallel_size=tensor_parallel_size,
-            gpu_share=config.gpus_per_rank,
+            gpu_share=1.0 if takes_turns else config.gpus_per_rank,  # the others are asleep while it generates
             sleeps=takes_turns,
             stop_texts=bool(config.stop),
             options=config.vllm_options,
@@ -93,6 +96,12 @@ class RolloutWorker:
     def hold(self, level: Level) -> None:
         """See `Engine.hold`."""
         self.engine.hold(level)
+
+    def probe(self, prompts: PromptBatch) -> RolloutBatch:
+        """See `roles.RolloutEngine`."""
+        tokens = min(PROBE_TOKENS, self.config.max_response_tokens)
+        sampling = SamplingConfig(max_response_tokens=tokens, temperature=self.config.temperature)
+        return self.engine.generate(prompts, sampling, stream="probe", iteration=self.engine.policy_version)
 
     def load_bucket(self, bucket: Any) -> None:
         """Copy a bucket of weights into the model."""

@@ -101,8 +101,9 @@ def test_num_targets_counts_the_loss_mask():
 def test_concat_rows_undoes_a_split():
     experience = experience_batch([2, 9, 3, 4], [5, 1, 2, 8])
     joined = concat_rows([experience.rows([0, 1]), experience.rows([2]), experience.rows([]), experience.rows([3])])
+    assert joined.importance_weights is experience.importance_weights is None
     for name, tensor in vars(experience).items():
-        assert torch.equal(getattr(joined, name), tensor), name
+        assert tensor is None or torch.equal(getattr(joined, name), tensor), name
 
 
 def test_concat_rows_joins_rankings_of_different_sizes():

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import pytest
 import torch
-from support.mortal import MortalRolloutWorker
+from support.mortal import ManyBucketsPolicy, MortalRolloutWorker
 from support.tiny import experience_batch, prompt_batch, trained
 
 from rlhf_dist.config.hosting import Placement, RayConfig
@@ -26,7 +26,6 @@ from rlhf_dist.distributed.group import WorkerSpec
 from rlhf_dist.distributed.ray.session import RaySession
 from rlhf_dist.distributed.rollout_engines import GroupWeightSync, RolloutRole, common_version
 from rlhf_dist.ppo.config import PPOSettings
-from rlhf_dist.ppo.policy_worker import PolicyWorker
 from rlhf_dist.ppo.roles import PolicyRole
 from rlhf_dist.rollout.config import RolloutConfig
 
@@ -82,7 +81,11 @@ def groups_of(session: RaySession, path: Path, folder: Path, num_ranks: int = 2)
     orders.mkdir(parents=True)
     config = trained(path, optimizer={"schedule": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-2})
     policy = partial(
-        PolicyWorker, config, num_steps=100, temperature=1.0, settings=PPOSettings(clip_range=0.2, self_checks=False)
+        ManyBucketsPolicy,
+        config,
+        num_steps=100,
+        temperature=1.0,
+        settings=PPOSettings(clip_range=0.2, self_checks=False),
     )
     engine = partial(
         MortalRolloutWorker,
@@ -99,10 +102,15 @@ def groups_of(session: RaySession, path: Path, folder: Path, num_ranks: int = 2)
         yield groups
 
 
-def roles_of(groups: dict[str, Any], folder: Path, tensor_parallel_size: int = 1) -> Hosted:
+def roles_of(
+    groups: dict[str, Any],
+    folder: Path,
+    tensor_parallel_size: int = 1,
+    transport: Literal["store", "broadcast"] = "store",
+) -> Hosted:
     """Roles that know of no restart yet."""
     rollout = RolloutRole(groups["rollout"], 2, tensor_parallel_size, max_restarts=LIMIT)
-    sync = GroupWeightSync(groups["policy"], rollout.engines)
+    sync = GroupWeightSync(groups["policy"], rollout.engines, transport)
     return Hosted(PolicyRole(groups["policy"], 2), rollout, sync, folder / "orders", folder / "logs")
 
 
@@ -197,6 +205,45 @@ def test_an_engine_that_is_dead_at_a_sync_is_started_again(engines: Hosted, when
     rollout = engines.generate().result()
     assert rollout.policy_version == 1
     assert torch.allclose(engines.policy.logprobs(rollout).result(), rollout.rollout_logprobs, atol=1e-4)
+
+
+def test_broadcast_weights_are_those_of_the_store(shared: tuple[dict[str, Any], Path], engines: Hosted) -> None:
+    """In many buckets, so that several are under way; again after an update, in the same process group."""
+    broadcast = roles_of(*shared, transport="broadcast")
+    for version in (1, 2):
+        engines.update().result()
+        engines.sync.push(version).result()
+        expected = engines.generate().result()
+        engines.update().result()
+        assert len(broadcast.policy.group.call("weight_specs").result()[0]) > 5
+        broadcast.sync.push(version + 10).result()
+        moved = broadcast.generate().result()
+        assert moved.policy_version == version + 10
+        assert not torch.equal(moved.rollout_logprobs, expected.rollout_logprobs)
+        engines.sync.push(version + 10).result()
+        assert_same(engines.generate().result(), moved)
+
+
+@pytest.mark.parametrize("when", ["receive_weights", "finish_sync"])
+def test_an_engine_that_dies_in_a_broadcast_is_started_again(
+    shared: tuple[dict[str, Any], Path], engines: Hosted, when: str
+) -> None:
+    broadcast = roles_of(*shared, transport="broadcast")
+    broadcast.sync.push(0).result()
+    broadcast.update().result()
+    before = broadcast.pids()
+    (broadcast.orders / f"{when}_1").write_text("kill 1")
+    broadcast.sync.push(1).result()
+    assert broadcast.pids()[1] != before[1]
+    rollout = broadcast.generate().result()
+    assert rollout.policy_version == 1
+    assert torch.allclose(broadcast.policy.logprobs(rollout).result(), rollout.rollout_logprobs, atol=1e-4)
+    # The engines that are left, old and new, meet in a group of their own.
+    broadcast.update().result()
+    broadcast.sync.push(2).result()
+    rollout = broadcast.generate().result()
+    assert rollout.policy_version == 2
+    assert torch.allclose(broadcast.policy.logprobs(rollout).result(), rollout.rollout_logprobs, atol=1e-4)
 
 
 def test_an_engine_that_always_dies_ends_the_run(engines: Hosted) -> None:

@@ -147,7 +147,7 @@ def test_scaled_engines_stay_whole():
 
 
 def test_vllm_takes_its_part_of_a_shared_gpu_whether_it_needs_it_or_not(tiny_lm: Path):
-    shared = {"num_ranks": 1, "gpus_per_rank": 0.5}
+    shared = {"num_ranks": 1, "gpus_per_rank": 0.5, "vllm_options": {"gpu_memory_utilization": 0.9}}
     config = of_model(EIGHT_BILLION, **shared)
     reward = config.reward.model_copy(update={"gpus_per_rank": 0.5})
     config = config.model_copy(
@@ -206,14 +206,14 @@ def test_layouts_divide_nodes_among_engines(gpus: int, nodes: int, sizes: set[in
     assert seen == sizes
 
 
-def test_a_sync_from_gpu_to_gpu(monkeypatch: pytest.MonkeyPatch):
-    """Through the store today; by NCCL, every rank of the engine receives all, and the link between nodes is the slowest."""
+def test_a_sync_from_gpu_to_gpu():
+    """By NCCL every rank of an engine receives all, over the link between nodes, the slowest; through the store every node."""
     config = load_config(PPOConfig, RECIPE, [])
-    plan = plan_run(config, cluster())
+    store = config.rollout.model_copy(update={"weight_transport": "store"})
+    plan = plan_run(config.model_copy(update={"rollout": store}), cluster())
     assert plan.sync is not None
     assert (plan.sync.transport, plan.sync.receivers) == ("store", 2)
     through_store = plan.timeline.seconds["sync"]
-    monkeypatch.setattr(sync, "transport_of", lambda rollout, cluster: "nccl")
     plan = plan_run(config, cluster())
     assert plan.sync is not None
     assert plan.sync.receivers == 8

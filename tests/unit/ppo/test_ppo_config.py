@@ -84,4 +84,5 @@ def test_limits(changes: dict):
 def test_only_log_probs_of_one_distribution_are_compared():
     assert _precisions(config({})).rollout == "fp32"
     assert _precisions(config({}, {"precision": "bf16"})).rollout == "bf16"
-    assert _precisions(config({}, {"top_k": 5})).rollout is None
+    assert _precisions(config({})).same_distribution
+    assert not _precisions(config({}, {"top_k": 5})).same_distribution

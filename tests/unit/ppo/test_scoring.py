@@ -73,12 +73,13 @@ def other_logprobs(ppo: PPO, change: float, rows: slice = slice(None)) -> None:
 
 
 def test_log_probs_of_another_distribution_are_not_compared(tmp_path: Path):
-    for rollout, passes in ((None, True), ("bf16", False)):
-        with open_run(tmp_path / str(rollout)) as run:
-            ppo = PPO(run, SETTINGS, precisions=Precisions(rollout=rollout))  # pyright: ignore[reportArgumentType]
+    for same in (False, True):
+        with open_run(tmp_path / str(same)) as run:
+            ppo = PPO(run, SETTINGS, precisions=Precisions(rollout="bf16", same_distribution=same))
             other_logprobs(ppo, -0.9)
-            if passes:
-                ppo.trainer.step(0)
+            if not same:
+                rollout, scored = ppo.trainer.scorer.score(ppo.trainer.rollouts.take(0).arriving(), run.phase)
+                ppo.trainer.scorer.check(0, rollout, scored)
             else:
                 with pytest.raises(TrainingError, match="policy and rollout engine have the same weights"):
                     ppo.trainer.step(0)
@@ -122,3 +123,30 @@ def test_a_log_prob_of_the_engine_that_is_not_finite_stops_the_iteration(tmp_pat
         other_logprobs(ppo, -float("inf"), slice(3, 4))
         with pytest.raises(SampleError, match="rollout log-prob of responses 3"):
             ppo.trainer.step(0)
+
+
+@pytest.mark.parametrize("changes", [{"off_policy_iterations": 1}, {}], ids=["off-policy", "cut off"])
+def test_where_rollouts_cannot_be_compared_a_probe_after_each_sync_is(tmp_path: Path, changes: dict[str, Any]):
+    precisions = Precisions(rollout="fp32", same_distribution=bool(changes))
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, SETTINGS.model_copy(update=changes), precisions=precisions)
+        ppo.trainer.sync(0)
+        probed = ppo.rollout.probe
+
+        def wrong(prompts: Any) -> Answer:
+            answer = probed(prompts)
+            answer._value.rollout_logprobs.sub_(0.01)
+            return answer
+
+        ppo.rollout.probe = wrong  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(TrainingError, match=r"after the sync of version 1 .* differ by 0\.01"):
+            ppo.trainer.sync(1)
+        ppo.trainer.scorer.settings = SETTINGS.model_copy(update=changes | {"self_checks": False})
+        ppo.trainer.sync(1)
+
+
+def test_where_rollouts_are_compared_there_is_no_probe(tmp_path: Path):
+    with open_run(tmp_path) as run:
+        ppo = PPO(run, SETTINGS)
+        ppo.rollout.probe = lambda prompts: pytest.fail("probed")  # pyright: ignore[reportAttributeAccessIssue]
+        ppo.trainer.sync(0)

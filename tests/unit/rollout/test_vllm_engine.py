@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_dist.core.batches import PromptBatch, RolloutBatch
 from rlhf_dist.core.errors import TrainingError
 from rlhf_dist.models.loading import skeleton
-from rlhf_dist.rollout.config import SamplingConfig
+from rlhf_dist.rollout.config import RolloutConfig, SamplingConfig
 from rlhf_dist.rollout.hf import HFEngine
 from rlhf_dist.rollout.weights import Arrivals
 
@@ -63,7 +63,7 @@ def responses(rollout: RolloutBatch) -> list[list[int]]:
 
 
 def both(pair: tuple[Any, HFEngine], prompts: PromptBatch = PROMPTS, **sampling: Any) -> list[RolloutBatch]:
-    settings = SamplingConfig(**({"max_response_tokens": LIMIT} | sampling))
+    settings = RolloutConfig(engine="vllm", **({"max_response_tokens": LIMIT} | sampling))
     return [engine.generate(prompts, settings, stream="rollout", iteration=3) for engine in pair]
 
 

@@ -30,7 +30,7 @@ FREE = {
     # Memory and speed.
     *("ModelHost.micro_batch_size", "ModelHost.micro_batch_tokens", "ModelHost.packed", "RolloutConfig.batch_size"),
     *("RolloutConfig.tensor_parallel_size", "RolloutConfig.num_chunks", "RolloutConfig.max_restarts"),
-    "RolloutConfig.vllm_options",
+    *("RolloutConfig.vllm_options", "RolloutConfig.weight_transport"),
     "PPOStage.colocate",
     *("FrozenModel.zero_stage", "TrainedModel.zero_stage", "TrainedModel.gradient_checkpointing"),
     # What is written down, measured and checked on the way.
