@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from rlhf_dist.planning import turns
 from rlhf_dist.planning.activations import ERROR_BAND
 from rlhf_dist.planning.allowances import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES, NCCL_BYTES
 from rlhf_dist.planning.engines import determinism
@@ -136,8 +137,19 @@ def phases(plan: Plan) -> Table:
         ("role", *there),
         rows,
         "GB of one rank: GPU, and after + host memory, without allowance. A process's allocator keeps what it once had, so "
-        "that a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimizer.",
+        "that a GPU has to hold every role's worst phase at once. update: backward passes; step: the optimizer."
+        + _turns(plan),
     )
+
+
+def _turns(plan: Plan) -> str:
+    """What roles that take turns hold together."""
+    roles = [needs for needs in plan.memory.values() if needs.role.takes_turns]
+    if not roles:
+        return ""
+    together = ", ".join(f"{phase} {gigabytes(size)}" for phase, size in turns.together(roles).items())
+    names = ", ".join(needs.role.name for needs in roles)
+    return f" But {names} take turns (colocate), and hold together: {together}."
 
 
 def _phase_cell(needs: RoleMemory, phase: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_dist.planning import turns
+from rlhf_dist.planning import tables, turns
 from rlhf_dist.planning.hardware import GPUS, Cluster
 from rlhf_dist.planning.plan import Plan, plan_run
 from rlhf_dist.ppo.config import PPOConfig
@@ -97,3 +97,8 @@ def test_vllm_may_take_the_whole_gpu_while_the_others_sleep(tiny_lm: Path, tiny_
     assert taken == [int(0.9 * 0.2 * 80e9), int(0.9 * 80e9)]
     assert together.problems == []
     assert together.others_bytes("rollout") == 4 * 600_000_000
+
+
+def test_the_table_says_what_roles_hold_together(plans: tuple[Plan, Plan]):
+    assert "take turns (colocate), and hold together: load " in tables.phases(plans[1]).note
+    assert "take turns" not in tables.phases(plans[0]).note

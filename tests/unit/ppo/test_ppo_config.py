@@ -86,3 +86,28 @@ def test_only_log_probs_of_one_distribution_are_compared():
     assert _precisions(config({}, {"precision": "bf16"})).rollout == "bf16"
     assert _precisions(config({})).same_distribution
     assert not _precisions(config({}, {"top_k": 5})).same_distribution
+
+
+SHARED = {"gpus_per_rank": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("ppo", "rollout", "policy", "says"),
+    [
+        ({}, SHARED | {"num_chunks": 2}, SHARED, "colocate is true and rollout.num_chunks is 2"),
+        ({"off_policy_iterations": 1}, SHARED, SHARED, "colocate is true and ppo.off_policy_iterations is 1"),
+        ({}, SHARED, {}, "no two roles share GPUs; set gpus_per_rank"),
+    ],
+)
+def test_roles_cannot_take_turns_where_phases_overlap_or_nobody_shares(
+    ppo: dict[str, Any], rollout: dict[str, Any], policy: dict[str, Any], says: str
+):
+    apart = config(ppo, rollout, policy)
+    with pytest.raises(ValueError, match=says):
+        PPOConfig.model_validate(apart.model_dump() | {"colocate": True})
+
+
+def test_only_roles_that_share_gpus_take_turns():
+    shared = config({}, SHARED, SHARED).model_dump() | {"colocate": True}
+    assert PPOConfig.model_validate(shared).colocated_roles == ("policy", "rollout")
+    assert len(PPOConfig.model_validate(shared | {"cluster": "inline"}).colocated_roles) == 5
