@@ -117,7 +117,7 @@ def test_a_source_has_the_reading_of_its_set(tmp_path: Path):
 
 
 def test_stages_have_every_key_of_their_commands_but_those_of_hosting():
-    own = {"policy", "reward", "value", "reference", "rollout", "data", "ppo"}
+    own = {"policy", "reward", "value", "reference", "rollout", "data", "ppo", "colocate"}
     shared = {"seed", "tracking", "checkpoint"}
     expected = {f"ppo.{key}": text for key, text in schema_keys(PPOConfig).items() if key.split(".")[0] in own | shared}
     found = {key: text for key, text in schema_keys(PipelineConfig).items() if key.startswith("ppo.")}
