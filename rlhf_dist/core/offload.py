@@ -48,26 +48,29 @@ class HostCopies:
 class Offloadable:
     """A model's memory, held at the level that its role has now."""
 
-    def __init__(
+    def __init__(self, device: torch.device) -> None:
+        self.level: Level = "full"
+        self._device = device
+        self._of_weights, self._of_others = HostCopies(), HostCopies()
+
+    def hold(
         self,
-        device: torch.device,
+        level: Level,
         weights: Callable[[], Iterable[Tensor]],
         all_tensors: Callable[[], Iterable[Tensor]] | None = None,
     ) -> None:
-        """`weights`: tensors that a forward pass needs. `all_tensors`: these and whatever else there is; None: only weights."""
-        self.level: Level = "full"
-        self._device = device
-        self._weights = weights
-        self._all_tensors = all_tensors or weights
-        self._of_weights, self._of_others = HostCopies(), HostCopies()
-
-    def hold(self, level: Level) -> None:
         """Move what is above the level to host memory, and what it has back from there. What is in host memory by
-        configuration (DeepSpeed's offload) stays."""
+        configuration (DeepSpeed's offload) stays.
+
+        Args:
+            weights: tensors that a forward pass needs.
+            all_tensors: these and whatever else there is; None: only weights. (Neither is kept: a model that its own memory
+                refers to would outlive its last user.)
+        """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # nothing that is moved is still in use, on any stream
         if LEVELS.index(level) < LEVELS.index(self.level):
-            self._shrink(level)
+            self._shrink(level, weights, all_tensors or weights)
         else:
             if level != "asleep":
                 self._of_weights.give_back()
@@ -75,13 +78,15 @@ class Offloadable:
                 self._of_others.give_back()
         self.level = level
 
-    def _shrink(self, level: Level) -> None:
-        weights = storages(self._weights(), self._device)
+    def _shrink(
+        self, level: Level, weights: Callable[[], Iterable[Tensor]], all_tensors: Callable[[], Iterable[Tensor]]
+    ) -> None:
+        of_weights = storages(weights(), self._device)
         if self.level == "full":
-            everything = storages(self._all_tensors(), self._device)
-            self._of_others.take(storage for key, storage in everything.items() if key not in weights)
+            everything = storages(all_tensors(), self._device)
+            self._of_others.take(storage for key, storage in everything.items() if key not in of_weights)
         if level == "asleep":
-            self._of_weights.take(weights.values())
+            self._of_weights.take(of_weights.values())
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

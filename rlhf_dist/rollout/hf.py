@@ -43,7 +43,7 @@ class HFEngine:
         self.seed = seed
         self.policy_version = 0
         self._target: Any = WeightTarget(model)
-        self._memory = Offloadable(next(model.parameters()).device, self._tensors)
+        self._memory = Offloadable(next(model.parameters()).device)
 
     def generate(
         self,
@@ -143,7 +143,7 @@ class HFEngine:
 
     def hold(self, level: Level) -> None:
         """See `Engine`. A KV cache exists only while it generates."""
-        self._memory.hold(level)
+        self._memory.hold(level, self._tensors)
 
     def _tensors(self) -> Iterator[Tensor]:
         return itertools.chain(self.model.parameters(), self.model.buffers())

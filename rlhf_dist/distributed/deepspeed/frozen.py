@@ -45,11 +45,11 @@ class FrozenEngine:
             self._module: Any = zero.owned_by(self, engine)
         else:
             self._module = module.to(self.device)
-        self._memory = Offloadable(self.device, lambda: weight_tensors(self._module))
+        self._memory = Offloadable(self.device)
 
     def hold(self, level: Level) -> None:
         """The model in host memory (`asleep`), or where it computes."""
-        self._memory.hold(level)
+        self._memory.hold(level, lambda: weight_tensors(self._module))
 
     @torch.no_grad()
     def infer(self, *args: Any) -> Any:

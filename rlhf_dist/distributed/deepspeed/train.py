@@ -87,12 +87,12 @@ class TrainEngine:
         """Loss term → the sums it reports."""
         self.average: WeightAverage | None = None
         """The moving average of the weights, where one is kept."""
-        self._memory = Offloadable(self.device, lambda: weight_tensors(self.module), self._all_tensors)
+        self._memory = Offloadable(self.device)
 
     def hold(self, level: Level) -> None:
         """Hold what `level` says on the GPU, the rest in host memory. `weights` are enough for `infer` and for reading
         parameters, `full` is needed for everything else."""
-        self._memory.hold(level)
+        self._memory.hold(level, lambda: weight_tensors(self.module), self._all_tensors)
 
     def _all_tensors(self) -> Iterator[Tensor]:
         return all_tensors(self.module, self._engine.optimizer, self.average.shards if self.average else {})
